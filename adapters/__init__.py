@@ -1,0 +1,1 @@
+"""Deltas at rest: normal form, formats, validation, store, registry."""

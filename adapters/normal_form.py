@@ -1,0 +1,182 @@
+"""The normal form: what a delta does, as typed values, whatever method trained it.
+
+He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning" (ICLR 2022): every method is a
+modification of hidden states. A delta is therefore a list of ops at named sites of the backbone. Readers lower
+uploads to it, executors run only it.
+
+Sites, in the order in which a pre-LN decoder layer passes them:
+`embed` · `attn.r` (residual stream entering attention) · `attn.x` (what q, k, v read) · `q.out` `k.out` `v.out` ·
+`kv` (the cache, after rotary) · `ctx` (concatenated heads) · `o.out` · `ffn.r` (residual stream entering the
+feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` · `ffn.a` (activation, input of down) ·
+`down.out` · `layer.out` · `final.pre` · `final` · `logits`.
+
+Order at one linear site: input scale -> base GEMM -> + parallel LowRanks, each reading the untouched input ->
+output Affine -> base bias (inside the Affine where it `covers_bias`) -> sequential LowRanks.
+
+Shapes: r rank, d_in and d_out widths of the sites, l virtual tokens, H key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+
+class OpKind(StrEnum):
+    """The primitives of the normal form: eight core, two structural, two at decode time."""
+
+    LOW_RANK = "low_rank"
+    AFFINE = "affine"
+    LINEAR_MAP = "linear_map"
+    WEIGHT_DELTA = "weight_delta"
+    ATTN_PREFIX = "attn_prefix"
+    VIRTUAL_TOKENS = "virtual_tokens"
+    ROWS = "rows"
+    HEAD = "head"
+    LAYER_PLAN = "layer_plan"
+    COMPOSE = "compose"
+    LOGIT_MIX = "logit_mix"
+    PROCEDURE = "procedure"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Site:
+    """A named place in the backbone. `layer` is -1 for sites that exist once (`embed`, `final`, `logits`)."""
+
+    name: str
+    layer: int = -1
+
+    def __str__(self) -> str:
+        return self.name if self.layer < 0 else f"{self.layer}.{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The inverse of `str`. Raises ValueError."""
+        head, _, rest = text.partition(".")
+        return cls(rest, int(head)) if head.isdigit() else cls(text)
+
+
+Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "sigmoid"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """y += scaling * (B @ f(A @ x + a_bias) + b_bias), row vectors x at `read`, y at `write`.
+
+    `read` and `write` differ: parallel, x is the site's untouched value. Equal: sequential, x is y itself.
+    Shapes: A [r, d_in], B [d_out, r], a_bias [r], b_bias [d_out].
+    Source: He et al. table 1; Hu et al. "LoRA" section 4.1; Houlsby et al. section 2.
+    """
+
+    kind: ClassVar[OpKind] = OpKind.LOW_RANK
+    read: Site
+    write: Site
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+    activation: Activation = "identity"
+    a_bias: Tensor | None = None
+    b_bias: Tensor | None = None
+
+    @property
+    def sequential(self) -> bool:
+        """True where the op reads what it writes."""
+        return self.read == self.write
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Affine:
+    """y * scale + shift at a site, before (`side="input"`) or after the base module.
+
+    `covers_bias=False`: the scale leaves the base module's bias alone.
+    `weight_normalized`: `scale` is divided, when the delta is placed, by the row norms of W + s·B·A, where W is the
+    base weight and s·B·A the delta's own parallel LowRanks there (DoRA: scale is the magnitude vector).
+    `bias`: replaces the base module's bias (a difference is formed when the delta is placed).
+    Shapes: all [d] of the site. Source: Liu et al. "IA3"; Liu et al. "DoRA" section 4; Ben Zaken et al. "BitFit".
+    """
+
+    kind: ClassVar[OpKind] = OpKind.AFFINE
+    site: Site
+    side: Literal["input", "output"] = "output"
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    bias: Tensor | None = None
+    covers_bias: bool = True
+    weight_normalized: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttnPrefix:
+    """Extra keys and values that every token of the layer attends to, in one softmax with the real ones (`joint`).
+
+    Used as stored: never rotated, never masked. Shapes: key, value [l, H, D].
+    Source: Li and Liang "Prefix-Tuning"; He et al. equation 4.
+    """
+
+    kind: ClassVar[OpKind] = OpKind.ATTN_PREFIX
+    layer: int
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtualTokens:
+    """Rows inserted before the first real token at `embed`; real tokens are positioned after them.
+
+    Shapes: embeddings [l, d]. Source: Lester et al. "Prompt tuning" section 2.
+    """
+
+    kind: ClassVar[OpKind] = OpKind.VIRTUAL_TOKENS
+    embeddings: Tensor
+
+
+Op = LowRank | Affine | AttnPrefix | VirtualTokens
+
+EXECUTED_OPS: Mapping[OpKind, type[Op]] = {cls.kind: cls for cls in (LowRank, Affine, AttnPrefix, VirtualTokens)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """Everything that serving one delta needs, independent of the format it came in.
+
+    `method` is the user's word for it (`LORA`, `double_seq_bn`). `position_offset`: the first real token's position
+    id (PEFT prefix tuning: l; AdapterHub: 0). `backbone_digest` binds the delta to the weights it was trained on and
+    is filled at admission.
+    """
+
+    method: str
+    ops: tuple[Op, ...]
+    position_offset: int = 0
+    task: str = "causal-lm"
+    backbone_digest: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    lineage: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Key-value entries that the delta owns in front of every request."""
+        lengths = [op.key.shape[0] for op in self.ops if isinstance(op, AttnPrefix)]
+        lengths += [op.embeddings.shape[0] for op in self.ops if isinstance(op, VirtualTokens)]
+        return max(lengths, default=0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Distinct tensor elements; a tensor that several ops share counts once."""
+        return sum(tensor.numel() for tensor in {id(t): t for _, _, t in self.tensors()}.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the distinct tensors."""
+        return sum(tensor.nbytes for tensor in {id(t): t for _, _, t in self.tensors()}.values())
+
+    def tensors(self) -> Iterator[tuple[int, str, Tensor]]:
+        """(op index, field name, tensor) of every tensor, in op order."""
+        for index, op in enumerate(self.ops):
+            for item in fields(op):
+                value = getattr(op, item.name)
+                if isinstance(value, Tensor):
+                    yield index, item.name, value

@@ -1,0 +1,1 @@
+"""Deltas in motion: engine, model, memory, HTTP and Ray deployments."""

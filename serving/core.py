@@ -1,0 +1,244 @@
+"""The values that travel between gateway, replica and engine. No torch, no I/O.
+
+Generate: `http` builds a `GenerateCall` -> the backend tokenises it into a `Request` -> the engine emits
+`TokenEvent`s, the last of which carries the finish reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from adapters.errors import ErrorInfo, InvalidRequest
+
+BASE = None
+"""The adapter digest of a request that runs on the bare backbone."""
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Every admitted request ends in exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+
+    `logprobs`: number of alternatives to report per generated token (None: no log-probabilities at all).
+    `prompt_logprobs`: the same for prompt tokens. Raises InvalidRequest naming the field that is out of range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _within("max_tokens", self.max_tokens, 1, 1 << 20)
+        _within("temperature", self.temperature, 0.0, 2.0)
+        _within("top_p", self.top_p, 1e-6, 1.0)
+        _within("top_k", self.top_k, 0, 1 << 20)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
+        if self.seed is not None:
+            _within("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None:
+                _within(name, count, 0, 20)
+        for token, bias in self.logit_bias.items():
+            _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        if len(self.stop) > 16 or any(not text or len(text) > 256 for text in self.stop):
+            raise InvalidRequest("stop: got an empty, over-long or too many strings.", param="stop",
+                                 remedy="Send at most 16 strings of 1 to 256 characters.")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also false for NaN
+        raise InvalidRequest(f"{name}: got {value}, expected {low} to {high}.", param=name.partition("[")[0],
+                             remedy="Send a value in that range.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """One message of a chat, as the backbone's own chat template reads it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """What the gateway asks of a backend: one prompt, one delta, one stream of tokens.
+
+    `prompt`: text, token ids, or chat messages. `adapter_digest` is a content digest, resolved by the gateway; it is
+    BASE for the bare backbone. `adapter_name` labels metrics and errors only.
+    """
+
+    request_id: str
+    prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
+    sampling: SamplingParams
+    adapter_digest: str | None = BASE
+    adapter_name: str = ""
+    tenant: str = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A tokenised request as the engine admits it."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapter_digest: str | None = BASE
+    tenant: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One token and its natural-log probability; `text` is its own decoding, empty until detokenised."""
+
+    token_id: int
+    logprob: float
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of the token that came, and of the most likely ones, of the unmodified distribution."""
+
+    chosen: Alternative
+    top: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEvent:
+    """The first event of every accepted call: the tokens that the prompt became.
+
+    `logprobs` is given where asked for, one entry a token, None for the first.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """New tokens of one request. `finish_reason` is set on the last event and only there.
+
+    `text` is what became printable with these tokens; it can be empty while a character is incomplete.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureEvent:
+    """The only event of a call that was refused before it was admitted."""
+
+    error: ErrorInfo
+
+
+Event = PromptEvent | TokenEvent | FailureEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneInfo:
+    """A backbone as the gateway knows it. `spec_json` is a `BackboneSpec`."""
+
+    name: str
+    digest: str
+    spec_json: str
+    max_model_len: int
+    vocab_size: int
+    has_chat_template: bool
+    created: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionProof:
+    """What the backend measured when it placed a delta for the first time.
+
+    `effect`: max absolute logit change on the probe tokens against the bare row. Sizes in bytes, times in seconds.
+    """
+
+    effect: float
+    reference_scale: float
+    load_s: float
+    host_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One Prometheus sample: name, labels, value."""
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricFamily:
+    """One Prometheus family as plain values, so that a replica's registry crosses a process border."""
+
+    name: str
+    documentation: str
+    type: str
+    samples: tuple[Sample, ...]
+
+
+class Backend(Protocol):
+    """A backbone that serves deltas, in this process or behind a Ray handle."""
+
+    async def describe(self) -> BackboneInfo:
+        """The backbone's identity and limits."""
+        ...
+
+    def generate(self, call: GenerateCall) -> AsyncIterator[tuple[Event, ...]]:
+        """Batches of events. The first batch starts with a PromptEvent or is a single FailureEvent.
+
+        Closing the iterator cancels the request within one engine step.
+        """
+        ...
+
+    async def admit(self, digest: str) -> AdmissionProof | ErrorInfo:
+        """Place a stored delta, measure its effect, and say what was measured or why it is refused."""
+        ...
+
+    async def release(self, digest: str) -> int:
+        """Drain the delta's requests, free its memory, return the device bytes freed."""
+        ...
+
+    async def scrape(self) -> list[tuple[Mapping[str, str], tuple[MetricFamily, ...]]]:
+        """Metrics of every replica, each with its identifying labels."""
+        ...
+
+    async def heartbeat_age_s(self) -> float:
+        """Seconds since the engine loop last turned. Raises Unavailable when no replica answers."""
+        ...
+
+
+JsonObject = dict[str, Any]
