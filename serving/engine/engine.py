@@ -1,0 +1,329 @@
+"""The engine: one thread that repeats schedule -> run -> sample -> emit.
+
+Other threads talk to it through an inbox that is emptied between steps; it talks back through `publish`, once a step
+with everything that happened. It runs without Ray, without HTTP and, for benchmarks and tests, without its thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from tokenizers import Tokenizer
+
+from adapters.errors import DeltamuxError, ErrorInfo
+from adapters.normal_form import Delta
+from serving.core import (
+    AdmissionProof,
+    Alternative,
+    Event,
+    FinishReason,
+    PromptEvent,
+    Request,
+    TokenEvent,
+    TokenLogprobs,
+)
+from serving.engine.deltas import DeltaManager
+from serving.engine.detokenizer import TextStream
+from serving.engine.kv_manager import SlotKVManager
+from serving.engine.runner import RowLogits, Runner
+from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
+from serving.engine.scheduler import ScheduledRow, Scheduler, Sequence, max_total_len
+from serving.kernels.reference import ReferenceKernels
+from serving.memory.host_cache import HostCache
+from serving.metrics import EngineMetrics
+from serving.model.backbone import Backbone
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+Publish = Callable[[Seq[tuple[str, Event]]], None]
+
+INTERNAL_ERROR = ErrorInfo("DeltamuxError", "The engine failed on this request.", None, "Send it again.")
+
+
+@dataclass(slots=True)
+class RowState:
+    """What the engine keeps of one request beside its tokens."""
+
+    sampler: SamplerState
+    text: TextStream | None
+    prompt_logprobs: list[TokenLogprobs | None]
+    announced: bool = False
+
+
+class Engine:
+    """Many requests, many deltas, one backbone. All methods but `step` are thread-safe."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        load_delta: Callable[[str], Delta],
+        publish: Publish,
+        *,
+        metrics: EngineMetrics,
+        max_num_seqs: int = 32,
+        max_model_len: int | None = None,
+        max_num_batched_tokens: int = 512,
+        max_queue: int = 256,
+        adapter_memory_bytes: int = 1 << 30,
+        host_cache_bytes: int = 2 << 30,
+    ) -> None:
+        self.backbone = backbone
+        self.max_len = min(max_model_len or backbone.spec.max_positions, backbone.spec.max_positions)
+        self.metrics = metrics
+        self._publish = publish
+        self._events: list[tuple[str, Event]] = []
+        self._tokenizer: Tokenizer | None = getattr(backbone.tokenizer, "backend_tokenizer", None)
+        self.runner = Runner(backbone, ReferenceKernels(), num_slots=max_num_seqs, max_len=self.max_len)
+        self._wake = threading.Event()
+        host = HostCache(load_delta, host_cache_bytes)
+        self.deltas = DeltaManager(
+            self.runner, host, capacity_bytes=adapter_memory_bytes, metrics=metrics, on_loaded=self._wake.set
+        )
+        self.scheduler = Scheduler(
+            SlotKVManager(max_num_seqs, self.max_len),
+            self.deltas,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_queue=max_queue,
+        )
+        self._live: dict[str, Sequence] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._releases: list[tuple[str, Future[int]]] = []
+        self._stopping = False
+        self._last_turn = time.monotonic()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    # -- the step loop ------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Run one batch. False when there was nothing to run."""
+        self._serve_inbox()
+        rows, failed = self.scheduler.schedule()
+        for seq, error in failed:
+            self._end(seq, FinishReason.ERROR, error=error.info())
+        if rows:
+            started = time.perf_counter()
+            try:
+                outputs = self.runner.run(rows)
+                sampled = self._sample(outputs)
+            except Exception:  # whatever a kernel raises ends the requests of this batch, never the engine
+                log.exception("a step of %d rows failed", len(rows))
+                for seq, _ in rows:
+                    self._end(seq, FinishReason.ERROR, error=INTERNAL_ERROR)
+            else:
+                self._advance(outputs, sampled)
+                self._measure(rows, time.perf_counter() - started)
+        self._finish_releases()
+        self._flush()
+        return bool(rows)
+
+    def _sample(self, outputs: Seq[RowLogits]) -> dict[Sequence, Sampled]:
+        ready = [(row.seq, logits) for row, logits in outputs if row.samples]
+        if not ready:
+            return {}
+        last_RV = torch.cat([logits[-1:] for _, logits in ready])
+        drawn = sample(last_RV, [seq.state.sampler for seq, _ in ready])
+        return {seq: token for (seq, _), token in zip(ready, drawn, strict=True)}
+
+    def _advance(self, outputs: Seq[RowLogits], sampled: dict[Sequence, Sampled]) -> None:
+        for (seq, count), logits in outputs:
+            self._collect_prompt_logprobs(seq, count, logits)
+            seq.num_computed += count
+            if seq in sampled:
+                self._append(seq, sampled[seq])
+
+    def _append(self, seq: Sequence, drawn: Sampled) -> None:
+        """Take one new token: announce the prompt first, then emit text, then end the request where it ends."""
+        if drawn.token_id < 0:
+            self._end(seq, FinishReason.ERROR, error=INTERNAL_ERROR)
+            return
+        state: RowState = seq.state
+        if not state.announced:
+            self._announce(seq)
+        seq.tokens.append(drawn.token_id)
+        text = state.text.push(drawn.token_id) if state.text else ""
+        params = seq.request.sampling
+        ends = drawn.token_id in params.stop_token_ids or (
+            drawn.token_id in self.backbone.eos_token_ids and not params.ignore_eos
+        )
+        reason = None
+        if ends or (state.text and state.text.stopped):
+            reason = FinishReason.STOP
+        elif len(seq.tokens) >= seq.max_len:
+            reason = FinishReason.LENGTH
+        if reason is not None and state.text:
+            text += state.text.flush()
+        event = TokenEvent(
+            token_ids=(drawn.token_id,),
+            text=text,
+            logprobs=() if drawn.logprobs is None else (self._with_text(drawn.logprobs),),
+            finish_reason=reason,
+        )
+        if reason is None:
+            self._events.append((seq.request.request_id, event))
+        else:
+            self._end(seq, reason, event=event)
+
+    # -- what a request's first and last events carry -----------------------------------------------------------
+
+    def _announce(self, seq: Sequence) -> None:
+        state: RowState = seq.state
+        state.announced = True
+        logprobs = tuple(state.prompt_logprobs) if seq.wants_prompt_logits else None
+        event = PromptEvent(prompt_token_ids=seq.request.prompt_token_ids, logprobs=logprobs)
+        self._events.append((seq.request.request_id, event))
+
+    def _collect_prompt_logprobs(self, seq: Sequence, count: int, logits: torch.Tensor) -> None:
+        """Token i + 1 is scored by the logits of token i; the first token has no score."""
+        wanted = seq.request.sampling.prompt_logprobs
+        if wanted is None or seq.num_computed >= seq.num_prompt:
+            return
+        known: list[TokenLogprobs | None] = seq.state.prompt_logprobs
+        for offset in range(count):
+            position = seq.num_computed + offset + 1
+            if position < seq.num_prompt:
+                known.append(self._with_text(token_logprobs(logits[offset], seq.tokens[position], wanted)))
+
+    def _with_text(self, found: TokenLogprobs) -> TokenLogprobs:
+        return TokenLogprobs(self._decoded(found.chosen), tuple(self._decoded(item) for item in found.top))
+
+    def _decoded(self, item: Alternative) -> Alternative:
+        if self._tokenizer is None:
+            return item
+        return replace(item, text=self._tokenizer.decode([item.token_id], skip_special_tokens=False))
+
+    def _end(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        *,
+        event: TokenEvent | None = None,
+        error: ErrorInfo | None = None,
+    ) -> None:
+        """The one place where a request ends: one terminal event, slot and lease freed."""
+        if self._live.pop(seq.request.request_id, None) is None:
+            return
+        self.scheduler.finish(seq)
+        self.metrics.requests_finished.labels(reason=reason.value).inc()
+        self._events.append((seq.request.request_id, event or TokenEvent(finish_reason=reason, error=error)))
+
+    def _measure(self, rows: Seq[ScheduledRow], elapsed_s: float) -> None:
+        decodes = sum(row.num_tokens == 1 for row in rows)
+        self.metrics.step_seconds.observe(elapsed_s)
+        self.metrics.step_rows.observe(len(rows))
+        self.metrics.step_tokens.labels(phase="decode").inc(decodes)
+        self.metrics.step_tokens.labels(phase="prefill").inc(sum(row.num_tokens for row in rows) - decodes)
+
+    def _flush(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._publish(events)
+        self.metrics.requests_running.set(len(self.scheduler.running))
+        self.metrics.requests_waiting.set(len(self.scheduler.waiting))
+        self.metrics.kv_cache_usage.set(self.scheduler.kv.usage)
+
+    # -- what other threads ask for -----------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its events arrive through `publish`. Raises ContextLengthExceeded, InvalidRequest."""
+        max_total_len(len(request.prompt_token_ids), request.sampling.max_tokens, self.max_len)
+        self._post(lambda: self._enqueue(request))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request within one step. Unknown and ended ones are left alone."""
+        self._post(lambda: self._cancel(request_id))
+
+    def admit(self, delta: Delta, digest: str) -> Future[AdmissionProof]:
+        """Place a delta and measure its effect between two steps."""
+        return self._command(lambda: self.deltas.admit(delta, digest))
+
+    def release(self, digest: str) -> Future[int]:
+        """Drain a delta's requests, free it; the future holds the device bytes freed."""
+        future: Future[int] = Future()
+
+        def begin() -> None:
+            self.deltas.start_release(digest)
+            self._releases.append((digest, future))
+
+        self._post(begin)
+        return future
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the loop last turned."""
+        return time.monotonic() - self._last_turn
+
+    def start(self) -> None:
+        """Run the loop on a thread of its own."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop; live requests end as cancelled."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
+        self.deltas.host.close()
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._last_turn = time.monotonic()
+            self._wake.clear()
+            if not self.step():
+                self._wake.wait(timeout=1.0)
+        for seq in list(self._live.values()):
+            self._end(seq, FinishReason.CANCELLED)
+        self._flush()
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._inbox.put(command)
+        self._wake.set()
+
+    def _command(self, work: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future
+
+    def _serve_inbox(self) -> None:
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _enqueue(self, request: Request) -> None:
+        text = None
+        if self._tokenizer is not None:
+            text = TextStream(self._tokenizer, request.prompt_token_ids, request.sampling.stop)
+        state = RowState(SamplerState(request.sampling, request.prompt_token_ids), text, [None])
+        seq = Sequence(request, list(request.prompt_token_ids), state)
+        self._live[request.request_id] = seq
+        try:
+            self.scheduler.add(seq)
+        except DeltamuxError as error:
+            self._end(seq, FinishReason.ERROR, error=error.info())
+
+    def _cancel(self, request_id: str) -> None:
+        seq = self._live.get(request_id)
+        if seq is not None:
+            self._end(seq, FinishReason.CANCELLED)
+
+    def _finish_releases(self) -> None:
+        for item in list(self._releases):
+            digest, future = item
+            freed = self.deltas.finish_release(digest)
+            if freed is not None:
+                self._releases.remove(item)
+                future.set_result(freed)

@@ -1,0 +1,117 @@
+"""One step on the device: scheduled rows -> flattened batch -> logits.
+
+Rows are sorted by delta, so that the tokens of one delta are one segment. The delta programs of the last batch are
+kept: a decode step with the same rows pays nothing for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from serving.engine.scheduler import ScheduledRow
+from serving.kernels.ops import DeltaKernels
+from serving.model.backbone import Backbone
+from serving.model.context import ForwardContext
+from serving.model.kv_cache import RowSpan
+from serving.model.programs import DeltaSegment, ModuleProgram, PlacedDelta, compile_programs
+
+
+class RowLogits(NamedTuple):
+    """Logits [n, V] of the last n tokens that `row` ran in this step; n = 0 in the middle of a chunked prompt."""
+
+    row: ScheduledRow
+    logits: Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """A flattened step. `spans` place tokens in KV slots, `logits_rows` are the tokens whose logits are wanted."""
+
+    rows: list[ScheduledRow]
+    token_ids: list[int]
+    positions: list[int]
+    spans: list[RowSpan]
+    token_segments: list[DeltaSegment]
+    logits_rows: list[int]
+    logits_counts: list[int]
+    logit_segments: list[DeltaSegment]
+
+
+class Runner:
+    """Runs batches through the backbone; owns the KV tensors."""
+
+    def __init__(self, backbone: Backbone, kernels: DeltaKernels, *, num_slots: int, max_len: int) -> None:
+        self.backbone = backbone
+        self.kernels = kernels
+        self.cache = backbone.new_cache(num_slots, max_len)
+        self._programs: list[ModuleProgram | None] = []
+        self._programs_key: tuple[object, ...] | None = None
+
+    def run(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
+        """One forward pass. New rows get their delta's keys and values first."""
+        for seq, _ in rows:
+            if seq.num_computed == 0 and isinstance(seq.delta, PlacedDelta) and seq.delta.prefix is not None:
+                self.cache.write_prefix(seq.slot, seq.delta.prefix)
+        batch = build_batch(rows)
+        device = self.backbone.device
+        logits = self.backbone.forward(
+            torch.tensor(batch.token_ids, device=device),
+            torch.tensor(batch.positions, device=device),
+            ForwardContext(self._compile(batch), self.cache.plan(batch.spans)),
+            torch.tensor(batch.logits_rows, device=device) if batch.logits_rows else None,
+        )
+        parts = logits.split(batch.logits_counts)
+        return [RowLogits(row, part) for row, part in zip(batch.rows, parts, strict=True)]
+
+    def _compile(self, batch: Batch) -> list[ModuleProgram | None]:
+        key = (tuple(batch.token_segments), tuple(batch.logit_segments))
+        if key != self._programs_key:
+            self._programs = compile_programs(
+                len(self.backbone.spec.modules),
+                self.kernels,
+                batch.token_segments,
+                batch.logit_segments,
+                self.backbone.logit_modules,
+            )
+            self._programs_key = key
+        return self._programs
+
+    def forget_programs(self) -> None:
+        """Drop the kept programs, which hold on to the weights of their deltas."""
+        self._programs, self._programs_key = [], None
+
+
+def build_batch(rows: Seq[ScheduledRow]) -> Batch:
+    """Flatten `rows`, those of one delta side by side."""
+    ordered = sorted(rows, key=lambda row: row.seq.request.adapter_digest or "")
+    batch = Batch(ordered, [], [], [], [], [], [], [])
+    for row in ordered:
+        seq, count = row
+        start, first = len(batch.token_ids), seq.num_computed
+        stop = start + count
+        batch.token_ids += seq.tokens[first : first + count]
+        batch.positions += range(seq.position_offset + first, seq.position_offset + first + count)
+        batch.spans.append(RowSpan(start, stop, seq.slot, seq.prefix_len + first))
+        wanted = count if seq.wants_prompt_logits and first < seq.num_prompt else int(row.samples)
+        logits_start = len(batch.logits_rows)
+        batch.logits_rows += range(stop - wanted, stop)
+        batch.logits_counts.append(wanted)
+        if seq.delta is not None:
+            assert isinstance(seq.delta, PlacedDelta)
+            _extend(batch.token_segments, start, stop, seq.delta)
+            if wanted:
+                _extend(batch.logit_segments, logits_start, logits_start + wanted, seq.delta)
+    return batch
+
+
+def _extend(segments: list[DeltaSegment], start: int, stop: int, delta: PlacedDelta) -> None:
+    """Add tokens [start, stop), joined with the segment before where that is the same delta's."""
+    if segments and segments[-1].delta is delta and segments[-1].stop == start:
+        segments[-1] = DeltaSegment(segments[-1].start, stop, delta)
+    else:
+        segments.append(DeltaSegment(start, stop, delta))

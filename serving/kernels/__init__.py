@@ -1,0 +1,1 @@
+"""Delta kernels: one contract, a plain torch reference, faster executors beside it."""

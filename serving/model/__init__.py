@@ -1,0 +1,1 @@
+"""The backbone on its device: loading, sites, attention over the KV cache, placed deltas."""

@@ -1,0 +1,55 @@
+"""The attention function that transformers calls in place of its own, through the public AttentionInterface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from adapters.errors import BackboneRefused
+from serving.model.context import active_context
+
+ATTENTION_NAME = "deltamux"
+"""No mask function is registered under this name, so transformers builds no mask."""
+
+INERT_KWARGS = frozenset(
+    {
+        "dropout",
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "cache_position",
+        "is_causal",
+        "past_key_values",
+    }
+)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over the KV cache of the active batch.
+
+    Shapes: query [1, heads, T, D], key and value of the new tokens [1, kv_heads, T, D] -> [1, T, heads, D].
+    Raises BackboneRefused for a feature it does not know (softcap, sinks, bias, window): it must not guess.
+    """
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in INERT_KWARGS)
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    context = active_context()
+    if unknown or context is None:
+        raise BackboneRefused(
+            f"Attention got {', '.join(unknown) or 'a forward pass outside the engine'}, which it does not execute.",
+            param="backbone",
+        )
+    return context.attention.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(ATTENTION_NAME, attention)

@@ -1,0 +1,66 @@
+"""What one forward pass needs beside its input: the delta programs and the attention plan of this batch.
+
+The engine thread enters `forward_context` around the unmodified model; hooked modules and the attention function read
+it. A thread-local rather than keyword arguments, which some transformers blocks drop.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from adapters.normal_form import Site
+
+if TYPE_CHECKING:
+    from serving.model.programs import ModuleProgram
+
+
+class AttentionPlan(Protocol):
+    """Attention of one step over the KV cache; built by the cache for the rows of the batch."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Append key and value to the cache and attend.
+
+        Shapes: query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D].
+        """
+        ...
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """One batch's view. `programs[i]` is what module i does beside its base forward, None for nothing.
+
+    `captured` holds the sites that other modules read, filled by the modules that see them.
+    """
+
+    programs: Sequence[ModuleProgram | None]
+    attention: AttentionPlan
+    captured: dict[Site, Tensor] = field(default_factory=dict)
+
+
+class _Active(threading.local):
+    context: ForwardContext | None = None
+
+
+_ACTIVE = _Active()
+
+
+def active_context() -> ForwardContext | None:
+    """The context of the forward pass that runs on this thread, None outside one."""
+    return _ACTIVE.context
+
+
+@contextmanager
+def forward_context(context: ForwardContext) -> Iterator[None]:
+    """Make `context` the active one for this thread; contexts do not nest."""
+    assert _ACTIVE.context is None, "a forward pass is already running on this thread"
+    _ACTIVE.context = context
+    try:
+        yield
+    finally:
+        _ACTIVE.context = None

@@ -1,0 +1,231 @@
+"""Placing a delta: from the normal form on the host to weights on the device, folds done (deltas.md A.8 in spirit:
+whatever depends on the base weights is computed here, in fp32, from the weights that are served).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adapters.backbone_spec import ModuleSpec, Slice
+from adapters.errors import InvalidDelta
+from adapters.normal_form import Affine, AttnPrefix, Delta, LowRank, Site, VirtualTokens
+from serving.kernels.ops import AffineWeights, DeltaKernels, LowRankWeights
+from serving.model.backbone import Backbone
+from serving.model.context import ForwardContext
+from serving.model.kv_cache import RowSpan
+from serving.model.programs import DeltaSegment, PlacedDelta, PlacedModule, compile_programs
+
+
+def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) -> PlacedDelta:
+    """Put `delta` on the backbone's device, ready to run.
+
+    Runs one forward pass where the delta has virtual tokens: on a causal model their keys and values never change.
+    Raises InvalidDelta when the delta is bound to another backbone.
+    """
+    if delta.backbone_digest != backbone.spec.digest:
+        raise InvalidDelta(
+            [
+                f"The delta is bound to backbone {delta.backbone_digest[:12]}, this server runs {backbone.spec.digest[:12]}."
+            ]
+        )
+    placer = _Placer(backbone)
+    for op in delta.ops:
+        if isinstance(op, LowRank):
+            placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
+        elif isinstance(op, Affine):
+            placer.affines[op.site, op.side].append(op)
+    modules = placer.modules()
+    placed = PlacedDelta(
+        digest=digest,
+        modules=modules,
+        taps=placer.taps,
+        prefix=None,
+        position_offset=delta.position_offset,
+        device_bytes=placer.device_bytes,
+    )
+    if (prefix := _prefix(delta, placed, backbone, kernels)) is not None:
+        placed.prefix = prefix
+        placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
+    return placed
+
+
+class _Placer:
+    """Collects the ops of one delta by module and copies their tensors, shared ones once."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.spec = backbone.spec
+        self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
+        self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
+        self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
+        self.taps: dict[Site, int] = {}
+        self.device_bytes = 0
+        self._copies: dict[int, Tensor] = {}
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """An fp32 copy on the device; the same tensor is copied once."""
+        found = self._copies.get(id(tensor))
+        if found is None:
+            found = tensor.to(self.backbone.device, torch.float32, copy=True).contiguous()
+            self._copies[id(tensor)] = found
+            self.device_bytes += found.nbytes
+        return found
+
+    def modules(self) -> dict[int, PlacedModule]:
+        placed: dict[int, PlacedModule] = defaultdict(PlacedModule)
+        for path, ops in self.low_ranks.items():
+            module = self.spec.by_path[path]
+            for op, part in _join_fused(ops, module):
+                self._place_low_rank(placed[self.index[path]], op, part, module)
+        for (site, side), affines in self.affines.items():
+            module, part = self.spec.writer[site]
+            target = placed[self.index[module.path]]
+            if side == "input":
+                scale = _product([op.scale for op in affines])
+                shift = _sum([op.shift for op in affines])
+                target.inputs.append(self._affine(scale, shift, 0, module.shape.d_in))
+            else:
+                target.outputs.append(self._output_affine(affines, module, part))
+        return dict(placed)
+
+    def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
+        weights = LowRankWeights(
+            A=self.to_device(op.A),
+            B=self.to_device(op.B),
+            scaling=op.scaling,
+            activation=op.activation,
+            a_bias=None if op.a_bias is None else self.to_device(op.a_bias),
+            b_bias=None if op.b_bias is None else self.to_device(op.b_bias),
+            start=part.start,
+            stop=part.stop,
+        )
+        if op.sequential:
+            target.sequential.append(weights)
+        elif op.read == module.read:
+            target.parallel.append(weights)
+        else:
+            self.taps[op.read] = next(i for i, m in enumerate(self.spec.modules) if m.read == op.read)
+            target.remote.append((op.read, weights))
+
+    def _output_affine(self, ops: Sequence[Affine], module: ModuleSpec, part: Slice) -> AffineWeights:
+        """Fold scale, bias replacement and shift of one site into y * scale + shift over the base output W x + b."""
+        columns = slice(part.start, part.stop)
+        base_module = self.backbone.model.get_submodule(module.path)
+        old = (
+            base_module.bias[columns].float().cpu()
+            if module.shape.has_bias
+            else torch.zeros(part.stop - part.start)
+        )
+        new = next((op.bias.float() for op in ops if op.bias is not None), old)
+        scales = [op for op in ops if op.scale is not None]
+        shift = _sum([op.shift for op in ops])
+        if not scales:
+            return self._affine(None, _sum([new - old, shift]), part.start, part.stop)
+        factors = []
+        for op in scales:
+            assert op.scale is not None
+            norm = self._row_norms(base_module, module, part) if op.weight_normalized else 1.0
+            factors.append(op.scale.float() / norm)
+        scale = _product(factors)
+        assert scale is not None
+        if all(op.covers_bias for op in scales):
+            moved = scale * (new - old)
+        else:
+            moved = new - scale * old
+        return self._affine(scale, _sum([moved, shift]), part.start, part.stop)
+
+    def _row_norms(self, base_module: nn.Module, module: ModuleSpec, part: Slice) -> Tensor:
+        """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA)."""
+        weight = base_module.weight.float()
+        rows = (weight.t() if module.shape.kind == "conv1d" else weight)[part.start : part.stop].cpu().clone()
+        for op in self.low_ranks[module.path]:
+            if op.write == part.site and not op.sequential:
+                rows += op.scaling * (op.B.float() @ op.A.float())
+        return rows.norm(dim=1)
+
+    def _affine(self, scale: Tensor | None, shift: Tensor | None, start: int, stop: int) -> AffineWeights:
+        moves = shift is not None and bool(shift.count_nonzero())
+        return AffineWeights(
+            scale=None if scale is None else self.to_device(scale.float()),
+            shift=self.to_device(shift.float()) if shift is not None and moves else None,
+            start=start,
+            stop=stop,
+        )
+
+
+def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRank, Slice]]:
+    """Undo the split of a fused projection: LowRanks that share A and write neighbouring columns become one."""
+    parts = {part.site: part for part in module.writes}
+    joined: list[tuple[LowRank, Slice]] = []
+    for op in sorted(ops, key=lambda op: (id(op.A), parts[op.write].start)):
+        part = parts[op.write]
+        if joined:
+            last, span = joined[-1]
+            same = (
+                last.A is op.A
+                and last.read == op.read
+                and last.scaling == op.scaling
+                and last.activation == op.activation
+                and last.a_bias is op.a_bias
+                and (last.b_bias is None) == (op.b_bias is None)
+            )
+            if same and span.stop == part.start and not last.sequential and not op.sequential:
+                b_bias = None
+                if last.b_bias is not None and op.b_bias is not None:
+                    b_bias = torch.cat([last.b_bias, op.b_bias])
+                wider = LowRank(
+                    read=op.read,
+                    write=last.write,
+                    A=op.A,
+                    B=torch.cat([last.B, op.B]),
+                    scaling=op.scaling,
+                    activation=op.activation,
+                    a_bias=op.a_bias,
+                    b_bias=b_bias,
+                )
+                joined[-1] = (wider, Slice(span.site, span.start, part.stop))
+                continue
+        joined.append((op, part))
+    return joined
+
+
+def _product(factors: Sequence[Tensor | None]) -> Tensor | None:
+    given = [factor.float() for factor in factors if factor is not None]
+    return torch.stack(given).prod(dim=0) if given else None
+
+
+def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
+    given = [term.float() for term in terms if term is not None]
+    return torch.stack(given).sum(dim=0) if given else None
+
+
+def _prefix(
+    delta: Delta, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
+) -> list[tuple[Tensor, Tensor]] | None:
+    """The keys and values that the delta owns, per layer, or None."""
+    layers = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix)}
+    virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
+    if virtual is not None:
+        return _run_virtual_tokens(virtual, placed, backbone, kernels)
+    if not layers:
+        return None
+    cast = {"device": backbone.device, "dtype": backbone.dtype}
+    return [(layers[i].key.to(**cast), layers[i].value.to(**cast)) for i in range(backbone.spec.num_layers)]
+
+
+def _run_virtual_tokens(
+    op: VirtualTokens, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
+) -> list[tuple[Tensor, Tensor]]:
+    length = op.embeddings.shape[0]
+    cache = backbone.new_cache(num_slots=1, max_len=length)
+    spec = backbone.spec
+    segments = [DeltaSegment(0, length, placed)]
+    programs = compile_programs(len(spec.modules), kernels, segments, [], backbone.logit_modules)
+    context = ForwardContext(programs, cache.plan([RowSpan(0, length, slot=0, past=0)]))
+    positions = torch.arange(length, device=backbone.device)
+    backbone.forward(op.embeddings.to(backbone.device, backbone.dtype), positions, context, logits_rows=None)
+    return cache.read(0, length)
