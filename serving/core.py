@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Protocol
 
 from adapters.errors import ErrorInfo, InvalidRequest
 
@@ -28,13 +28,15 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+    """How tokens are drawn.
+
+    `max_tokens` None: as many as the context holds. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
 
     `logprobs`: number of alternatives to report per generated token (None: no log-probabilities at all).
     `prompt_logprobs`: the same for prompt tokens. Raises InvalidRequest naming the field that is out of range.
     """
 
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -51,7 +53,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, 1 << 20)
+        if self.max_tokens is not None:
+            _within("max_tokens", self.max_tokens, 1, 1 << 20)
         _within("temperature", self.temperature, 0.0, 2.0)
         _within("top_p", self.top_p, 1e-6, 1.0)
         _within("top_k", self.top_k, 0, 1 << 20)
@@ -67,14 +70,20 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
         if len(self.stop) > 16 or any(not text or len(text) > 256 for text in self.stop):
-            raise InvalidRequest("stop: got an empty, over-long or too many strings.", param="stop",
-                                 remedy="Send at most 16 strings of 1 to 256 characters.")
+            raise InvalidRequest(
+                "stop: got an empty, over-long or too many strings.",
+                param="stop",
+                remedy="Send at most 16 strings of 1 to 256 characters.",
+            )
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also false for NaN
-        raise InvalidRequest(f"{name}: got {value}, expected {low} to {high}.", param=name.partition("[")[0],
-                             remedy="Send a value in that range.")
+        raise InvalidRequest(
+            f"{name}: got {value}, expected {low} to {high}.",
+            param=name.partition("[")[0],
+            remedy="Send a value in that range.",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +248,3 @@ class Backend(Protocol):
     async def heartbeat_age_s(self) -> float:
         """Seconds since the engine loop last turned. Raises Unavailable when no replica answers."""
         ...
-
-
-JsonObject = dict[str, Any]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Seq
 
 from prometheus_client import CollectorRegistry
+from transformers import PreTrainedTokenizerBase
 
 from adapters.canonical import digest_of, from_canonical
 from adapters.errors import DeltamuxError, ErrorInfo, InvalidRequest, NotFound, StoreError
 from adapters.normal_form import Delta
 from adapters.store import BlobStore
+from serving.config import Engine as EngineSettings
 from serving.core import (
     AdmissionProof,
     BackboneInfo,
+    ChatMessage,
     Event,
     FailureEvent,
     GenerateCall,
@@ -26,10 +29,6 @@ from serving.core import (
 from serving.engine.engine import Engine
 from serving.metrics import EngineMetrics, families
 from serving.model.backbone import Backbone
-
-EngineFactory = Callable[
-    [Callable[[str], Delta], Callable[[Seq[tuple[str, Event]]], None], EngineMetrics], Engine
-]
 
 
 def load_from(store: BlobStore, digest: str) -> Delta:
@@ -54,13 +53,17 @@ class LocalBackend:
     """
 
     def __init__(
-        self, backbone: Backbone, store: BlobStore, make_engine: EngineFactory, *, flush_s: float
+        self, backbone: Backbone, store: BlobStore, settings: EngineSettings, *, flush_s: float = 0.0
     ) -> None:
         self.registry = CollectorRegistry()
         self.store = store
         self.backbone = backbone
-        self.engine = make_engine(
-            lambda digest: load_from(store, digest), self._publish, EngineMetrics(self.registry)
+        self.engine = Engine(
+            backbone,
+            lambda digest: load_from(store, digest),
+            self._publish,
+            metrics=EngineMetrics(self.registry),
+            settings=settings,
         )
         self._flush_s = flush_s
         self._queues: dict[str, asyncio.Queue[Event]] = {}
@@ -105,7 +108,8 @@ class LocalBackend:
             request = await asyncio.to_thread(self._tokenise, call)
             if request.request_id in self._queues:
                 raise InvalidRequest("request_id is in use.", param="request_id", remedy="Send a unique one.")
-            self._queues[request.request_id] = events = asyncio.Queue()
+            events: asyncio.Queue[Event] = asyncio.Queue()
+            self._queues[request.request_id] = events
             try:
                 self.engine.submit(request)
             except DeltamuxError:
@@ -145,14 +149,14 @@ class LocalBackend:
         prompt = call.prompt
         if isinstance(prompt, str):
             ids = tuple(_need(tokenizer)(prompt)["input_ids"])
-        elif prompt and isinstance(prompt[0], int):
-            ids = tuple(int(token) for token in prompt)  # type: ignore[arg-type]
+        elif all(isinstance(token, int) for token in prompt):
+            ids = tuple(token for token in prompt if isinstance(token, int))
         else:
             if not getattr(tokenizer, "chat_template", None):
                 raise InvalidRequest(
                     "This backbone has no chat template.", param="messages", remedy="Use /v1/completions."
                 )
-            turns = [{"role": m.role, "content": m.content} for m in prompt]  # type: ignore[union-attr]
+            turns = [{"role": m.role, "content": m.content} for m in prompt if isinstance(m, ChatMessage)]
             text = _need(tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             ids = tuple(_need(tokenizer)(text, add_special_tokens=False)["input_ids"])
         if not ids:
@@ -191,7 +195,7 @@ class LocalBackend:
         return self.engine.heartbeat_age_s
 
 
-def _need(tokenizer: object) -> object:
+def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise NotFound("This backbone has no tokenizer.", param="prompt", remedy="Send token ids.")
     return tokenizer

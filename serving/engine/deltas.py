@@ -77,7 +77,7 @@ class DeltaManager:
         needed = self._device_bytes(delta)
         if needed > self.residency.capacity_bytes:
             raise Overloaded(
-                f"The delta needs {needed} bytes of device memory, the whole budget is {self.residency.capacity_bytes}.",
+                f"The delta needs {needed} bytes of device memory, the budget is {self.residency.capacity_bytes}.",
                 param="model",
                 remedy="Raise engine.adapter_memory_bytes.",
             )
@@ -86,11 +86,11 @@ class DeltaManager:
             return False
         if evicted := self.residency.num_evictions - before:
             self.runner.forget_programs()
-            self._metrics.adapter_evictions.labels(tier="device").inc(evicted)
+            self._metrics.adapter_evictions.inc(evicted)
         started = time.perf_counter()
         self.residency.insert(place(delta, digest, self.runner.backbone, self.runner.kernels))
-        self._metrics.adapter_load_seconds.labels(tier="device").observe(time.perf_counter() - started)
-        self._metrics.adapter_loads.labels(tier="device").inc()
+        self._metrics.adapter_load_seconds.observe(time.perf_counter() - started)
+        self._metrics.adapter_loads.inc()
         self._report()
         return True
 
@@ -103,7 +103,10 @@ class DeltaManager:
         return 4 * (delta.num_parameters - in_prefixes) + (entries * width if prefixes else 0)
 
     def admit(self, delta: Delta, digest: str) -> AdmissionProof:
-        """Place `delta` and measure what it does. Raises InvalidDelta for one without effect, Overloaded without room."""
+        """Place `delta` and measure what it does.
+
+        Raises InvalidDelta for one without effect, Overloaded while there is no room for it.
+        """
         started = time.perf_counter()
         if digest not in self.residency and not self._insert(delta, digest):
             raise Overloaded(
@@ -153,7 +156,7 @@ class DeltaManager:
             ForwardContext(programs, cache.plan(spans)),
             torch.arange(2 * PROBE_TOKENS, device=backbone.device),
         )
-        bare, changed = logits.split(PROBE_TOKENS)
+        bare, changed = torch.split(logits, PROBE_TOKENS)
         if not torch.isfinite(changed).all():
             raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
         return float((changed - bare).abs().max()), float(bare.abs().max())
@@ -173,7 +176,5 @@ class DeltaManager:
         return freed
 
     def _report(self) -> None:
-        self._metrics.resident_adapters.labels(tier="device").set(len(self.residency))
-        self._metrics.resident_adapter_bytes.labels(tier="device").set(self.residency.used_bytes)
-        self._metrics.resident_adapters.labels(tier="host").set(len(self.host))
-        self._metrics.resident_adapter_bytes.labels(tier="host").set(self.host.used_bytes)
+        self._metrics.adapters_resident.set(len(self.residency))
+        self._metrics.adapter_bytes.set(self.residency.used_bytes)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from adapters.errors import DeltamuxError, ErrorInfo
 from adapters.normal_form import Delta
+from serving.config import Engine as EngineSettings
 from serving.core import (
     AdmissionProof,
     Alternative,
@@ -36,7 +37,7 @@ from serving.engine.detokenizer import TextStream
 from serving.engine.kv_manager import SlotKVManager
 from serving.engine.runner import RowLogits, Runner
 from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
-from serving.engine.scheduler import ScheduledRow, Scheduler, Sequence, max_total_len
+from serving.engine.scheduler import Scheduler, Sequence, max_total_len
 from serving.kernels.reference import ReferenceKernels
 from serving.memory.host_cache import HostCache
 from serving.metrics import EngineMetrics
@@ -70,30 +71,31 @@ class Engine:
         publish: Publish,
         *,
         metrics: EngineMetrics,
-        max_num_seqs: int = 32,
-        max_model_len: int | None = None,
-        max_num_batched_tokens: int = 512,
-        max_queue: int = 256,
-        adapter_memory_bytes: int = 1 << 30,
-        host_cache_bytes: int = 2 << 30,
+        settings: EngineSettings,
     ) -> None:
         self.backbone = backbone
-        self.max_len = min(max_model_len or backbone.spec.max_positions, backbone.spec.max_positions)
+        self.max_len = min(settings.max_model_len or backbone.spec.max_positions, backbone.spec.max_positions)
         self.metrics = metrics
         self._publish = publish
         self._events: list[tuple[str, Event]] = []
         self._tokenizer: Tokenizer | None = getattr(backbone.tokenizer, "backend_tokenizer", None)
-        self.runner = Runner(backbone, ReferenceKernels(), num_slots=max_num_seqs, max_len=self.max_len)
+        self.runner = Runner(
+            backbone, ReferenceKernels(), num_slots=settings.max_num_seqs, max_len=self.max_len
+        )
         self._wake = threading.Event()
-        host = HostCache(load_delta, host_cache_bytes)
+        host = HostCache(load_delta, settings.host_cache_bytes)
         self.deltas = DeltaManager(
-            self.runner, host, capacity_bytes=adapter_memory_bytes, metrics=metrics, on_loaded=self._wake.set
+            self.runner,
+            host,
+            capacity_bytes=settings.adapter_memory_bytes,
+            metrics=metrics,
+            on_loaded=self._wake.set,
         )
         self.scheduler = Scheduler(
-            SlotKVManager(max_num_seqs, self.max_len),
+            SlotKVManager(settings.max_num_seqs, self.max_len),
             self.deltas,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_queue=max_queue,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_queue=settings.max_queue,
         )
         self._live: dict[str, Sequence] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -121,7 +123,7 @@ class Engine:
                     self._end(seq, FinishReason.ERROR, error=INTERNAL_ERROR)
             else:
                 self._advance(outputs, sampled)
-                self._measure(rows, time.perf_counter() - started)
+                self.metrics.step_seconds.observe(time.perf_counter() - started)
         self._finish_releases()
         self._flush()
         return bool(rows)
@@ -150,6 +152,7 @@ class Engine:
         if not state.announced:
             self._announce(seq)
         seq.tokens.append(drawn.token_id)
+        self.metrics.generated_tokens.inc()
         text = state.text.push(drawn.token_id) if state.text else ""
         params = seq.request.sampling
         ends = drawn.token_id in params.stop_token_ids or (
@@ -181,6 +184,7 @@ class Engine:
         logprobs = tuple(state.prompt_logprobs) if seq.wants_prompt_logits else None
         event = PromptEvent(prompt_token_ids=seq.request.prompt_token_ids, logprobs=logprobs)
         self._events.append((seq.request.request_id, event))
+        self.metrics.prompt_tokens.inc(seq.num_prompt)
 
     def _collect_prompt_logprobs(self, seq: Sequence, count: int, logits: torch.Tensor) -> None:
         """Token i + 1 is scored by the logits of token i; the first token has no score."""
@@ -216,20 +220,13 @@ class Engine:
         self.metrics.requests_finished.labels(reason=reason.value).inc()
         self._events.append((seq.request.request_id, event or TokenEvent(finish_reason=reason, error=error)))
 
-    def _measure(self, rows: Seq[ScheduledRow], elapsed_s: float) -> None:
-        decodes = sum(row.num_tokens == 1 for row in rows)
-        self.metrics.step_seconds.observe(elapsed_s)
-        self.metrics.step_rows.observe(len(rows))
-        self.metrics.step_tokens.labels(phase="decode").inc(decodes)
-        self.metrics.step_tokens.labels(phase="prefill").inc(sum(row.num_tokens for row in rows) - decodes)
-
     def _flush(self) -> None:
         if self._events:
             events, self._events = self._events, []
             self._publish(events)
         self.metrics.requests_running.set(len(self.scheduler.running))
         self.metrics.requests_waiting.set(len(self.scheduler.waiting))
-        self.metrics.kv_cache_usage.set(self.scheduler.kv.usage)
+        self.metrics.kv_usage.set(self.scheduler.kv.usage)
 
     # -- what other threads ask for -----------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class Runner:
             ForwardContext(self._compile(batch), self.cache.plan(batch.spans)),
             torch.tensor(batch.logits_rows, device=device) if batch.logits_rows else None,
         )
-        parts = logits.split(batch.logits_counts)
+        parts = torch.split(logits, batch.logits_counts)
         return [RowLogits(row, part) for row, part in zip(batch.rows, parts, strict=True)]
 
     def _compile(self, batch: Batch) -> list[ModuleProgram | None]:

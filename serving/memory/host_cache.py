@@ -56,9 +56,6 @@ class HostCache:
             self._entries.pop(digest, None)
             self._sizes.pop(digest, None)
 
-    def __len__(self) -> int:
-        return len(self._sizes)
-
     @property
     def used_bytes(self) -> int:
         """Bytes of the loaded deltas."""

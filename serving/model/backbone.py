@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Conv1D, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Conv1D,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.errors import BackboneRefused
@@ -35,7 +42,7 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 class Backbone:
     """A frozen model on its device, with every site hooked and attention redirected to the KV cache."""
 
-    model: nn.Module
+    model: PreTrainedModel
     spec: BackboneSpec
     tokenizer: PreTrainedTokenizerBase | None
     eos_token_ids: frozenset[int]
@@ -102,7 +109,7 @@ def load_backbone(
 
 
 def adopt_backbone(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     name: str,
     names: Sequence[str] = (),
@@ -146,7 +153,7 @@ def adopt_backbone(
     return backbone
 
 
-def backbone_digest(model: nn.Module) -> str:
+def backbone_digest(model: PreTrainedModel) -> str:
     """sha256 over the configuration that shapes the numbers and every tensor (name, dtype, shape, bytes), as loaded."""
     total = hashlib.sha256()
     config = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE_CONFIG}
@@ -172,7 +179,7 @@ def _shape_of(module: nn.Module) -> ModuleShape:
     return ModuleShape("layer", width, width, has_bias=False)
 
 
-def _eos_ids(model: nn.Module) -> frozenset[int]:
+def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
     raw = model.generation_config.eos_token_id if model.generation_config else None
     raw = raw if raw is not None else model.config.eos_token_id
     return frozenset([raw] if isinstance(raw, int) else raw or [])
@@ -184,7 +191,7 @@ def _probe_tokens(spec: BackboneSpec) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _stock_probe(model: nn.Module, spec: BackboneSpec) -> list[Tensor]:
+def _stock_probe(model: PreTrainedModel, spec: BackboneSpec) -> list[Tensor]:
     """Logits of every position of the probe rows, one stock forward a row."""
     return [
         model(input_ids=row[None].to(model.device), use_cache=False).logits[0].float()

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec, Slice
 from adapters.errors import InvalidDelta
@@ -29,7 +29,8 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
     if delta.backbone_digest != backbone.spec.digest:
         raise InvalidDelta(
             [
-                f"The delta is bound to backbone {delta.backbone_digest[:12]}, this server runs {backbone.spec.digest[:12]}."
+                f"The delta is bound to backbone {delta.backbone_digest[:12]}, not to"
+                f" {backbone.spec.digest[:12]}, which this server runs."
             ]
         )
     placer = _Placer(backbone)
@@ -128,24 +129,23 @@ class _Placer:
         factors = []
         for op in scales:
             assert op.scale is not None
-            norm = self._row_norms(base_module, module, part) if op.weight_normalized else 1.0
+            norm = self._row_norms(module, part) if op.weight_normalized else 1.0
             factors.append(op.scale.float() / norm)
         scale = _product(factors)
         assert scale is not None
-        if all(op.covers_bias for op in scales):
-            moved = scale * (new - old)
-        else:
-            moved = new - scale * old
+        covered = all(op.covers_bias for op in scales)
+        moved = scale * (new - old) if covered else new - scale * old
         return self._affine(scale, _sum([moved, shift]), part.start, part.stop)
 
-    def _row_norms(self, base_module: nn.Module, module: ModuleSpec, part: Slice) -> Tensor:
+    def _row_norms(self, module: ModuleSpec, part: Slice) -> Tensor:
         """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA)."""
-        weight = base_module.weight.float()
-        rows = (weight.t() if module.shape.kind == "conv1d" else weight)[part.start : part.stop].cpu().clone()
+        weight = _parameter(self.backbone, module, "weight")
+        rows = (weight.t() if module.shape.kind == "conv1d" else weight)[part.start : part.stop].clone()
         for op in self.low_ranks[module.path]:
             if op.write == part.site and not op.sequential:
                 rows += op.scaling * (op.B.float() @ op.A.float())
-        return rows.norm(dim=1)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return norms
 
     def _affine(self, scale: Tensor | None, shift: Tensor | None, start: int, stop: int) -> AffineWeights:
         moves = shift is not None and bool(shift.count_nonzero())
@@ -193,6 +193,12 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
     return joined
 
 
+def _parameter(backbone: Backbone, module: ModuleSpec, name: str) -> Tensor:
+    """A parameter of the base module, as served, in fp32 on the host."""
+    parameter: Tensor = backbone.model.get_parameter(f"{module.path}.{name}")
+    return parameter.float().cpu()
+
+
 def _product(factors: Sequence[Tensor | None]) -> Tensor | None:
     given = [factor.float() for factor in factors if factor is not None]
     return torch.stack(given).prod(dim=0) if given else None
@@ -213,8 +219,9 @@ def _prefix(
         return _run_virtual_tokens(virtual, placed, backbone, kernels)
     if not layers:
         return None
-    cast = {"device": backbone.device, "dtype": backbone.dtype}
-    return [(layers[i].key.to(**cast), layers[i].value.to(**cast)) for i in range(backbone.spec.num_layers)]
+    device, dtype = backbone.device, backbone.dtype
+    ordered = [layers[layer] for layer in range(backbone.spec.num_layers)]
+    return [(op.key.to(device, dtype), op.value.to(device, dtype)) for op in ordered]
 
 
 def _run_virtual_tokens(

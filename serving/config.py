@@ -1,0 +1,215 @@
+"""Every setting of the server, as one frozen tree; the only reader of the environment.
+
+Sources, from low to high: defaults, YAML file, `DELTAMUX_<GROUP>__<NAME>` variables, flags.
+`docs/settings.md` lists all of them; a test keeps both in step.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+ENV_PREFIX = "DELTAMUX_"
+ENV_DELIMITER = "__"
+
+MIB = 1 << 20
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may resolve to anything
+        return False
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # a value can be a secret
+    )
+
+
+class Server(_Group):
+    """Where the HTTP server listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. An address other than loopback is refused unless `insecure` is set."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    insecure: bool = False
+    """Listen beyond loopback although no keys are configured: whoever reaches the port may do everything."""
+
+    @model_validator(mode="after")
+    def _loopback_unless_insecure(self) -> Server:
+        if not (self.insecure or _is_loopback(self.host)):
+            raise ValueError(
+                f"host: got {self.host!r}, expected a loopback address, since no keys are configured. "
+                "Listen on 127.0.0.1, or set insecure (--insecure) if all who reach the port may use it."
+            )
+        return self
+
+
+class Backbone(_Group):
+    """The frozen model."""
+
+    path: str
+    """Directory or Hub id of the transformers checkpoint. Required."""
+    name: str | None = Field(default=None, min_length=1, max_length=200)
+    """What callers write in `model` to reach the bare backbone; by default the last part of `path`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto` takes CUDA where there is a device."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; `auto` takes float32 on the CPU and the checkpoint's type on CUDA."""
+
+    @property
+    def served_name(self) -> str:
+        """The model id of the bare backbone."""
+        return self.name or Path(self.path).name or self.path
+
+
+class Engine(_Group):
+    """Sizes of one replica's engine."""
+
+    max_num_seqs: int = Field(default=32, ge=1, le=4096)
+    """Requests that run in one batch."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest context in tokens, prompt and output together; by default what the backbone was built for."""
+    max_num_batched_tokens: int = Field(default=512, ge=1)
+    """Tokens that one step computes; longer prompts are prefilled in chunks."""
+    max_queue: int = Field(default=256, ge=0)
+    """Requests that may wait for a place in the batch; one more is answered 429."""
+    adapter_memory_bytes: int = Field(default=512 * MIB, ge=0)
+    """Device memory that resident deltas may take."""
+    host_cache_bytes: int = Field(default=1024 * MIB, ge=0)
+    """Host memory that loaded deltas may take beside the device."""
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of one replica's CPU kernels; by default torch decides."""
+
+
+class Store(_Group):
+    """Where the deltas' bytes are."""
+
+    path: Path = Path("deltamux-data/blobs")
+    """Directory of the blob store; created if missing."""
+
+
+class Database(_Group):
+    """Where the deltas' names, versions and aliases are."""
+
+    url: str = Field(default="sqlite:///deltamux-data/registry.db", min_length=1, repr=False)
+    """SQLAlchemy URL of the registry. Kept out of logs, since it can hold a password."""
+
+
+class Limits(_Group):
+    """Bounds on what one caller can ask for."""
+
+    max_upload_bytes: int = Field(default=64 * MIB, ge=1)
+    """Largest upload body; a byte more is answered 413."""
+    max_open_uploads: int = Field(default=4, ge=1)
+    """Uploads in progress at once, each held in memory while it is read; one more is answered 429."""
+    max_body_bytes: int = Field(default=8 * MIB, ge=1)
+    """Largest JSON body; a byte more is answered 413."""
+    max_n: int = Field(default=16, ge=1)
+    """Largest `n` of a request."""
+    max_choices: int = Field(default=128, ge=1)
+    """Most choices of one request: its prompts times `n`."""
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest duration of one request, from its first byte to its last."""
+    max_heartbeat_age_s: float = Field(default=30.0, gt=0)
+    """Age of the engine's last turn beyond which `/health/ready` answers 503."""
+
+
+class Settings(_Group):
+    """The whole tree. `load_settings` builds it; built directly it reads neither environment nor file."""
+
+    server: Server = Server()
+    """Where the HTTP server listens."""
+    backbone: Backbone
+    """The frozen model."""
+    engine: Engine = Engine()
+    """Sizes of one replica's engine."""
+    store: Store = Store()
+    """Where the deltas' bytes are."""
+    database: Database = Database()
+    """Where the deltas' names, versions and aliases are."""
+    limits: Limits = Limits()
+    """Bounds on what one caller can ask for."""
+    replicas: int = Field(default=1, ge=1, le=1024)
+    """Copies of the backbone, each with its own engine."""
+    profile: Literal["laptop", "load"] = "laptop"
+    """Ray Serve's shape: `laptop` starts leanest, `load` adds HAProxy and the throughput flags."""
+
+
+def load_settings(config_file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from `config_file`, the environment and `flags` (a nested mapping), the later winning.
+
+    Raises ValueError, listing every problem, for a file that can't be read, an unknown key or variable, and a
+    value out of range.
+    """
+    file_values = _read_yaml(config_file) if config_file is not None else {}
+    _refuse_unknown_variables(os.environ)
+
+    class Sources(BaseSettings, Settings):
+        """`Settings` by source. A class of this call: pydantic-settings asks the class for its sources."""
+
+        model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER)
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  (the library's signature)
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=file_values)
+
+    try:
+        return Settings.model_validate(Sources(**(flags or {})).model_dump())
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ValueError("Settings: " + " | ".join(problems)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"The configuration file {path} can't be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The configuration file {path} is not YAML: {error}") from error
+    if values is None:  # an empty file
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"The configuration file {path} must hold a mapping of setting groups.")
+    return values
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    """Refuse a misspelt variable: pydantic-settings would ignore it without a word."""
+    groups = {name.upper() for name in Settings.model_fields}
+    given = [name for name in environ if name.upper().startswith(ENV_PREFIX)]
+    wrong = [n for n in given if n.upper().removeprefix(ENV_PREFIX).partition(ENV_DELIMITER)[0] not in groups]
+    if wrong:
+        expected = ", ".join(sorted(ENV_PREFIX + group for group in groups))
+        raise ValueError(
+            f"Unknown variables: {', '.join(sorted(wrong))}. Expected names begin with: {expected}."
+        )
