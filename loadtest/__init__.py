@@ -1,0 +1,1 @@
+"""Measurements of deltamux: `python -m loadtest <what>` prints a table and writes JSON."""
