@@ -1,0 +1,231 @@
+"""Write the AdapterHub golden fixtures: tiny backbones, bottleneck adapters and the library's own logits.
+
+AdapterHub's library imports as `adapters`, the name of our own package, so it lives in its own environment:
+
+    python3 -m venv /tmp/w/ahvenv
+    /tmp/w/ahvenv/bin/pip install torch==2.13.0 adapters==1.3.0   # and transformers 4.57.6
+    /tmp/w/ahvenv/bin/python tests/golden/make_adapterhub.py     # 10 s, rewrites adapterhub/
+
+Everything is seeded: a second run writes the same bytes. `README.md` beside this file says what is in them.
+
+Cases the library cannot produce, hence absent here:
+- `residual_before_ln="post_add"`: UnboundLocalError on a pre-LN decoder (it is read only beside a LayerNorm);
+- `inv_adapter="glow"`: its own forward fails on [batch, tokens, hidden] input;
+- `shared_W_phm` with `factorized_phm_W=False`, or with a `reduction_factor` map: fails while adding;
+- an integer `scaling`: ValueError, only float, "learned" and "channel" exist;
+- `stochastic_depth > 0`: asks for torchvision; inert outside training.
+And `use_gating` is left out by choice: its gate is a mean over the whole sequence, so a causal model's logits
+would depend on later tokens and no incremental decoder can agree with it.
+"""
+
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from adapters.configuration.adapter_config import AdapterPlusConfig, CompacterConfig, CompacterPlusPlusConfig
+from adapters.loading import AdapterLoader
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+import adapters
+from adapters import (
+    AdapterConfig,
+    DoubleSeqBnConfig,
+    LlamaAdapterModel,
+    ParBnConfig,
+    SeqBnConfig,
+    SeqBnInvConfig,
+)
+
+ROOT = Path(__file__).parent / "adapterhub"
+HIDDEN, VOCAB, LAYERS = 24, 37, 3
+SEQUENCES = ([3, 36, 7, 0], [19, 8, 8])
+SIGMA = 0.4
+BACKBONE_NAME = "deltamux-golden"  # stands in for the local path the library would write as `model_name`
+
+Tensors = dict[str, torch.Tensor]
+
+LLAMA = LlamaConfig(
+    hidden_size=HIDDEN,
+    intermediate_size=40,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCAB,
+    max_position_embeddings=32,
+    tie_word_embeddings=False,
+)
+GPT2 = GPT2Config(
+    n_embd=HIDDEN,
+    n_inner=40,
+    n_layer=LAYERS,
+    n_head=4,
+    vocab_size=VOCAB,
+    n_positions=32,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter; `families` are the backbones it is made for."""
+
+    config: AdapterConfig
+    families: tuple[str, ...] = ("llama", "gpt2")
+
+
+# Hidden 24 makes every bottleneck width differ from the head and FFN widths, so a swapped axis cannot pass.
+CASES: dict[str, Case] = {
+    "seq_bn": Case(SeqBnConfig(reduction_factor=4)),
+    "seq_bn_mh": Case(SeqBnConfig(reduction_factor=4, mh_adapter=True, output_adapter=False)),
+    "seq_bn_gelu": Case(SeqBnConfig(reduction_factor=8, non_linearity="gelu"), ("llama",)),
+    "seq_bn_gelu_new": Case(SeqBnConfig(reduction_factor=8, non_linearity="gelu_new"), ("gpt2",)),
+    "seq_bn_tanh": Case(SeqBnConfig(reduction_factor=8, non_linearity="tanh"), ("gpt2",)),
+    "seq_bn_leakyrelu": Case(SeqBnConfig(reduction_factor=8, non_linearity="leakyrelu"), ("llama",)),
+    "seq_bn_leave_out": Case(SeqBnConfig(reduction_factor=4, leave_out=[0])),
+    "seq_bn_rf_map": Case(SeqBnConfig(reduction_factor={"1": 2, "default": 5})),
+    "seq_bn_wider": Case(SeqBnConfig(reduction_factor=0.5, leave_out=[0, 2]), ("llama",)),
+    "seq_bn_one_unit": Case(SeqBnConfig(reduction_factor=100), ("gpt2",)),
+    "seq_bn_ln_before": Case(SeqBnConfig(reduction_factor=8, ln_before=True)),
+    "seq_bn_ln_after": Case(SeqBnConfig(reduction_factor=8, ln_after=True)),
+    "seq_bn_ln_after_residual": Case(
+        SeqBnConfig(reduction_factor=8, ln_after=True, adapter_residual_before_ln=True), ("llama",)
+    ),
+    "seq_bn_residual_after_add": Case(SeqBnConfig(reduction_factor=8, residual_before_ln=False)),
+    "seq_bn_drops_stream": Case(
+        SeqBnConfig(reduction_factor=8, original_ln_before=False, original_ln_after=False), ("llama",)
+    ),
+    "seq_bn_inv": Case(SeqBnInvConfig(reduction_factor=8)),
+    "double_seq_bn": Case(DoubleSeqBnConfig(reduction_factor=4)),
+    "par_bn": Case(ParBnConfig(reduction_factor=4)),
+    "par_bn_learned": Case(ParBnConfig(reduction_factor=4, scaling="learned")),
+    "par_bn_channel": Case(ParBnConfig(reduction_factor=8, scaling="channel"), ("llama",)),
+    "par_bn_mh": Case(ParBnConfig(reduction_factor=8, mh_adapter=True, non_linearity="swish"), ("llama",)),
+    "par_bn_ln": Case(ParBnConfig(reduction_factor=8, ln_before=True, ln_after=True), ("gpt2",)),
+    "par_bn_drops_stream": Case(ParBnConfig(reduction_factor=8, original_ln_after=False), ("llama",)),
+    "adapter_plus": Case(AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0)),
+    "compacter": Case(CompacterConfig(reduction_factor=2), ("gpt2",)),
+    "compacterpp": Case(CompacterPlusPlusConfig(reduction_factor=2), ("llama",)),
+    "compacterpp_local_rule": Case(
+        CompacterPlusPlusConfig(
+            reduction_factor=2, shared_phm_rule=False, factorized_phm_rule=True, phm_rank=2, phm_bias=False
+        ),
+        ("llama",),
+    ),
+    "compacterpp_dense_w": Case(
+        CompacterPlusPlusConfig(reduction_factor=2, factorized_phm_W=False), ("llama",)
+    ),
+    "compacterpp_shared_w": Case(CompacterPlusPlusConfig(reduction_factor=2, shared_W_phm=True), ("llama",)),
+}
+
+
+def randomise(model: PreTrainedModel, seed_text: str, wanted: Callable[[str], bool], sigma: float) -> int:
+    """Redraw every parameter whose name is wanted, norm weights around one; return how many there were."""
+    generator = torch.Generator().manual_seed(zlib.crc32(seed_text.encode()))
+    names = [(name, parameter) for name, parameter in model.named_parameters() if wanted(name)]
+    for name, parameter in names:
+        is_norm_weight = name.endswith("weight") and parameter.dim() == 1
+        parameter.data = torch.randn(parameter.shape, generator=generator) * sigma + is_norm_weight
+    return len(names)
+
+
+def logits(model: PreTrainedModel) -> Tensors:
+    """Logits of each sequence alone, in fp32 and then fp64, under the names the golden file uses."""
+    tensors: Tensors = {}
+    for dtype, suffix in ((torch.float32, ""), (torch.float64, "_float64")):
+        model.to(dtype)
+        for index, ids in enumerate(SEQUENCES):
+            with torch.no_grad():
+                output = model(torch.tensor([ids]), use_cache=False, return_dict=True).logits[0]
+            assert output.dtype == dtype
+            tensors[f"logits{suffix}.{index}"] = output.contiguous()
+    model.to(torch.float32)
+    return tensors
+
+
+def write_golden(directory: Path, tensors: Tensors) -> None:
+    inputs = {f"input_ids.{index}": torch.tensor(ids) for index, ids in enumerate(SEQUENCES)}
+    save_file(inputs | tensors, directory / "golden.safetensors")
+
+
+def make_backbone(family: str, config: LlamaConfig | GPT2Config) -> Tensors:
+    """Save a randomised backbone and its bare logits; return those logits."""
+    directory = ROOT / family / "backbone"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    randomise(model, f"{family}/backbone", lambda _: True, sigma=0.3)
+    model.save_pretrained(directory)
+    base = logits(model)
+    write_golden(directory, base)
+    return base
+
+
+def save_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
+    """Save as the library does; with `ln_before` as a converter must, since the library refuses."""
+    if not model.adapters_config.get(name).ln_before:
+        model.save_adapter(str(directory), name, with_head=hasattr(model, "heads"), use_safetensors=True)
+        return
+    # The new norm is registered twice (adapter_norm_before, adapter_down.0) and safetensors rejects shared
+    # memory: the clones keep both keys, as the library's pickled file has them.
+    directory.mkdir(parents=True)
+    tensors, config = AdapterLoader(model).save_to_state_dict(name)
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, directory / "adapter.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def make_case(family: str, name: str, model: PreTrainedModel, config: AdapterConfig, base: Tensors) -> None:
+    """Add, randomise, save and run one adapter on a model that already carries the library's hooks."""
+    directory = ROOT / family / name
+    model.config.name_or_path = BACKBONE_NAME
+    model.add_adapter(name, config=config)
+    model.set_active_adapters(name)
+    model.eval()
+    assert (
+        randomise(model, f"{family}/{name}", lambda key: f".{name}." in key and "heads." not in key, SIGMA)
+        > 0
+    )
+    save_adapter(model, name, directory)
+    golden = logits(model)
+    for index in range(len(SEQUENCES)):
+        change = (golden[f"logits.{index}"] - base[f"logits.{index}"]).abs().max().item()
+        drift = (golden[f"logits.{index}"] - golden[f"logits_float64.{index}"]).abs().max().item()
+        assert change > 0.1, f"{family}/{name}: the adapter changes the logits by {change} only"
+        assert drift < 1e-4, f"{family}/{name}: fp32 and fp64 differ by {drift}"
+    write_golden(directory, golden)
+
+
+def load_backbone(family: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(ROOT / family / "backbone", attn_implementation="eager")
+    adapters.init(model)
+    return model
+
+
+def load_flex_head_backbone(head: str) -> PreTrainedModel:
+    """The Llama backbone under the library's own model class, whose LM head undoes invertible adapters."""
+    plain = AutoModelForCausalLM.from_pretrained(ROOT / "llama" / "backbone")
+    model = LlamaAdapterModel.from_pretrained(ROOT / "llama" / "backbone", attn_implementation="eager")
+    model.add_causal_lm_head(head, activation_function=None, layers=1)
+    model.heads[head].get_output_embeddings().weight.data = plain.lm_head.weight.data.clone()
+    return model
+
+
+def main() -> None:
+    logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns inside its own set_active_adapters
+    shutil.rmtree(ROOT, ignore_errors=True)
+    base = {"llama": make_backbone("llama", LLAMA), "gpt2": make_backbone("gpt2", GPT2)}
+    for name, case in CASES.items():
+        for family in case.families:
+            make_case(family, name, load_backbone(family), case.config, base[family])
+    name = "seq_bn_inv_flex_head"
+    make_case("llama", name, load_flex_head_backbone(name), SeqBnInvConfig(reduction_factor=8), base["llama"])
+    size_bytes = sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file())
+    print(f"{len(list(ROOT.glob('*/*')))} directories, {size_bytes / 1024:.0f} KiB under {ROOT.name}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,901 @@
+"""The registry: version numbers, aliases, deletion; crashes, races, failing databases; speed at 10,000 names."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlalchemy import insert
+
+from adapters.errors import (
+    Conflict,
+    DeltamuxError,
+    InvalidReference,
+    InvalidRequest,
+    NotFound,
+    RegistryUnavailable,
+)
+from adapters.migrations.database import Database
+from adapters.migrations.schema import adapters, aliases, metadata, versions
+from adapters.names import ModelReference
+from adapters.registry import DEFAULT_TENANT, MAX_PAGE, AliasRecord, Registry, Status, VersionRecord
+
+REPOSITORY = Path(__file__).parents[3]
+A, B, C = ("a" * 64, "b" * 64, "c" * 64)
+BACKBONE = "f" * 64
+T = DEFAULT_TENANT
+
+
+def publish(
+    registry: Registry,
+    name: str,
+    digest: str,
+    *,
+    tenant: str = T,
+    status: Status = "ready",
+    proof: Any = None,
+) -> VersionRecord:
+    return registry.publish(
+        tenant,
+        name,
+        digest,
+        method="LORA",
+        backbone_digest=BACKBONE,
+        task="causal-lm",
+        size_bytes=123,
+        labels={"team": "search"},
+        proof=proof or {"effect": 0.25},
+        status=status,
+    )
+
+
+def resolve(registry: Registry, text: str) -> int:
+    return registry.resolve(ModelReference.parse(text)).version
+
+
+def aliases_of(registry: Registry, name: str) -> dict[str, int]:
+    return {alias.alias: alias.version for alias in registry.get_adapter(T, name).aliases}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "srv" / "registry.db"
+
+
+@pytest.fixture
+def registry(path: Path) -> Iterator[Registry]:
+    with Registry(f"sqlite:///{path}", clock=lambda: 1_800_000_000.5) as opened:
+        yield opened
+
+
+class TestPublish:
+    def test_counts_versions_and_moves_latest(self, registry: Registry) -> None:
+        first = publish(registry, "sql", A)
+        assert first == VersionRecord(
+            tenant="default",
+            name="sql",
+            version=1,
+            digest=A,
+            status="ready",
+            method="LORA",
+            backbone_digest=BACKBONE,
+            task="causal-lm",
+            size_bytes=123,
+            labels={"team": "search"},
+            proof={"effect": 0.25},
+            created_at=1_800_000_000.5,
+        )
+        assert publish(registry, "sql", B).version == 2
+        assert publish(registry, "other", B).version == 1
+        assert resolve(registry, "sql") == 2
+        assert registry.get_version(T, "sql", 1) == first
+        with pytest.raises(FrozenInstanceError):
+            first.version = 5  # type: ignore[misc]
+
+    def test_the_same_digest_again_is_the_same_version(self, registry: Registry) -> None:
+        first = publish(registry, "sql", A)
+        publish(registry, "sql", B)
+        again = publish(registry, "sql", A, proof={"effect": 9})
+        assert again == replace(first, republished=True)
+        assert resolve(registry, "sql") == 2
+        assert len(registry.list_versions(T, "sql")) == 2
+
+    def test_tenants_do_not_meet(self, registry: Registry) -> None:
+        publish(registry, "sql", A, tenant="acme")
+        assert publish(registry, "sql", B, tenant="other").version == 1
+        with pytest.raises(NotFound, match="'sql' does not exist"):
+            registry.resolve(ModelReference.parse("sql"))
+        assert registry.resolve(ModelReference.parse("sql"), default_tenant="acme").digest == A
+        assert registry.resolve(ModelReference.parse("other/sql"), default_tenant="acme").digest == B
+        assert registry.list_adapters(T).items == ()
+
+    @pytest.mark.parametrize("name", ["", "..", "/..", "a/..", "A", "é", "a\n", "a" * 64])
+    def test_refuses_names_outside_the_grammar(self, registry: Registry, name: str) -> None:
+        attempts: list[Callable[[], object]] = [
+            lambda: publish(registry, name, A),
+            lambda: publish(registry, "sql", A, tenant=name),
+            lambda: registry.get_adapter(T, name),
+            lambda: registry.get_version(T, name, 1),
+            lambda: registry.list_versions(T, name),
+            lambda: registry.list_adapters(name),
+            lambda: registry.list_adapters(T, after=name),
+            lambda: registry.set_alias(T, "sql", name, 1, expected_revision=None),
+            lambda: registry.delete_version(T, name, 1),
+            lambda: registry.delete_adapter(name, "sql"),
+        ]
+        for attempt in attempts:
+            with pytest.raises(InvalidReference):
+                attempt()
+
+    def test_refuses_what_is_no_digest(self, registry: Registry) -> None:
+        with pytest.raises(InvalidReference):
+            publish(registry, "sql", "../" + A[3:])
+
+
+class TestValidation:
+    def test_only_a_ready_version_becomes_latest(self, registry: Registry) -> None:
+        publish(registry, "sql", A, status="validating")
+        assert registry.get_adapter(T, "sql").latest is None
+        with pytest.raises(NotFound):
+            resolve(registry, "sql")
+        assert resolve(registry, "sql@v1") == 1
+        done = registry.finish_validation(T, "sql", 1, "ready", proof={"effect": 1})
+        assert (done.status, done.proof) == ("ready", {"effect": 1})
+        assert registry.resolve(ModelReference.parse("sql")) == done
+
+    def test_a_slow_validation_does_not_take_latest_back(self, registry: Registry) -> None:
+        publish(registry, "sql", A, status="validating")
+        publish(registry, "sql", B)
+        registry.finish_validation(T, "sql", 1, "ready", proof={})
+        assert resolve(registry, "sql") == 2
+
+    def test_ends_once(self, registry: Registry) -> None:
+        publish(registry, "sql", A, status="validating")
+        registry.finish_validation(T, "sql", 1, "failed", proof={"reason": "no effect"})
+        with pytest.raises(Conflict, match="Version 1 of 'sql' is failed; only a validating one"):
+            registry.finish_validation(T, "sql", 1, "ready", proof={})
+        assert registry.get_version(T, "sql", 1).proof == {"reason": "no effect"}
+
+    def test_a_failed_upload_can_be_repeated(self, registry: Registry) -> None:
+        publish(registry, "sql", A, status="failed")
+        assert resolve(registry, f"sql@sha256:{A}") == 1
+        assert publish(registry, "sql", A).version == 2
+        assert publish(registry, "sql", A, status="failed").version == 2
+        assert resolve(registry, f"sql@sha256:{A}") == 2
+        assert resolve(registry, "sql") == 2
+
+    def test_aliases_take_ready_versions_only(self, registry: Registry) -> None:
+        publish(registry, "sql", A, status="validating")
+        with pytest.raises(
+            Conflict, match="Version 1 of 'sql' is validating; an alias points to a ready one"
+        ):
+            registry.set_alias(T, "sql", "prod", 1, expected_revision=None)
+
+
+class TestResolve:
+    def test_every_form(self, registry: Registry) -> None:
+        publish(registry, "sql", A)
+        publish(registry, "sql", B)
+        registry.set_alias(T, "sql", "prod", 1, expected_revision=0)
+        forms = ["sql", "sql:latest", "sql:prod", "sql@v1", f"sql@sha256:{B}", "default/sql:prod"]
+        assert [resolve(registry, form) for form in forms] == [2, 2, 1, 1, 2, 1]
+
+    @pytest.mark.parametrize(
+        "text", ["no", "sql:no", "sql@v3", f"sql@sha256:{C}", f"other@sha256:{A}", "acme/sql", "default/no"]
+    )
+    def test_unknown_is_not_found(self, registry: Registry, text: str) -> None:
+        publish(registry, "sql", A)
+        publish(registry, "other", B)
+        with pytest.raises(NotFound) as caught:
+            resolve(registry, text)
+        assert str(caught.value) == f"The model '{text}' does not exist."
+
+
+class TestAliases:
+    def test_compare_and_swap(self, registry: Registry) -> None:
+        for digest in (A, B):
+            publish(registry, "sql", digest)
+        made = registry.set_alias(T, "sql", "prod", 1, expected_revision=0)
+        assert made == AliasRecord(T, "sql", "prod", 1, 1, 1_800_000_000.5)
+        moved = registry.set_alias(T, "sql", "prod", 2, expected_revision=1)
+        assert (moved.version, moved.revision) == (2, 2)
+        for stale in (0, 1, 3):
+            with pytest.raises(
+                Conflict, match=f"at revision 2, version 2; expected revision {stale}"
+            ) as caught:
+                registry.set_alias(T, "sql", "prod", 1, expected_revision=stale)
+            assert caught.value.param == "expected_revision"
+        assert registry.set_alias(T, "sql", "prod", 1, expected_revision=None).revision == 3
+        assert moved not in registry.get_adapter(T, "sql").aliases
+
+    def test_swapping_an_absent_alias(self, registry: Registry) -> None:
+        publish(registry, "sql", A)
+        with pytest.raises(Conflict, match="'prod' of 'sql' is not set; expected revision 1"):
+            registry.set_alias(T, "sql", "prod", 1, expected_revision=1)
+        assert aliases_of(registry, "sql") == {"latest": 1}
+
+    @pytest.mark.parametrize("version", [2, 3])
+    def test_needs_a_live_version(self, registry: Registry, version: int) -> None:
+        for digest in (A, B):
+            publish(registry, "sql", digest)
+        registry.delete_version(T, "sql", 2)
+        with pytest.raises(NotFound, match=f"sql@v{version}"):
+            registry.set_alias(T, "sql", "prod", version, expected_revision=None)
+
+    def test_a_revision_never_comes_back(self, registry: Registry) -> None:
+        publish(registry, "sql", A)
+        seen = registry.set_alias(T, "sql", "prod", 1, expected_revision=0).revision
+        registry.delete_adapter(T, "sql")
+        publish(registry, "sql", A)
+        made = registry.set_alias(T, "sql", "prod", 2, expected_revision=0)
+        assert made.revision > seen
+        with pytest.raises(Conflict):
+            registry.set_alias(T, "sql", "prod", 2, expected_revision=seen)
+
+    def test_latest_can_be_rolled_back_until_the_next_publish(self, registry: Registry) -> None:
+        for digest in (A, B):
+            publish(registry, "sql", digest)
+        registry.set_alias(T, "sql", "latest", 1, expected_revision=None)
+        assert resolve(registry, "sql") == 1
+        publish(registry, "sql", C)
+        assert resolve(registry, "sql") == 3
+
+
+class TestDeletion:
+    def test_latest_falls_back_to_the_newest_ready_version(self, registry: Registry) -> None:
+        publish(registry, "sql", A)
+        publish(registry, "sql", B, status="failed")
+        publish(registry, "sql", C)
+        assert registry.delete_version(T, "sql", 3).digest == C
+        assert resolve(registry, "sql") == 1
+        registry.delete_version(T, "sql", 1)
+        with pytest.raises(NotFound):
+            resolve(registry, "sql")
+        assert aliases_of(registry, "sql") == {}
+        registry.delete_version(T, "sql", 2)
+        with pytest.raises(NotFound):
+            registry.get_adapter(T, "sql")
+
+    def test_another_version_does_not_touch_latest(self, registry: Registry) -> None:
+        for digest in (A, B):
+            publish(registry, "sql", digest)
+        before = registry.get_adapter(T, "sql").aliases
+        registry.delete_version(T, "sql", 1)
+        assert registry.get_adapter(T, "sql").aliases == before
+
+    def test_a_version_in_use_is_kept(self, registry: Registry) -> None:
+        for digest in (A, B):
+            publish(registry, "sql", digest)
+        for alias in ("prod", "canary"):
+            registry.set_alias(T, "sql", alias, 1, expected_revision=0)
+        with pytest.raises(Conflict, match="in use by alias 'canary', 'prod'"):
+            registry.delete_version(T, "sql", 1)
+        assert resolve(registry, "sql:prod") == 1
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_numbers_are_never_used_twice(self, registry: Registry, whole: bool) -> None:
+        for digest in (A, B, C):
+            publish(registry, "sql", digest)
+        if whole:
+            assert [record.version for record in registry.delete_adapter(T, "sql")] == [3, 2, 1]
+        else:
+            registry.delete_version(T, "sql", 3)
+        back = publish(registry, "sql", C)
+        assert (back.version, back.republished) == (4, False)
+        assert resolve(registry, f"sql@sha256:{C}") == 4
+
+    def test_a_deleted_adapter_is_gone_everywhere(self, registry: Registry) -> None:
+        publish(registry, "sql", A)
+        registry.set_alias(T, "sql", "prod", 1, expected_revision=0)
+        registry.delete_adapter(T, "sql")
+        assert registry.list_adapters(T).items == ()
+        attempts: list[Callable[[], object]] = [
+            *(
+                lambda text=text: resolve(registry, text)
+                for text in ("sql", "sql:prod", "sql@v1", f"sql@sha256:{A}")
+            ),
+            lambda: registry.get_adapter(T, "sql"),
+            lambda: registry.list_versions(T, "sql"),
+            lambda: registry.delete_version(T, "sql", 1),
+            lambda: registry.delete_adapter(T, "sql"),
+            lambda: registry.finish_validation(T, "sql", 1, "ready", proof={}),
+        ]
+        for attempt in attempts:
+            with pytest.raises(NotFound):
+                attempt()
+        publish(registry, "sql", B)
+        assert aliases_of(registry, "sql") == {"latest": 2}
+
+    def test_live_digests(self, registry: Registry) -> None:
+        publish(registry, "sql", A)
+        publish(registry, "other", A, tenant="acme")
+        publish(registry, "sql", B, status="validating")
+        assert registry.live_digests() == {A, B}
+        registry.delete_adapter(T, "sql")
+        assert registry.live_digests() == {A}
+        registry.delete_adapter("acme", "other")
+        assert registry.live_digests() == frozenset()
+
+
+class TestListing:
+    def test_pages_by_name(self, registry: Registry) -> None:
+        names = [f"n{index}" for index in range(7)]
+        for name in reversed(names):
+            publish(registry, name, A)
+        publish(registry, "n3", B, tenant="acme")
+        registry.set_alias(T, "n1", "prod", 1, expected_revision=0)
+        registry.delete_adapter(T, "n2")
+        seen, after = [], None
+        while True:
+            page = registry.list_adapters(T, limit=2, after=after)
+            seen.append([item.name for item in page.items])
+            if (after := page.next_after) is None:
+                break
+        assert seen == [["n0", "n1"], ["n3", "n4"], ["n5", "n6"]]
+        n1 = registry.get_adapter(T, "n1")
+        assert registry.list_adapters(T, limit=1, after="n0").items == (n1,)
+        assert n1.latest == registry.get_version(T, "n1", 1)
+        assert [alias.alias for alias in n1.aliases] == ["latest", "prod"]
+        assert registry.list_adapters(T, after="n6") == registry.list_adapters("nobody")
+
+    def test_pages_of_versions(self, registry: Registry) -> None:
+        for index in range(5):
+            publish(registry, "sql", f"{index:064x}")
+        registry.delete_version(T, "sql", 2)
+
+        def page(before: int | None) -> list[int]:
+            return [item.version for item in registry.list_versions(T, "sql", limit=2, before=before)]
+
+        assert [page(None), page(4), page(1)] == [[5, 4], [3, 1], []]
+
+    @pytest.mark.parametrize("limit", [-1, 0, MAX_PAGE + 1, 10**30])
+    def test_bounds_every_number(self, registry: Registry, limit: int) -> None:
+        publish(registry, "sql", A)
+        with pytest.raises(InvalidRequest, match=f"limit is {limit}; expected 1 to {MAX_PAGE}"):
+            registry.list_adapters(T, limit=limit)
+        with pytest.raises(InvalidRequest, match="limit"):
+            registry.list_versions(T, "sql", limit=limit)
+        with pytest.raises(InvalidRequest, match="before"):
+            registry.list_versions(T, "sql", before=10**30)
+        with pytest.raises(InvalidReference, match="out of range"):
+            registry.get_version(T, "sql", 10**30)
+
+
+class TestRaces:
+    def test_publishers_in_threads_get_distinct_consecutive_versions(self, registry: Registry) -> None:
+        start = threading.Barrier(2)
+
+        def work(who: int) -> list[int]:
+            start.wait()
+            return [publish(registry, "sql", f"{who * 1000 + index:064x}").version for index in range(25)]
+
+        with ThreadPoolExecutor(2) as pool:
+            one, two = pool.map(work, range(2))
+        assert sorted(one + two) == list(range(1, 51))
+        assert (one, two) == (sorted(one), sorted(two))
+        assert resolve(registry, "sql") == 50
+
+    def test_one_digest_from_many_threads_is_one_version(self, registry: Registry) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            records = list(pool.map(lambda _: publish(registry, "sql", A), range(8)))
+        assert [record.version for record in records] == [1] * 8
+        assert sum(not record.republished for record in records) == 1
+
+    def test_publishers_in_processes_and_a_first_opening_by_both(self, path: Path) -> None:
+        source = """
+import json, sys
+from adapters.registry import Registry
+print("ready", flush=True)
+sys.stdin.readline()
+with Registry(sys.argv[1]) as registry:
+    for index in range(25):
+        digest = f"{int(sys.argv[2]) * 1000 + index:064x}"
+        print(registry.publish("default", "sql", digest, method="LORA", backbone_digest="", task="causal-lm",
+                               size_bytes=1, labels={}, proof={}).version)
+"""
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", source, f"sqlite:///{path}", str(who)],
+                cwd=REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for who in range(2)
+        ]
+        for worker in workers:  # both past their imports, neither has opened the database
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready\n"
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+        got = []
+        for worker in workers:
+            out, err = worker.communicate(timeout=60)
+            assert worker.returncode == 0, err
+            got.append([int(line) for line in out.split()])
+        assert sorted(got[0] + got[1]) == list(range(1, 51))
+        assert got == [sorted(got[0]), sorted(got[1])]
+
+    @pytest.mark.parametrize("expected", [0, 1])
+    def test_a_compare_and_swap_has_one_winner(self, registry: Registry, expected: int) -> None:
+        for index in range(8):
+            publish(registry, "sql", f"{index:064x}")
+        if expected:
+            registry.set_alias(T, "sql", "prod", 1, expected_revision=0)
+        start = threading.Barrier(8)
+
+        def swap(version: int) -> int | None:
+            start.wait()
+            try:
+                return registry.set_alias(T, "sql", "prod", version, expected_revision=expected).version
+            except Conflict:
+                return None
+
+        with ThreadPoolExecutor(8) as pool:
+            winners = [version for version in pool.map(swap, range(1, 9)) if version is not None]
+        assert winners == [aliases_of(registry, "sql")["prod"]]
+
+    def test_opening_one_new_database_in_many_threads(self, path: Path) -> None:
+        start = threading.Barrier(6)
+
+        def use(index: int) -> int:
+            start.wait()
+            with Registry(f"sqlite:///{path}") as registry:
+                return publish(registry, "sql", f"{index:064x}").version
+
+        with ThreadPoolExecutor(6) as pool:
+            assert sorted(pool.map(use, range(6))) == list(range(1, 7))
+
+
+class TestDatabase:
+    def test_pragmas(self, path: Path) -> None:
+        database = Database(f"sqlite:///{path}", busy_timeout_s=1.5)
+        expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 1500}
+        for transaction in (database.read, database.write):
+            with transaction() as tx:
+                assert {key: tx.exec_driver_sql(f"PRAGMA {key}").scalar() for key in expected} == expected
+        database.close()
+
+    def test_migrations_lead_to_the_tables_in_use(self, path: Path) -> None:
+        database = Database(f"sqlite:///{path}", busy_timeout_s=1)
+        with database.read() as tx:
+            assert compare_metadata(MigrationContext.configure(tx), metadata) == []
+            migrated = tx.exec_driver_sql(
+                "SELECT sql FROM sqlite_master WHERE name LIKE 'uq_versions%'"
+            ).scalar()
+        database.close()
+        declared = Path(path.parent / "declared.db")
+        other = Database(f"sqlite:///{declared}", busy_timeout_s=1)
+        with other.write() as tx:
+            metadata.drop_all(tx)
+            metadata.create_all(tx)
+            made = tx.exec_driver_sql("SELECT sql FROM sqlite_master WHERE name LIKE 'uq_versions%'").scalar()
+        other.close()
+        assert made == migrated
+
+    def test_a_failing_block_undoes_its_writes(self, path: Path) -> None:
+        database = Database(f"sqlite:///{path}", busy_timeout_s=1)
+
+        def fail() -> None:
+            with database.write() as tx:
+                tx.execute(insert(adapters).values(tenant="t", name="n", created_at=0))
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+        with database.read() as tx:
+            assert tx.execute(adapters.select()).all() == []
+        database.close()
+
+    def test_survives_reopening(self, registry: Registry, path: Path) -> None:
+        published = publish(registry, "sql", A)
+        with Registry(f"sqlite:///{path}") as other:
+            assert other.resolve(ModelReference.parse("sql")) == published
+            other.ping()
+
+    @pytest.mark.parametrize(
+        "url",
+        ["", "registry.db", "sqlite://", "sqlite:///:memory:", "postgresql://u:canary@host/db", "canary://"],
+    )
+    def test_refuses_urls_it_can_not_keep_a_promise_on(self, url: str) -> None:
+        with pytest.raises(RegistryUnavailable, match="must be an SQLite file") as caught:
+            Registry(url)
+        assert caught.value.param == "database"
+        assert "canary@" not in str(caught.value)
+
+
+class TestFailures:
+    """A failing database is RegistryUnavailable, says why, shows no path, and loses nothing."""
+
+    @staticmethod
+    def refused(attempt: Callable[[], object], reason: str, path: Path) -> None:
+        with pytest.raises(RegistryUnavailable, match=reason) as caught:
+            attempt()
+        assert caught.value.remedy
+        assert str(path.parent) not in str(caught.value)
+
+    def test_locked(self, registry: Registry, path: Path) -> None:
+        publish(registry, "sql", A)
+        with Registry(f"sqlite:///{path}", busy_timeout_s=0.05) as impatient:
+            blocker = sqlite3.connect(path, isolation_level=None)
+            blocker.execute("BEGIN IMMEDIATE")
+            self.refused(lambda: publish(impatient, "sql", B), "another writer kept it locked", path)
+            assert resolve(impatient, "sql") == 1  # readers go on
+            blocker.execute("ROLLBACK")
+            blocker.close()
+            assert publish(impatient, "sql", B).version == 2
+
+    def test_every_connection_in_use(self, path: Path) -> None:
+        database = Database(f"sqlite:///{path}", busy_timeout_s=0.05)
+        held = [database.read() for _ in range(15)]
+        for transaction in held:
+            transaction.__enter__()
+        self.refused(lambda: database.read().__enter__(), "all its connections are in use", path)
+        for transaction in held:
+            transaction.__exit__(None, None, None)
+        database.close()
+
+    def test_no_such_place(self, path: Path) -> None:
+        path.parent.write_text("a file where the directory should be")
+        self.refused(lambda: Registry(f"sqlite:///{path}"), "can't be opened", path)
+
+    def test_not_a_database(self, path: Path) -> None:
+        path.parent.mkdir()
+        path.write_bytes(b"not a database " * 1000)
+        self.refused(lambda: Registry(f"sqlite:///{path}"), "not a database", path)
+
+    def test_lost_tables_under_a_running_server(self, registry: Registry, path: Path) -> None:
+        publish(registry, "sql", A)
+        registry.close()
+        for file in path.parent.iterdir():
+            file.write_bytes(b"\0" * 4096)
+        self.refused(registry.ping, "failed", path)
+
+    def test_of_a_newer_release(self, registry: Registry, path: Path) -> None:
+        registry.close()
+        connection = sqlite3.connect(path)
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.commit()
+        connection.close()
+        self.refused(lambda: Registry(f"sqlite:///{path}"), "newer release", path)
+
+    def test_full_disk(self, path: Path) -> None:
+        (outcome,) = run_python(FULL_DISK, f"sqlite:///{path}")
+        assert "The registry's database failed: " in str(outcome["error"])
+        assert str(path.parent) not in str(outcome["error"])
+        assert outcome["visible"] == [1]
+        assert outcome["next"] == 2
+
+
+COMMON = """
+import json, os, resource, signal, sys
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from adapters.errors import RegistryUnavailable
+from adapters.registry import Registry
+
+def publish(registry, digest, size=1):
+    return registry.publish("default", "sql", digest * 64, method="LORA", backbone_digest="", task="causal-lm",
+                            size_bytes=1, labels={}, proof={"filler": "x" * size}).version
+
+def numbers(registry):
+    return [record.version for record in registry.list_versions("default", "sql")]
+
+def kill_at(step):
+    # Counts every statement that has run and every commit that is about to run in this process.
+    steps = 0
+    def count(*_):
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    event.listen(Engine, "after_cursor_execute", count)
+    event.listen(Engine, "commit", count)
+
+def died(victim):
+    _, status = os.waitpid(victim, 0)
+    assert os.WIFSIGNALED(status) or status == 0, status
+    return os.WIFSIGNALED(status)
+"""
+
+FULL_DISK = (
+    COMMON
+    + """
+with Registry(sys.argv[1]) as registry:
+    publish(registry, "a")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    try:
+        publish(registry, "b", size=1_000_000)
+        error = None
+    except RegistryUnavailable as caught:
+        error = str(caught)
+    visible = numbers(registry)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(json.dumps({"error": error, "visible": visible, "next": publish(registry, "b")}))
+"""
+)
+
+KILLED_WHILE_PUBLISHING = (
+    COMMON
+    + """
+with Registry(sys.argv[1]) as registry:
+    publish(registry, "a")
+for step in range(1, 100):
+    if (victim := os.fork()) == 0:
+        registry = Registry(sys.argv[1])
+        kill_at(step)
+        publish(registry, "b")
+        os._exit(0)
+    killed = died(victim)
+    with Registry(sys.argv[1]) as registry:
+        latest = registry.get_adapter("default", "sql").latest.version
+        print(json.dumps({"killed": killed, "versions": numbers(registry), "latest": latest}))
+    if not killed:
+        break
+"""
+)
+
+KILLED_AFTER_COMMIT = (
+    COMMON
+    + """
+if (victim := os.fork()) == 0:
+    publish(Registry(sys.argv[1]), "a")
+    os.kill(os.getpid(), signal.SIGKILL)  # before anyone was told
+assert died(victim)
+with Registry(sys.argv[1]) as registry:
+    print(json.dumps({"versions": numbers(registry), "again": publish(registry, "a")}))
+"""
+)
+
+KILLED_WHILE_MIGRATING = (
+    COMMON
+    + """
+for step in range(1, 100):
+    url = f"{sys.argv[1]}.{step}"
+    if (victim := os.fork()) == 0:
+        kill_at(step)
+        Registry(url)
+        os._exit(0)
+    killed = died(victim)
+    with Registry(url) as registry:
+        print(json.dumps({"killed": killed, "version": publish(registry, "a")}))
+    if not killed:
+        break
+"""
+)
+
+
+def run_python(source: str, *arguments: str) -> list[dict[str, object]]:
+    """The JSON lines that `source` prints in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", source, *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+class TestKill9:
+    def test_before_the_commit_nothing_happened(self, path: Path) -> None:
+        *killed, finished = run_python(KILLED_WHILE_PUBLISHING, f"sqlite:///{path}")
+        assert len(killed) >= 7
+        assert all(step == {"killed": True, "versions": [1], "latest": 1} for step in killed)
+        assert finished == {"killed": False, "versions": [2, 1], "latest": 2}
+
+    def test_after_the_commit_it_is_there(self, path: Path) -> None:
+        (outcome,) = run_python(KILLED_AFTER_COMMIT, f"sqlite:///{path}")
+        assert outcome == {"versions": [1], "again": 1}
+
+    def test_while_the_tables_are_made(self, path: Path) -> None:
+        *killed, finished = run_python(KILLED_WHILE_MIGRATING, f"sqlite:///{path}")
+        assert len(killed) >= 8
+        assert all(step == {"killed": True, "version": 1} for step in killed)
+        assert finished == {"killed": False, "version": 1}
+
+
+def test_ten_thousand_adapters(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = 10_000
+    database = Database(f"sqlite:///{path}", busy_timeout_s=5)
+    ids = range(1, count + 1)
+    common = {
+        "status": "ready",
+        "method": "LORA",
+        "backbone_digest": BACKBONE,
+        "task": "causal-lm",
+        "size_bytes": 1,
+        "labels": {"team": "search"},
+        "proof": {"effect": 0.25, "ranks": [16] * 8},
+        "created_at": 0.0,
+    }
+    with database.write() as tx:
+        names = [{"id": i, "tenant": T, "name": f"n{i:05d}", "created_at": 0.0} for i in ids]
+        tx.execute(insert(adapters), names)
+        tx.execute(
+            insert(versions), [{"adapter_id": i, "version": 1, "digest": f"{i:064x}", **common} for i in ids]
+        )
+        latest = {"alias": "latest", "version": 1, "revision": 1, "updated_at": 0.0}
+        tx.execute(insert(aliases), [{"adapter_id": i, **latest} for i in ids])
+    database.close()
+
+    def p99_ms(action: Callable[[int], object], times: int) -> float:
+        durations = []
+        for index in range(times):
+            start = time.perf_counter()
+            action(index)
+            durations.append(time.perf_counter() - start)
+        return sorted(durations)[int(times * 0.99)] * 1000
+
+    with Registry(f"sqlite:///{path}") as registry:
+        spread = [1 + index * 7919 % count for index in range(1000)]
+        references = {
+            "alias": [ModelReference(None, f"n{i:05d}") for i in spread],
+            "version": [ModelReference(None, f"n{i:05d}", version=1) for i in spread],
+            "digest": [ModelReference(None, f"n{i:05d}", digest=f"{i:064x}") for i in spread],
+        }
+        took = {
+            kind: p99_ms(lambda i, some=some: registry.resolve(some[i]), len(some))  # type: ignore[misc]
+            for kind, some in references.items()
+        }
+        took["page of 100"] = p99_ms(lambda i: registry.list_adapters(T, after=f"n{i * 90:05d}"), 100)
+        took["page of 200"] = p99_ms(
+            lambda i: registry.list_adapters(T, limit=MAX_PAGE, after=f"n{i * 90:05d}"), 100
+        )
+        assert len(registry.live_digests()) == count
+    with capsys.disabled():
+        print("\n10,000 adapters, p99 ms:", {kind: round(value, 2) for kind, value in took.items()})
+    assert max(took[kind] for kind in references) <= 10
+    assert took["page of 100"] <= 100
+
+
+@dataclass
+class Expected:
+    """A name as the model of the registry has it."""
+
+    versions: dict[int, tuple[str, str]] = field(default_factory=dict)  # live: number -> (digest, status)
+    used: int = 0
+    aliases: dict[str, int] = field(default_factory=dict)
+    revisions: dict[str, int] = field(default_factory=dict)
+
+    def point(self, alias: str, version: int | None) -> None:
+        self.revisions[alias] = self.revisions.get(alias, 0) + 1
+        self.aliases.pop(alias, None)
+        if version is not None:
+            self.aliases[alias] = version
+
+
+NAMES, DIGESTS, ALIASES = ("a", "b"), (A, B, C), ("latest", "prod")
+some_name, some_digest, some_alias = map(st.sampled_from, (NAMES, DIGESTS, ALIASES))
+some_version, some_revision = st.integers(1, 5), st.none() | st.integers(0, 4)
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """The registry against a dictionary."""
+
+    @initialize()
+    def open(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.url = f"sqlite:///{self.directory.name}/registry.db"
+        self.registry = Registry(self.url)
+        self.model = {name: Expected() for name in NAMES}
+
+    def teardown(self) -> None:
+        self.registry.close()
+        self.directory.cleanup()
+
+    @rule()
+    def reopen(self) -> None:
+        self.registry.close()
+        self.registry = Registry(self.url)
+
+    @rule(
+        name=some_name, digest=some_digest, status=st.sampled_from(["ready", "ready", "validating", "failed"])
+    )
+    def publish(self, name: str, digest: str, status: Status) -> None:
+        model = self.model[name]
+        record = publish(self.registry, name, digest, status=status)
+        same = [n for n, (d, s) in model.versions.items() if d == digest and s != "failed"]
+        if same:
+            assert ([record.version], record.republished) == (same, True)
+            return
+        model.used += 1
+        assert (record.version, record.republished) == (model.used, False)
+        model.versions[model.used] = (digest, status)
+        if status == "ready":
+            model.point("latest", model.used)
+
+    @rule(name=some_name, version=some_version, status=st.sampled_from(["ready", "failed"]))
+    def finish_validation(self, name: str, version: int, status: Any) -> None:
+        model = self.model[name]
+        known = model.versions.get(version)
+        error = NotFound if known is None else None if known[1] == "validating" else Conflict
+        if self.attempt(error, lambda: self.registry.finish_validation(T, name, version, status, proof={})):
+            assert known is not None
+            model.versions[version] = (known[0], status)
+            if status == "ready" and model.aliases.get("latest", 0) < version:
+                model.point("latest", version)
+
+    @rule(name=some_name, alias=some_alias, version=some_version, expected=some_revision)
+    def set_alias(self, name: str, alias: str, version: int, expected: int | None) -> None:
+        model = self.model[name]
+        current = model.revisions[alias] if alias in model.aliases else 0
+        error: type[DeltamuxError] | None = None
+        if version not in model.versions:
+            error = NotFound
+        elif model.versions[version][1] != "ready" or expected not in (None, current):
+            error = Conflict
+        if self.attempt(
+            error, lambda: self.registry.set_alias(T, name, alias, version, expected_revision=expected)
+        ):
+            model.point(alias, version)
+
+    @rule(name=some_name, version=some_version)
+    def delete_version(self, name: str, version: int) -> None:
+        model = self.model[name]
+        held = {alias for alias, target in model.aliases.items() if target == version}
+        error = NotFound if version not in model.versions else Conflict if held - {"latest"} else None
+        if self.attempt(error, lambda: self.registry.delete_version(T, name, version)):
+            del model.versions[version]
+            if "latest" in held:
+                model.point(
+                    "latest", max((n for n, (_, s) in model.versions.items() if s == "ready"), default=None)
+                )
+
+    @rule(name=some_name)
+    def delete_adapter(self, name: str) -> None:
+        model = self.model[name]
+        error = None if model.versions else NotFound
+        if self.attempt(error, lambda: self.registry.delete_adapter(T, name)):
+            model.versions.clear()
+            for alias in list(model.aliases):
+                model.point(alias, None)
+
+    def attempt(self, error: type[DeltamuxError] | None, action: Callable[[], object]) -> bool:
+        if error is None:
+            action()
+            return True
+        with pytest.raises(error):
+            action()
+        return False
+
+    @invariant()
+    def agrees(self) -> None:
+        live = {name: model for name, model in self.model.items() if model.versions}
+        listed = {item.name: item for item in self.registry.list_adapters(T).items}
+        assert set(listed) == set(live)
+        for name, model in live.items():
+            records = self.registry.list_versions(T, name)
+            assert {r.version: (r.digest, r.status) for r in records} == model.versions
+            got = {alias.alias: (alias.version, alias.revision) for alias in listed[name].aliases}
+            assert got == {alias: (target, model.revisions[alias]) for alias, target in model.aliases.items()}
+            for alias, target in model.aliases.items():
+                assert self.registry.resolve(ModelReference(None, name, alias=alias)).version == target
+        for digest in DIGESTS:
+            wanted = {digest for model in live.values() for d, _ in model.versions.values() if d == digest}
+            assert wanted == {digest} & self.registry.live_digests()
+
+
+TestAgainstModel = RegistryMachine.TestCase
+TestAgainstModel.settings = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
