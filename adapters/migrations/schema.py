@@ -1,0 +1,142 @@
+"""The registry's records, as its callers see them, and its tables.
+
+No row is ever removed: that is why version numbers and alias revisions never come back. Times are Unix seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    and_,
+)
+
+Status = Literal["validating", "ready", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """One immutable upload. Only `status` and `proof` change, once, when validation ends.
+
+    `created_at` is Unix seconds, `digest` bare hex. `republished`: `publish` found this digest live under this
+    name and changed nothing.
+    """
+
+    tenant: str
+    name: str
+    version: int
+    digest: str
+    status: Status
+    method: str
+    backbone_digest: str
+    task: str
+    size_bytes: int
+    labels: Mapping[str, str]
+    proof: Mapping[str, Any]
+    created_at: float
+    republished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AliasRecord:
+    """Where an alias points. `revision` grows with every move, also across deletion. `updated_at`: Unix seconds."""
+
+    tenant: str
+    name: str
+    alias: str
+    version: int
+    revision: int
+    updated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """A name with at least one live version.
+
+    `created_at` is when the name was first used, in Unix seconds. `latest` is what the bare name means, None while
+    no version is ready. `aliases` holds every alias, sorted.
+    """
+
+    tenant: str
+    name: str
+    created_at: float
+    latest: VersionRecord | None
+    aliases: tuple[AliasRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPage:
+    """Adapters by name. `next_after` is the `after` of the next page, None on the last."""
+
+    items: tuple[AdapterRecord, ...]
+    next_after: str | None
+
+
+metadata = MetaData()
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("tenant", String(63), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("created_at", Float, nullable=False),  # when the name was first used
+    UniqueConstraint("tenant", "name", name="uq_adapters_tenant_name"),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("adapter_id", Integer, ForeignKey("adapters.id"), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("digest", String(64), nullable=False),
+    Column("status", String(10), nullable=False),
+    Column("method", Text, nullable=False),
+    Column("backbone_digest", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("labels", JSON, nullable=False),
+    Column("proof", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("deleted_at", Float),  # null: live
+    CheckConstraint("status IN ('validating', 'ready', 'failed')", name="ck_versions_status"),
+)
+
+_counts = and_(versions.c.deleted_at.is_(None), versions.c.status != "failed")
+Index(
+    "uq_versions_live_digest",
+    versions.c.adapter_id,
+    versions.c.digest,
+    unique=True,
+    sqlite_where=_counts,
+    postgresql_where=_counts,
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("adapter_id", Integer, ForeignKey("adapters.id"), primary_key=True),
+    Column("alias", String(63), primary_key=True),
+    Column(
+        "version", Integer
+    ),  # null: gone; the row stays so that its revision never returns to an old value
+    Column("revision", Integer, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    ForeignKeyConstraint(["adapter_id", "version"], ["versions.adapter_id", "versions.version"]),
+)

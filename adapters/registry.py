@@ -1,0 +1,325 @@
+"""The registry: which digest a name, alias or version of a tenant means.
+
+Versions are immutable integers per name, counted from 1 and never used twice. Aliases move by compare-and-swap.
+Deletion is soft: rows stay, references stop resolving. Digests are the identity; a name is only a way to one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from sqlalchemy import ColumnElement, Connection, and_, func, insert, select, update
+
+from adapters.errors import Conflict, InvalidRequest
+from adapters.migrations.database import Database
+from adapters.migrations.queries import (
+    ADAPTERS,
+    ALIASES,
+    LIVE,
+    POINTED_AT,
+    VERSION_COLUMNS,
+    VERSIONS,
+    adapter_records,
+    find_alias,
+    not_found,
+    require_version,
+)
+from adapters.migrations.schema import (
+    AdapterPage,
+    AdapterRecord,
+    AliasRecord,
+    Status,
+    VersionRecord,
+    adapters,
+    aliases,
+    versions,
+)
+from adapters.names import LATEST, MAX_VERSION, ModelReference, check_digest, check_name
+
+__all__ = [
+    "DEFAULT_TENANT",
+    "MAX_PAGE",
+    "AdapterPage",
+    "AdapterRecord",
+    "AliasRecord",
+    "Registry",
+    "Status",
+    "VersionRecord",
+]
+
+DEFAULT_TENANT = "default"
+"""The tenant of single-tenant mode."""
+
+MAX_PAGE = 200
+"""The most items that one listing returns."""
+
+
+class Registry:
+    """Versions and aliases of every tenant, in one database. Thread-safe; blocks, so call it off the event loop.
+
+    Every method raises RegistryUnavailable where the database fails, after which nothing has changed, and
+    InvalidReference for names outside the grammar. `clock` gives Unix seconds.
+    """
+
+    def __init__(
+        self, url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Open the database at `url` (`sqlite:///path`), making or migrating its tables first."""
+        self._database = Database(url, busy_timeout_s=busy_timeout_s)
+        self._clock = clock
+
+    def publish(  # noqa: PLR0913  one argument per column
+        self,
+        tenant: str,
+        name: str,
+        digest: str,
+        *,
+        method: str,
+        backbone_digest: str,
+        task: str,
+        size_bytes: int,
+        labels: Mapping[str, str],
+        proof: Mapping[str, Any],
+        status: Status = "ready",
+    ) -> VersionRecord:
+        """Make `digest` the next version of `name`; a ready one becomes `latest`. Durable once this returns.
+
+        Where the digest is already a live version of this name (and did not fail), that version is returned with
+        `republished` set, and nothing changes, aliases included: a retried upload has no second effect.
+        """
+        check_name(tenant, what="tenant")
+        check_name(name)
+        check_digest(digest)
+        with self._database.write() as tx:
+            now = self._clock()
+            named = and_(adapters.c.tenant == tenant, adapters.c.name == name)
+            adapter_id = tx.scalar(select(adapters.c.id).where(named))
+            if adapter_id is None:
+                row = insert(adapters).values(tenant=tenant, name=name, created_at=now)
+                adapter_id = tx.execute(row.returning(adapters.c.id)).scalar_one()
+            same = VERSIONS.where(
+                adapters.c.id == adapter_id, versions.c.digest == digest, versions.c.status != "failed"
+            )
+            if found := tx.execute(same).one_or_none():
+                return replace(VersionRecord(*found[1:]), republished=True)
+            used = select(func.max(versions.c.version)).where(versions.c.adapter_id == adapter_id)
+            record = VersionRecord(
+                tenant=tenant,
+                name=name,
+                version=(tx.scalar(used) or 0) + 1,
+                digest=digest,
+                status=status,
+                method=method,
+                backbone_digest=backbone_digest,
+                task=task,
+                size_bytes=size_bytes,
+                labels=dict(labels),
+                proof=dict(proof),
+                created_at=now,
+            )
+            values = {column.key: getattr(record, column.key) for column in VERSION_COLUMNS}
+            tx.execute(insert(versions).values(adapter_id=adapter_id, **values))
+            if status == "ready":
+                self._point(tx, adapter_id, LATEST, record.version)
+        return record
+
+    def finish_validation(
+        self,
+        tenant: str,
+        name: str,
+        version: int,
+        status: Literal["ready", "failed"],
+        *,
+        proof: Mapping[str, Any],
+    ) -> VersionRecord:
+        """End the validation of a version published as `validating`, with its final proof.
+
+        A ready one becomes `latest` unless that is newer already. Raises NotFound, and Conflict where the version
+        is not `validating`.
+        """
+        with self._database.write() as tx:
+            adapter_id, record = require_version(tx, tenant, name, version)
+            if record.status != "validating":
+                raise Conflict(
+                    f"Version {version} of {name!r} is {record.status}; only a validating one becomes {status}.",
+                    param="status",
+                )
+            row = and_(versions.c.adapter_id == adapter_id, versions.c.version == version)
+            tx.execute(update(versions).where(row).values(status=status, proof=dict(proof)))
+            latest = find_alias(tx, adapter_id, LATEST)
+            if status == "ready" and (latest is None or latest.version < version):
+                self._point(tx, adapter_id, LATEST, version)
+        return replace(record, status=status, proof=dict(proof))
+
+    def resolve(self, reference: ModelReference, *, default_tenant: str = DEFAULT_TENANT) -> VersionRecord:
+        """The live version that `reference` means; `default_tenant` where it names no tenant. One query.
+
+        It may be `validating` or `failed`, except through an alias. Raises NotFound.
+        """
+        tenant = reference.tenant if reference.tenant is not None else default_tenant
+        query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == reference.name)
+        if reference.version is not None:
+            query = query.where(versions.c.version == reference.version)
+        elif reference.digest is not None:  # several only where uploads failed before one that did not
+            query = query.where(versions.c.digest == reference.digest)
+            query = query.order_by(versions.c.version.desc()).limit(1)
+        else:
+            query = query.join(aliases, POINTED_AT).where(aliases.c.alias == reference.alias)
+        with self._database.read() as tx:
+            row = tx.execute(query).one_or_none()
+        if row is None:
+            raise not_found(reference)
+        return VersionRecord(*row[1:])
+
+    def list_adapters(self, tenant: str, *, limit: int = 100, after: str | None = None) -> AdapterPage:
+        """Up to `limit` adapters of `tenant` in the order of their names, beginning behind the name `after`."""
+        _check_between("limit", limit, MAX_PAGE)
+        query = ADAPTERS.where(adapters.c.tenant == check_name(tenant, what="tenant"))
+        if after is not None:
+            query = query.where(adapters.c.name > check_name(after, what="after"))
+        with self._database.read() as tx:
+            rows = tx.execute(query.order_by(adapters.c.name).limit(limit + 1)).all()
+            items = adapter_records(tx, rows[:limit])
+        return AdapterPage(items, items[-1].name if len(rows) > limit else None)
+
+    def get_adapter(self, tenant: str, name: str) -> AdapterRecord:
+        """The adapter with this name. Raises NotFound."""
+        reference = ModelReference(tenant, name)
+        query = ADAPTERS.where(adapters.c.tenant == tenant, adapters.c.name == name)
+        with self._database.read() as tx:
+            found = adapter_records(tx, tx.execute(query).all())
+        if not found:
+            raise not_found(reference)
+        return found[0]
+
+    def get_version(self, tenant: str, name: str, version: int) -> VersionRecord:
+        """One live version. Raises NotFound."""
+        return self.resolve(ModelReference(tenant, name, version=version))
+
+    def list_versions(
+        self, tenant: str, name: str, *, limit: int = 100, before: int | None = None
+    ) -> tuple[VersionRecord, ...]:
+        """Up to `limit` live versions, newest first, beginning below the number `before`. Raises NotFound."""
+        _check_between("limit", limit, MAX_PAGE)
+        reference = ModelReference(tenant, name)
+        if before is not None:
+            _check_between("before", before, MAX_VERSION)
+        query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == name)
+        page = query if before is None else query.where(versions.c.version < before)
+        with self._database.read() as tx:
+            if tx.execute(query.limit(1)).one_or_none() is None:
+                raise not_found(reference)
+            rows = tx.execute(page.order_by(versions.c.version.desc()).limit(limit)).all()
+        return tuple(VersionRecord(*row[1:]) for row in rows)
+
+    def set_alias(
+        self, tenant: str, name: str, alias: str, version: int, *, expected_revision: int | None
+    ) -> AliasRecord:
+        """Point `alias` at a ready version.
+
+        `expected_revision`: the revision that the caller has seen, 0 if it saw no such alias, None to move it
+        whatever it is. Raises NotFound, and Conflict where the revision is another or the version not ready.
+        """
+        check_name(alias, what="alias")
+        with self._database.write() as tx:
+            adapter_id, record = require_version(tx, tenant, name, version)
+            if record.status != "ready":
+                raise Conflict(
+                    f"Version {version} of {name!r} is {record.status}; an alias points to a ready one.",
+                    param="version",
+                )
+            current = find_alias(tx, adapter_id, alias)
+            if expected_revision not in (None, current.revision if current else 0):
+                state = f"at revision {current.revision}, version {current.version}" if current else "not set"
+                raise Conflict(
+                    f"The alias {alias!r} of {name!r} is {state}; expected revision {expected_revision}.",
+                    param="expected_revision",
+                    remedy="Read the alias, decide again, and send its present revision (0: not set).",
+                )
+            revision, updated_at = self._point(tx, adapter_id, alias, version)
+        return AliasRecord(tenant, name, alias, version, revision, updated_at)
+
+    def delete_version(self, tenant: str, name: str, version: int) -> VersionRecord:
+        """Delete one version and return it. `latest`, if it was that, falls back to the newest ready one left.
+
+        Raises NotFound, and Conflict naming the aliases, other than `latest`, that point at the version.
+        """
+        with self._database.write() as tx:
+            adapter_id, record = require_version(tx, tenant, name, version)
+            pointing = select(aliases.c.alias).where(
+                aliases.c.adapter_id == adapter_id, aliases.c.version == version
+            )
+            names = set(tx.scalars(pointing))
+            if held := sorted(names - {LATEST}):
+                raise Conflict(
+                    f"Version {version} of {name!r} is in use by alias {', '.join(map(repr, held))}.",
+                    param="version",
+                    remedy="Move the alias to another version first, or delete the whole adapter.",
+                )
+            self._delete(tx, versions.c.adapter_id == adapter_id, versions.c.version == version)
+            if LATEST in names:
+                ready = select(func.max(versions.c.version)).where(
+                    versions.c.adapter_id == adapter_id, LIVE, versions.c.status == "ready"
+                )
+                self._point(tx, adapter_id, LATEST, tx.scalar(ready))
+        return record
+
+    def delete_adapter(self, tenant: str, name: str) -> tuple[VersionRecord, ...]:
+        """Delete every version and alias of `name`; returns the versions, newest first. Raises NotFound."""
+        reference = ModelReference(tenant, name)
+        query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == name)
+        with self._database.write() as tx:
+            rows = tx.execute(query.order_by(versions.c.version.desc())).all()
+            if not rows:
+                raise not_found(reference)
+            adapter_id = rows[0].id
+            self._delete(tx, versions.c.adapter_id == adapter_id)
+            for alias in tx.execute(ALIASES.where(adapters.c.id == adapter_id)).all():
+                self._point(tx, adapter_id, alias.alias, None)
+        return tuple(VersionRecord(*row[1:]) for row in rows)
+
+    def live_digests(self) -> frozenset[str]:
+        """Every digest that a live version of any tenant refers to, whatever its status."""
+        with self._database.read() as tx:
+            return frozenset(tx.scalars(select(versions.c.digest).where(LIVE).distinct()))
+
+    def ping(self) -> None:
+        """Read one row. Raises RegistryUnavailable where that fails."""
+        with self._database.read() as tx:
+            tx.execute(select(adapters.c.id).limit(1)).all()
+
+    def close(self) -> None:
+        """Close the database; for use when no call is in progress."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _point(self, tx: Connection, adapter_id: int, alias: str, version: int | None) -> tuple[int, float]:
+        """Move, make or (`version` None) remove an alias; returns its revision and the time of the move."""
+        row = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+        used = tx.scalar(select(aliases.c.revision).where(row))
+        revision, now = (used or 0) + 1, self._clock()
+        values = {"version": version, "revision": revision, "updated_at": now}
+        if used is None:
+            tx.execute(insert(aliases).values(adapter_id=adapter_id, alias=alias, **values))
+        else:
+            tx.execute(update(aliases).where(row).values(values))
+        return revision, now
+
+    def _delete(self, tx: Connection, *which: ColumnElement[bool]) -> None:
+        tx.execute(update(versions).where(*which, LIVE).values(deleted_at=self._clock()))
+
+
+def _check_between(what: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise InvalidRequest(f"{what} is {value}; expected 1 to {most}.", param=what)
