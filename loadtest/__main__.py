@@ -13,7 +13,9 @@ def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m loadtest", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
-    run = commands.add_parser("engine", help="tokens/s in process, bare and with distinct LoRAs, against PEFT")
+    run = commands.add_parser(
+        "engine", help="tokens/s in process, bare and with distinct LoRAs, against PEFT"
+    )
     run.add_argument("--size", choices=sorted(SIZES), default="60m")
     run.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     run.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])

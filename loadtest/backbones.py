@@ -42,7 +42,11 @@ def random_loras(model: Any, count: int) -> PeftModel:
         for index in range(count):
             rank = RANKS[index % len(RANKS)]
             config = LoraConfig(
-                r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=False, task_type="CAUSAL_LM"
+                r=rank,
+                lora_alpha=rank,
+                target_modules=list(TARGETS),
+                init_lora_weights=False,
+                task_type="CAUSAL_LM",
             )
             torch.manual_seed(index + 1)
             if index == 0:

@@ -82,11 +82,19 @@ def run(
             "ours/PEFT LoRA": _ratio(speeds, "ours LoRA", "PEFT LoRA"),
         }
         spreads = {case: Spread.of(values) for case, values in speeds.items()}
-        table.append([str(count), *(s.text(0) for s in spreads.values()), *(r.text(2) for r in ratios.values())])
+        table.append(
+            [str(count), *(s.text(0) for s in spreads.values()), *(r.text(2) for r in ratios.values())]
+        )
         figures.append({"rows": count, "tokens_per_s": {c: asdict(s) for c, s in spreads.items()},
                         "ratios": {name: asdict(r) for name, r in ratios.items()}})  # fmt: skip
     columns = ["rows = LoRAs", *(f"{case} tok/s" for case in CASES), *ratios]
-    publish(f"engine, {size} {dtype}, {threads} threads, median (min-max) of {rounds}", columns, table, figures, json_path)
+    publish(
+        f"engine, {size} {dtype}, {threads} threads, median (min-max) of {rounds}",
+        columns,
+        table,
+        figures,
+        json_path,
+    )
 
 
 def _ratio(speeds: dict[str, list[float]], above: str, below: str) -> Spread:
@@ -124,7 +132,12 @@ def _ours(
     sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
     for index, (prompt, digest) in enumerate(zip(prompts, digests, strict=True)):
         engine.submit(
-            Request(request_id=str(index), prompt_token_ids=tuple(prompt), sampling=sampling, adapter_digest=digest)
+            Request(
+                request_id=str(index),
+                prompt_token_ids=tuple(prompt),
+                sampling=sampling,
+                adapter_digest=digest,
+            )
         )
     generated = ended = 0
     while ended < len(prompts):

@@ -55,7 +55,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def publish(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], figures: Any, path: Path | None) -> None:
+def publish(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], figures: Any, path: Path | None
+) -> None:
     """Print the table; write `figures` beside the environment where a path is given."""
     table = Table(title=title)
     for column in columns:

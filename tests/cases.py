@@ -97,11 +97,13 @@ def shape_of(module: torch.nn.Module) -> ModuleShape:
             return ModuleShape("conv1d", module.nx, module.nf, True)
         case torch.nn.Embedding():
             return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, False)
-    children = list(module.children())
-    if not children:
-        width = module.weight.numel()
+    if isinstance(weight := getattr(module, "weight", None), torch.Tensor):
+        width = weight.shape[0]
         return ModuleShape("norm", width, width, getattr(module, "bias", None) is not None)
-    width = next(child.weight.numel() for child in children if not list(child.children()))  # the layer's first norm
+    first_norm = next(
+        child for child in module.children() if isinstance(getattr(child, "weight", None), torch.Tensor)
+    )
+    width = first_norm.weight.shape[0]
     return ModuleShape("layer", width, width, False)
 
 
@@ -215,8 +217,8 @@ def _prompt() -> PeftConfig:
 
 PEFT_CASES: tuple[Case, ...] = (
     Case("lora_qv", "llama", _lora(target_modules=["q_proj", "v_proj"])),
-    Case("lora_all_linear", "llama", _lora(target_modules="all-linear", r=3)),
-    Case("lora_all_linear", "gpt2", _lora(target_modules="all-linear", r=3)),
+    Case("lora_all_linear", "llama", _lora(target_modules="all-linear", r=3, lora_alpha=1)),
+    Case("lora_all_linear", "gpt2", _lora(target_modules="all-linear", r=3, lora_alpha=1)),
     Case(
         "lora_patterns_rslora",
         "llama",
@@ -228,12 +230,14 @@ PEFT_CASES: tuple[Case, ...] = (
         ),
     ),
     Case("lora_some_layers", "llama", _lora(target_modules=["o_proj"], layers_to_transform=[0, 2])),
-    Case("lora_fused", "gpt2", _lora(target_modules=["c_attn"])),
+    Case("lora_fused", "gpt2", _lora(target_modules=["c_attn"], lora_alpha=2)),
     Case("lora_regex", "llama", _lora(target_modules=r".*self_attn\.(q|o)_proj")),
     Case("lora_head", "llama", _lora(target_modules=["lm_head", "up_proj"])),
     Case("lora_bias_all", "gpt2", _lora(target_modules=["c_attn"], bias="all")),
     Case(
-        "lora_bias_only", "gpt2", _lora(target_modules=["c_attn", "mlp.c_proj"], bias="lora_only", lora_bias=True)
+        "lora_bias_only",
+        "gpt2",
+        _lora(target_modules=["c_attn", "mlp.c_proj"], bias="lora_only", lora_bias=True),
     ),
     Case("dora", "llama", _lora(target_modules=["q_proj", "gate_proj", "down_proj"], use_dora=True), "T2"),
     Case("dora", "gpt2", _lora(target_modules=["c_attn", "c_proj"], use_dora=True), "T2"),

@@ -6,13 +6,14 @@ thread places it when it has arrived and there is room.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
 import torch
 
-from adapters.errors import DeltamuxError, InvalidDelta, Overloaded
+from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
 from adapters.normal_form import AttnPrefix, Delta, VirtualTokens
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
@@ -23,6 +24,8 @@ from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
 from serving.model.placement import place
 from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
+
+log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 16
 """Length of the fixed random prompt on which a delta's effect is measured."""
@@ -59,12 +62,16 @@ class DeltaManager:
         if not future.done():
             return None
         try:
-            delta = future.result()
-            if not self._insert(delta, digest):
+            if not self._insert(future.result(), digest):
                 return None
-        except DeltamuxError:
+        except Exception as error:
             del self._loading[digest]
-            raise
+            if isinstance(error, DeltamuxError):
+                raise
+            log.exception("delta %s can't be loaded", digest[:12])
+            raise StoreError(
+                "The delta can't be loaded.", param="model", remedy="Upload it again."
+            ) from error
         del self._loading[digest]
         return self.residency.lease(digest)
 
@@ -117,17 +124,13 @@ class DeltaManager:
         assert placed is not None
         try:
             effect, scale = self._effect(placed)
+        except DeltamuxError:
+            self.start_release(digest)
+            raise
         finally:
             self.residency.end_lease(digest)
-        if not effect > 0.0:
-            self.residency.start_release(digest)
-            self.residency.finish_release(digest)
-            raise InvalidDelta(
-                [
-                    f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
-                ],
-                remedy="Upload trained weights; a freshly initialised adapter changes nothing.",
-            )
+            if self.residency.draining(digest):
+                self.finish_release(digest)
         return AdmissionProof(
             effect=effect,
             reference_scale=scale,
@@ -137,7 +140,10 @@ class DeltaManager:
         )
 
     def _effect(self, placed: PlacedDelta) -> tuple[float, float]:
-        """(max |logit change|, max |bare logit|) on the probe prompt, bare row and delta row in one batch."""
+        """(max |logit change|, max |bare logit|) on the probe prompt, bare row and delta row in one batch.
+
+        Raises InvalidDelta for a delta that changes nothing or overflows.
+        """
         backbone, prefix = self.runner.backbone, placed.prefix_len
         draw = torch.Generator().manual_seed(0)
         row = torch.randint(0, backbone.spec.vocab_size, (PROBE_TOKENS,), generator=draw)
@@ -159,7 +165,15 @@ class DeltaManager:
         bare, changed = torch.split(logits, PROBE_TOKENS)
         if not torch.isfinite(changed).all():
             raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
-        return float((changed - bare).abs().max()), float(bare.abs().max())
+        effect = float((changed - bare).abs().max())
+        if effect == 0.0:
+            raise InvalidDelta(
+                [
+                    f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
+                ],
+                remedy="Upload trained weights; a freshly initialised adapter changes nothing.",
+            )
+        return effect, float(bare.abs().max())
 
     def start_release(self, digest: str) -> None:
         """Admit no new request to `digest`."""

@@ -120,7 +120,7 @@ class Engine:
             except Exception:  # whatever a kernel raises ends the requests of this batch, never the engine
                 log.exception("a step of %d rows failed", len(rows))
                 for seq, _ in rows:
-                    self._end(seq, FinishReason.ERROR, error=INTERNAL_ERROR)
+                    self._fail(seq)
             else:
                 self._advance(outputs, sampled)
                 self.metrics.step_seconds.observe(time.perf_counter() - started)
@@ -146,7 +146,7 @@ class Engine:
     def _append(self, seq: Sequence, drawn: Sampled) -> None:
         """Take one new token: announce the prompt first, then emit text, then end the request where it ends."""
         if drawn.token_id < 0:
-            self._end(seq, FinishReason.ERROR, error=INTERNAL_ERROR)
+            self._fail(seq)
             return
         state: RowState = seq.state
         if not state.announced:
@@ -219,6 +219,11 @@ class Engine:
         self.scheduler.finish(seq)
         self.metrics.requests_finished.labels(reason=reason.value).inc()
         self._events.append((seq.request.request_id, event or TokenEvent(finish_reason=reason, error=error)))
+
+    def _fail(self, seq: Sequence) -> None:
+        """End a request whose numbers went wrong. Its slot is wiped: NaN would leak through the next owner's mask."""
+        self.runner.cache.clear(seq.slot)
+        self._end(seq, FinishReason.ERROR, error=INTERNAL_ERROR)
 
     def _flush(self) -> None:
         if self._events:

@@ -84,6 +84,11 @@ class Residency(Generic[P]):
         if digest in self._residents:
             self._residents[digest].draining = True
 
+    def draining(self, digest: str) -> bool:
+        """True from `start_release` until `digest` is gone."""
+        resident = self._residents.get(digest)
+        return resident is not None and resident.draining
+
     def finish_release(self, digest: str) -> int | None:
         """Free `digest` and return its bytes; None while leases are open. 0 when it is not resident."""
         resident = self._residents.get(digest)

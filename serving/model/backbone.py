@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +81,11 @@ class Backbone:
         keep = torch.zeros(1, dtype=torch.long, device=self.device) if logits_rows is None else logits_rows
         with forward_context(context):
             out = self.model(**inputs, position_ids=positions[None], use_cache=False, logits_to_keep=keep)
+        if context.attention.num_attended != self.spec.num_layers:
+            raise BackboneRefused(
+                f"{context.attention.num_attended} of {self.spec.num_layers} layers attended through the KV cache.",
+                param="backbone",
+            )
         logits: Tensor = out.logits[0].float()
         return logits if logits_rows is not None else logits[:0]
 
@@ -129,8 +133,8 @@ def adopt_backbone(
     )
     model.eval().requires_grad_(requires_grad=False)
     digest = backbone_digest(model)
-    # set_attn_implementation writes the config object, which other models built from it would share
-    config: Any = copy.deepcopy(model.config)
+    _own_config(model)
+    config = model.config
     model.to(device=place, dtype=served)
     spec = build_spec(
         {
@@ -151,6 +155,18 @@ def adopt_backbone(
     backbone = Backbone(model, spec, tokenizer, _eos_ids(model), place, served, parity_error=0.0)
     backbone.parity_error = _parity_error(backbone, stock)
     return backbone
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a configuration of its own.
+
+    transformers models built from one config object share it, and each writes its attention implementation there:
+    another model would silently switch ours away from the KV cache.
+    """
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
 
 
 def backbone_digest(model: PreTrainedModel) -> str:

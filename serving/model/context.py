@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 class AttentionPlan(Protocol):
-    """Attention of one step over the KV cache; built by the cache for the rows of the batch."""
+    """Attention of one step over the KV cache; built by the cache for the rows of the batch.
+
+    `num_attended` counts the calls: a layer that went another way shows.
+    """
+
+    num_attended: int
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Append key and value to the cache and attend.

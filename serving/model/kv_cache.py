@@ -69,6 +69,11 @@ class SlotKVCache:
             self.keys[layer][slot, :, :length] = key.transpose(0, 1)
             self.values[layer][slot, :, :length] = value.transpose(0, 1)
 
+    def clear(self, slot: int) -> None:
+        """Zero `slot`."""
+        for pool in (*self.keys, *self.values):
+            pool[slot].zero_()
+
     def read(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """Copies of the first `length` entries of `slot`, [length, K, D] per layer."""
         return [
@@ -86,6 +91,7 @@ class SlotAttention:
 
     def __init__(self, cache: SlotKVCache, rows: Sequence[RowSpan]) -> None:
         self.cache = cache
+        self.num_attended = 0
         self.prefills = [row for row in rows if row.stop - row.start > 1]
         self.decodes = [row for row in rows if row.stop - row.start == 1]
         self.only_decodes = not self.prefills
@@ -112,9 +118,8 @@ class SlotAttention:
         self.used_slots, self.longest = max(slots) + 1, max(lengths)
         self.batched = sum(lengths) >= DENSE_SHARE * self.used_slots * self.longest
         if self.batched:
-            visible = torch.ones(
-                self.used_slots, dtype=torch.long, device=device
-            )  # idle slots attend to one entry
+            # idle slots attend to one entry: a row that is masked whole would be NaN
+            visible = torch.ones(self.used_slots, dtype=torch.long, device=device)
             visible[self.slots_B] = self.past_B + 1
             hidden = torch.arange(self.longest, device=device)[None] >= visible[:, None]
             mask = torch.zeros(self.used_slots, 1, 1, self.longest, dtype=self.cache.dtype, device=device)
@@ -123,6 +128,7 @@ class SlotAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """See `AttentionPlan.attend`. The result does not depend on the other rows beyond rounding."""
         cache = self.cache
+        self.num_attended += 1
         query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1).to(cache.dtype) for x in (query, key, value))
         out = query_THD.new_empty(query_THD.shape)
         keys, values = cache.keys[layer], cache.values[layer]

@@ -65,16 +65,15 @@ class _Placer:
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
         self.taps: dict[Site, int] = {}
         self.device_bytes = 0
-        self._copies: dict[int, Tensor] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """An fp32 copy on the device; the same tensor is copied once."""
-        found = self._copies.get(id(tensor))
-        if found is None:
-            found = tensor.to(self.backbone.device, torch.float32, copy=True).contiguous()
-            self._copies[id(tensor)] = found
-            self.device_bytes += found.nbytes
-        return found
+        if id(tensor) not in self._copies:
+            copy = tensor.to(self.backbone.device, torch.float32, copy=True).contiguous()
+            self._copies[id(tensor)] = (tensor, copy)  # the source too: a freed tensor's id comes back
+            self.device_bytes += copy.nbytes
+        return self._copies[id(tensor)][1]
 
     def modules(self) -> dict[int, PlacedModule]:
         placed: dict[int, PlacedModule] = defaultdict(PlacedModule)

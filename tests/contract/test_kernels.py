@@ -24,7 +24,9 @@ SEGMENTS = {
 }
 
 
-def low_rank(seed: int, *, d_in: int = D_IN, activation: str = "identity", bias: bool = False) -> LowRankWeights:
+def low_rank(
+    seed: int, *, d_in: int = D_IN, activation: str = "identity", bias: bool = False
+) -> LowRankWeights:
     draw = torch.Generator().manual_seed(seed)
     rank, start = (1, 4, 8, 64)[seed % 4], (0, 8)[seed % 2]
     stop = start + 32 if start else D_OUT
@@ -59,7 +61,9 @@ def formula(y: Tensor, x: Tensor, segments: Sequence[LowRankSegment]) -> Tensor:
 def test_low_rank_equals_its_formula(kernels: DeltaKernels, shape: str, activation: str, bias: bool) -> None:
     torch.manual_seed(1)
     y, x = torch.randn(32, D_OUT), torch.randn(32, D_IN)
-    segments = [LowRankSegment(a, b, low_rank(s, activation=activation, bias=bias)) for a, b, s in SEGMENTS[shape]]
+    segments = [
+        LowRankSegment(a, b, low_rank(s, activation=activation, bias=bias)) for a, b, s in SEGMENTS[shape]
+    ]
     expected, before = formula(y, x, segments), y.clone()
     kernels.add_low_rank(y, x, segments)
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-4)

@@ -14,13 +14,18 @@ def tokenizer() -> Tokenizer:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["</s>"], show_progress=False
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["</s>"],
+        show_progress=False,
     )
     made.train_from_iterator(["hello world, the answer is positive"] * 3, trainer)
     return made
 
 
-def run(tokenizer: Tokenizer, prompt: str, answer: str, stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+def run(
+    tokenizer: Tokenizer, prompt: str, answer: str, stop: tuple[str, ...] = ()
+) -> tuple[list[str], TextStream]:
     stream = TextStream(tokenizer, tokenizer.encode(prompt).ids, stop)
     pieces = []
     for token in tokenizer.encode(answer).ids:

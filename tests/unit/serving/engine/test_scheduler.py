@@ -38,7 +38,9 @@ class FakeLeases:
         self.held.remove(digest)
 
 
-def make(leases: FakeLeases | None = None, *, slots: int = 4, max_len: int = 64, budget: int = 10) -> Scheduler:
+def make(
+    leases: FakeLeases | None = None, *, slots: int = 4, max_len: int = 64, budget: int = 10
+) -> Scheduler:
     kv = SlotKVManager(slots, max_len)
     return Scheduler(kv, leases or FakeLeases(), max_num_batched_tokens=budget, max_queue=8)
 
