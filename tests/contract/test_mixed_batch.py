@@ -2,8 +2,9 @@
 reference library (PEFT) or the float64 formula (AdapterHub placements), prefill and cached decode.
 
 `pytest tests/contract -k mixed_batch -s` prints the table. In bf16 both libraries round, and the largest error is that
-of one unlucky position (ours is 0.7 to 1.6 times PEFT's, as the seed falls): there the rule of 1.5 times the reference's
-own error is put to the root mean square over all positions, and the largest error may be three times PEFT's largest.
+of one unlucky position (ours is 0.7 to 1.6 times PEFT's, as the seed falls): there the rule of 1.5 times the
+reference's own error is put to the root mean square over all positions, and the largest error may be three times
+PEFT's largest.
 """
 
 from __future__ import annotations
