@@ -95,7 +95,9 @@ class BackboneSpec:
             ModuleSpec(
                 path=module["path"],
                 read=Site(**module["read"]) if module["read"] else None,
-                writes=tuple(Slice(Site(**part["site"]), part["start"], part["stop"]) for part in module["writes"]),
+                writes=tuple(
+                    Slice(Site(**part["site"]), part["start"], part["stop"]) for part in module["writes"]
+                ),
                 shape=ModuleShape(**module["shape"]),
             )
             for module in raw["modules"]

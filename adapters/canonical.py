@@ -19,7 +19,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from adapters.errors import InvalidDelta
-from adapters.normal_form import EXECUTED_OPS, Affine, AttnPrefix, Delta, LowRank, Op, OpKind, Site, VirtualTokens
+from adapters.normal_form import (
+    EXECUTED_OPS,
+    Affine,
+    AttnPrefix,
+    Delta,
+    LowRank,
+    Op,
+    OpKind,
+    Site,
+    VirtualTokens,
+)
 
 FORMAT = "deltamux/1"
 
@@ -91,7 +101,9 @@ def from_canonical(manifest: bytes, tensors: bytes) -> Delta:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidDelta([f"manifest: {type(error).__name__} at {error}."]) from error
-    if unused := set(stored) - {name for item in raw["ops"] for name in item.values() if isinstance(name, str)}:
+    if unused := set(stored) - {
+        name for item in raw["ops"] for name in item.values() if isinstance(name, str)
+    }:
         raise InvalidDelta([f"Tensor {name} is not used by any op." for name in sorted(unused)])
     return delta
 
@@ -136,7 +148,9 @@ def _op_from_json(item: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Op:
     kind = OpKind(item["kind"])
     if kind not in EXECUTED_OPS:
         executed = ", ".join(sorted(EXECUTED_OPS))
-        raise ValueError(f"op kind {kind.value!r}, which this server does not execute (it executes {executed})")
+        raise ValueError(
+            f"op kind {kind.value!r}, which this server does not execute (it executes {executed})"
+        )
     cls = EXECUTED_OPS[kind]
     values: dict[str, Any] = {}
     for spec in fields(cls):
@@ -161,6 +175,8 @@ def _content_name(tensor: Tensor) -> str:
 
 
 def _string_map(raw: object) -> dict[str, str]:
-    if not isinstance(raw, dict) or not all(isinstance(k, str) and isinstance(v, str) for k, v in raw.items()):
+    if not isinstance(raw, dict) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in raw.items()
+    ):
         raise ValueError("a map of strings to strings expected")
     return dict(raw)

@@ -136,7 +136,9 @@ class VirtualTokens:
 
 Op = LowRank | Affine | AttnPrefix | VirtualTokens
 
-EXECUTED_OPS: Mapping[OpKind, type[Op]] = {cls.kind: cls for cls in (LowRank, Affine, AttnPrefix, VirtualTokens)}
+EXECUTED_OPS: Mapping[OpKind, type[Op]] = {
+    cls.kind: cls for cls in (LowRank, Affine, AttnPrefix, VirtualTokens)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

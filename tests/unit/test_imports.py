@@ -64,7 +64,11 @@ def sources(package: str) -> Iterator[Path]:
 
 
 def upward_edges(package: str, path: Path) -> list[str]:
-    ours = {name for name in imports_of(path) if name.split(".")[0] in ("adapters", "serving", "loadtest", "tests")}
+    ours = {
+        name
+        for name in imports_of(path)
+        if name.split(".")[0] in ("adapters", "serving", "loadtest", "tests")
+    }
     allowed = ALLOWED[package]
     return sorted(n for n in ours if not any(n == a or n.startswith(a + ".") for a in allowed))
 

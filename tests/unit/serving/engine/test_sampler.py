@@ -46,9 +46,8 @@ def test_top_k_top_p_and_min_p_cut_the_tail() -> None:
 def test_same_seed_gives_the_same_tokens_in_any_company() -> None:
     torch.manual_seed(0)
     steps = [torch.randn(3, 50) for _ in range(20)]
-    alone, row = state(seed=11), []
-    for logits in steps:
-        row.append(sample(logits[1:2], [alone])[0].token_id)
+    alone = state(seed=11)
+    row = [sample(logits[1:2], [alone])[0].token_id for logits in steps]
     together = [state(seed=5), state(seed=11), state(seed=9, top_k=3)]
     mixed = [sample(logits, together)[1].token_id for logits in steps]
     assert mixed == row
@@ -94,7 +93,8 @@ def test_non_finite_row_is_reported_and_spares_the_others() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("min_p", -1.0),
+        ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1),
+        ("min_p", -1.0),
         ("max_tokens", 0), ("max_tokens", -5), ("presence_penalty", 3.0), ("frequency_penalty", -3.0),
         ("repetition_penalty", 0.0), ("logprobs", -1), ("logprobs", 21), ("stop", ("",)), ("logit_bias", {1: 1000.0}),
         ("seed", 1 << 64),

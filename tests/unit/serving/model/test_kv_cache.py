@@ -42,7 +42,9 @@ class Rows:
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def prefix(self, slot: int, length: int) -> None:
-        pairs = [(torch.randn(length, self.kv_heads, HEAD_DIM), torch.randn(length, self.kv_heads, HEAD_DIM))] * 2
+        pairs = [
+            (torch.randn(length, self.kv_heads, HEAD_DIM), torch.randn(length, self.kv_heads, HEAD_DIM))
+        ] * 2
         self.cache.write_prefix(slot, pairs)
         self.known[slot] = pairs[1]
 
@@ -61,7 +63,9 @@ class Rows:
             new = slice(span.start, span.stop)
             key, value = k[0, :, new].transpose(0, 1), v[0, :, new].transpose(0, 1)
             if span.past:
-                key, value = (torch.cat([old, x]) for old, x in zip(self.known[span.slot], (key, value), strict=True))
+                key, value = (
+                    torch.cat([old, x]) for old, x in zip(self.known[span.slot], (key, value), strict=True)
+                )
             self.known[span.slot] = (key, value)
             expected = plain(q[0, :, new].transpose(0, 1), key, value)
             worst = max(worst, float((out[0, new].double() - expected).abs().max()))

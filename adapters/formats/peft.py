@@ -1,0 +1,61 @@
+"""PEFT adapters (adapter_config.json + adapter_model.safetensors) -> Delta. PEFT itself is never imported.
+
+Format: PEFT 0.21.2; older releases where their keys mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from adapters.backbone_spec import BackboneSpec
+from adapters.formats.base_claim import check_base
+from adapters.formats.files import Upload
+from adapters.formats.peft_ia3 import read_ia3
+from adapters.formats.peft_lora import read_lora
+from adapters.formats.peft_prompt import read_prefix_tuning, read_prompt_tuning
+from adapters.formats.problems import Problems, name_or_kind
+from adapters.normal_form import Delta, Op
+
+Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], BackboneSpec, Problems], tuple[Op, ...]]
+
+READERS: Mapping[str, Reader] = {
+    "LORA": read_lora,
+    "IA3": read_ia3,
+    "PREFIX_TUNING": read_prefix_tuning,
+    "PROMPT_TUNING": read_prompt_tuning,
+}
+
+
+def read_peft(
+    upload: Upload, spec: BackboneSpec, backbone_digest: str | None, problems: Problems
+) -> Delta | None:
+    """The delta of a PEFT adapter, or None where its method is not served; what is wrong is added to `problems`."""
+    config = upload.config
+    method = config.get("peft_type")
+    reader = READERS.get(method) if isinstance(method, str) else None
+    if reader is None:
+        got = name_or_kind(method)
+        hint = " This looks like an AdapterHub config: name its tensors adapter.safetensors." * (
+            "config" in config
+        )
+        problems.add(
+            f"adapter_config.json: peft_type: got {got}, supported: {', '.join(READERS)}.{hint}",
+            param="peft_type",
+        )
+        return None
+    assert isinstance(method, str)
+    claimed, revision = config.get("base_model_name_or_path"), config.get("revision")
+    lineage = check_base(
+        claimed if isinstance(claimed, str) else None,  # another type is refused by the method's schema
+        revision if isinstance(revision, str) else None,
+        spec,
+        backbone_digest,
+        problems,
+    )
+    ops = reader(config, upload.tensors, spec, problems)
+    delta = Delta(method=method, ops=ops, backbone_digest=spec.digest, lineage={"format": "peft", **lineage})
+    return replace(delta, position_offset=delta.num_virtual_tokens)

@@ -1,0 +1,205 @@
+"""The schema of PEFT's adapter_config.json, per method.
+
+Source: the config classes of PEFT 0.21.2 (`PeftConfig`, `LoraConfig`, `IA3Config`, `PrefixTuningConfig`,
+`PromptTuningConfig`) and the keys that releases from 0.2 on wrote. A key that is not listed is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adapters.formats.problems import quoted
+from adapters.formats.schema import (
+    BOOLEAN,
+    OBJECT,
+    TEXT,
+    Check,
+    Rule,
+    is_bool,
+    is_fraction,
+    is_int,
+    is_names,
+    is_scale,
+    is_text,
+    off,
+    or_null,
+)
+
+MAX_RANK = 4096
+_MANY = 1 << 30
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# init_lora_weights that subtract from the base what they put into the adapter. (eva, orthogonal and mica choose the
+# adapter's start only; MiCA's frozen B is stored like any other.)
+BASE_CHANGING_INITS: Mapping[str, str] = {
+    "pissa": "PiSSA moves the principal part of each base weight into the adapter",
+    "olora": "OLoRA subtracts the adapter's first value from each base weight",
+    "corda": "CorDA subtracts the adapter's first value from each base weight",
+    "loftq": "LoftQ quantises the base weights against the adapter",
+    "lora_ga": "LoRA-GA subtracts the adapter's first value from each base weight",
+}
+INERT_INITS = ("gaussian", "eva", "orthogonal", "mica")
+
+
+def is_pattern(text: str) -> bool:
+    """True for a module pattern without quantifiers: letters, digits, `_`, `.`, and `^` at its start."""
+    body = text.removeprefix("^")
+    return bool(body) and body.isascii() and all(char.isalnum() or char in "_." for char in body)
+
+
+def _is_pattern_map(of: Check) -> Check:
+    return lambda value: (
+        isinstance(value, dict) and all(is_pattern(key) and of(item) for key, item in value.items())
+    )
+
+
+def _explain_init(value: object) -> str | None:
+    for name, effect in BASE_CHANGING_INITS.items():
+        if isinstance(value, str) and value.startswith(name):
+            return (
+                f"'{name}' changes the base model: {effect}. Convert the adapter with PEFT's "
+                "`save_pretrained(path_initial_model_for_weight_conversion=...)` and upload the result."
+            )
+    return None
+
+
+def _explain_task(value: object) -> str | None:
+    if value in TASK_TYPES:
+        return f"'{value}' is not served yet, expected CAUSAL_LM or null: it trains a head or pools hidden states."
+    return None
+
+
+def _explain_pattern(value: object) -> str | None:
+    bad = [pattern for pattern in value if not is_pattern(pattern)] if isinstance(value, dict) else []
+    if not bad:
+        return None
+    return (
+        f"the pattern {quoted(bad[0])} is refused: module names of letters, digits, '_' and '.' are read, with '^' in "
+        "front at most; regular expressions from uploads are never run."
+    )
+
+
+COMMON: Mapping[str, Rule] = {
+    "peft_type": TEXT,  # the reader table has looked at it
+    "base_model_name_or_path": TEXT,  # so has the base check
+    "revision": TEXT,
+    "task_type": Rule(lambda value: value in (None, "CAUSAL_LM"), "CAUSAL_LM or null", explain=_explain_task),
+    "auto_mapping": OBJECT,
+    "peft_version": TEXT,
+    "inference_mode": BOOLEAN,
+    "modules_to_save": off(None, [], why="whole modules replaced by trained copies are not served yet"),
+}
+
+_TARGETED: Mapping[str, Rule] = {
+    "target_modules": Rule(
+        lambda value: is_text(value) or is_names(value), "a list of module names, or a string", used=True
+    ),
+    "exclude_modules": Rule(
+        or_null(is_names),
+        "a list of module names or null",
+        used=True,
+        why="a string is a regular expression, which is never run",
+    ),
+    "fan_in_fan_out": BOOLEAN,  # PEFT overwrites it with the base module's own layout
+}
+
+LORA: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETED,
+    "r": Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=8),
+    "lora_alpha": Rule(is_scale, "a positive number", used=True, default=8),
+    "rank_pattern": Rule(
+        _is_pattern_map(is_int(1, MAX_RANK)),
+        f"an object of module names to integers from 1 to {MAX_RANK}",
+        used=True,
+        default={},
+        explain=_explain_pattern,
+    ),
+    "alpha_pattern": Rule(
+        _is_pattern_map(is_scale),
+        "an object of module names to positive numbers",
+        used=True,
+        default={},
+        explain=_explain_pattern,
+    ),
+    "use_rslora": Rule(is_bool, "true or false", used=True, default=False),
+    "use_dora": Rule(is_bool, "true or false", used=True, default=False),
+    "lora_bias": Rule(is_bool, "true or false", used=True, default=False),
+    "bias": Rule(
+        lambda value: value in ("none", "all", "lora_only"),
+        "'none', 'all' or 'lora_only'",
+        used=True,
+        default="none",
+    ),
+    "layers_to_transform": Rule(
+        lambda value: (
+            value is None or all(map(is_int(0, _MANY), value if isinstance(value, list) else [value]))
+        ),
+        "null, a layer index or a list of them",
+        used=True,
+    ),
+    "layers_pattern": off(None, [], "", why="it renames the layers' container"),
+    "init_lora_weights": Rule(
+        lambda value: is_bool(value) or value in INERT_INITS,
+        f"true, false, {', '.join(INERT_INITS)}",
+        explain=_explain_init,
+    ),
+    "lora_dropout": Rule(is_fraction, "a number from 0 up to 1"),
+    "eva_config": OBJECT,
+    "megatron_core": TEXT,
+    "qalora_group_size": Rule(is_int(1, _MANY), "a positive integer"),
+    "runtime_config": OBJECT,  # PEFT ignores it in files
+    "merge_weights": BOOLEAN,
+    "megatron_config": off(None, why="Megatron's parallel layers are other modules"),
+    "enable_lora": off(None, why="it adapts parts of a fused projection"),
+    "trainable_token_indices": off(None, [], {}, why="replaced token rows are not served yet"),
+    "loftq_config": off(None, {}, why=BASE_CHANGING_INITS["loftq"]),
+    "corda_config": off(None, why=BASE_CHANGING_INITS["corda"]),
+    "lora_ga_config": off(None, why=BASE_CHANGING_INITS["lora_ga"]),
+    "velora_config": off(None, why="it stores tensors of its own"),
+    "alora_invocation_tokens": off(None, why="an adapter that starts inside the prompt is not served yet"),
+    "use_qalora": off(False, why="QALoRA pools its input in groups"),
+    "monteclora_config": off(None, why="it samples its weights"),
+    "layer_replication": off(None, [], why="a replicated layer stack is not served yet"),
+    "target_parameters": off(None, [], why="adapted bare parameters (mixture of experts) are not served yet"),
+    "use_bdlora": off(None, False, why="block-diagonal factors are not served yet"),
+    "arrow_config": off(None, why="it routes each token between several adapters"),
+    "kasa_config": off(None, why="KaSA drops singular directions of each base weight"),
+    "ensure_weight_tying": off(False, why="it adapts tied embeddings together"),
+}
+
+IA3: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETED,
+    "feedforward_modules": Rule(
+        lambda value: is_text(value) or is_names(value), "a list of module names, or a string", used=True
+    ),
+    "init_ia3_weights": BOOLEAN,
+}
+
+_SIZE = Rule(or_null(is_int(1, _MANY)), "a positive integer or null", used=True)
+
+_PROMPT_LEARNING: Mapping[str, Rule] = {
+    **COMMON,
+    "num_virtual_tokens": Rule(is_int(1, _MANY), "a positive integer", used=True, required=True),
+    "token_dim": _SIZE,
+    "num_layers": _SIZE,
+    "num_attention_heads": _SIZE,
+    "num_transformer_submodules": off(None, 1, why="prompts of encoder-decoder models are not served yet"),
+}
+
+PREFIX_TUNING: Mapping[str, Rule] = {
+    **_PROMPT_LEARNING,
+    "encoder_hidden_size": Rule(or_null(is_int(1, _MANY)), "a positive integer or null"),
+    "prefix_projection": BOOLEAN,  # PEFT evaluates the projection before it saves
+    "init_weights": TEXT,
+}
+
+PROMPT_TUNING: Mapping[str, Rule] = {
+    **_PROMPT_LEARNING,
+    "prompt_tuning_init": TEXT,
+    "prompt_tuning_init_text": TEXT,
+    "tokenizer_name_or_path": TEXT,  # read only to initialise, and here never
+    "tokenizer_kwargs": OBJECT,
+}

@@ -1,0 +1,77 @@
+"""PEFT's tensor keys: `base_model.model.<module path>.<field>` -> module and field, strays refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adapters.backbone_spec import BackboneSpec
+from adapters.formats.problems import Problems, quoted
+
+PREFIX = "base_model.model."
+
+# Parts of keys that belong to features which are not served, and what to do.
+REFUSED_PARTS: Mapping[str, str] = {
+    ".lora_embedding_": "LoRA on an embedding is not executed yet. Train without it",
+    ".base_layer.weight": "a copy of a base weight. Save with `save_pretrained(save_embedding_layers=False)`",
+    ".modules_to_save.": "a whole module replaced by a trained copy is not served yet",
+    ".token_adapter.": "replaced token rows are not served yet",
+    ".lora_diag": "KaSA drops singular directions of each base weight",
+    ".lora_velora_": "a tensor that only VeLoRA's training reads. Save the adapter without velora_config",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor and its key in the file."""
+
+    key: str
+    tensor: Tensor
+
+
+def place(
+    tensors: Mapping[str, Tensor], fields: Mapping[str, str], spec: BackboneSpec, problems: Problems
+) -> dict[str, dict[str, Placed]]:
+    """Module path -> field -> tensor. `fields` maps the key's end to the field's name.
+
+    Keys that name no module or no field are added to `problems`, as is a field that two keys name.
+    """
+    placed: dict[str, dict[str, Placed]] = {}
+    for key, tensor in tensors.items():
+        path, field = _split(key, fields)
+        if path not in spec.by_path or field is None:
+            problems.add(f"A tensor without a site: {quoted(key)}: {_why(key, spec)}.")
+            continue
+        found = placed.setdefault(path, {})
+        if field in found:
+            problems.add(f"Two tensors for one place: {quoted(found[field].key)} and {quoted(key)}.")
+        found[field] = Placed(key, tensor)
+    return placed
+
+
+def check_shape(placed: Placed, expected: tuple[int, ...], problems: Problems) -> bool:
+    """True where the tensor has the expected shape; otherwise the problem is noted."""
+    got = tuple(placed.tensor.shape)
+    if got != expected:
+        problems.add(f"{quoted(placed.key)}: got shape {list(got)}, expected {list(expected)}.")
+    return got == expected
+
+
+def _split(key: str, fields: Mapping[str, str]) -> tuple[str, str | None]:
+    if key.startswith(PREFIX):
+        # longest first: `base_layer.bias` also ends in `bias`
+        for end in sorted(fields, key=len, reverse=True):
+            if key.endswith("." + end):
+                return key[len(PREFIX) : -len(end) - 1], fields[end]
+    return "", None
+
+
+def _why(key: str, spec: BackboneSpec) -> str:
+    for part, reason in REFUSED_PARTS.items():
+        if part in key:
+            return reason
+    if not key.startswith(PREFIX):
+        return f"keys start with {PREFIX!r} in files that PEFT's `save_pretrained` writes"
+    return f"the backbone {quoted(spec.name)} has no such module, or the method no such tensor"

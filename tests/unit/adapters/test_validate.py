@@ -1,0 +1,257 @@
+"""Validation: a good delta passes, and each thing that may be wrong is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters.normal_form import Affine, AttnPrefix, Delta, LowRank, Op, Site, VirtualTokens
+from adapters.validate import check
+from tests.cases import DIGEST, spec_of, tiny_backbone
+
+LLAMA = spec_of(tiny_backbone("llama"))  # hidden 32, FFN 64, 3 layers, 4 heads, 2 KV heads of 8, no biases
+GPT2 = spec_of(tiny_backbone("gpt2"))  # hidden 32, FFN 128, fused q k v, biases
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape)
+
+
+def low_rank(read: str = "attn.x", write: str = "q.out", layer: int = 0, **changes: Any) -> LowRank:
+    values: dict[str, Any] = {"A": ones(4, 32), "B": ones(32, 4), **changes}
+    return LowRank(read=Site(read, layer), write=Site(write, layer), **values)
+
+
+def prefixes(length: int = 5, **changes: Any) -> list[AttnPrefix]:
+    values = {"key": ones(length, 2, 8), "value": ones(length, 2, 8), **changes}
+    return [AttnPrefix(layer=layer, **values) for layer in range(3)]
+
+
+def delta(*ops: Op, **changes: Any) -> Delta:
+    return Delta(method="test", ops=ops, **{"backbone_digest": DIGEST, **changes})
+
+
+GOOD: dict[str, tuple[Delta, Any]] = {
+    "parallel": (delta(low_rank()), LLAMA),
+    "two of one site": (delta(low_rank(), low_rank(A=ones(9, 32), B=ones(32, 9))), LLAMA),
+    "rank above the width": (delta(low_rank(A=ones(100, 32), B=ones(32, 100))), LLAMA),
+    "sequential": (delta(low_rank("layer.out", "layer.out", a_bias=ones(4), b_bias=ones(32))), LLAMA),
+    "stream to attention": (delta(low_rank("attn.r", "o.out")), LLAMA),
+    "stream to feed-forward": (delta(low_rank("ffn.r", "down.out")), LLAMA),
+    "attention input to feed-forward": (delta(low_rank("attn.x", "down.out")), LLAMA),
+    "head": (
+        delta(LowRank(read=Site("final"), write=Site("logits"), A=ones(4, 32), B=ones(97, 4))),
+        LLAMA,
+    ),
+    "fused slice": (delta(low_rank(write="v.out")), GPT2),
+    "half precision": (delta(low_rank(A=ones(4, 32).half(), B=ones(32, 4).bfloat16())), LLAMA),
+    "input scale": (delta(Affine(site=Site("down.out", 1), side="input", scale=ones(64))), LLAMA),
+    "dora": (
+        delta(
+            low_rank(),
+            Affine(site=Site("q.out", 0), scale=ones(32), weight_normalized=True, covers_bias=False),
+        ),
+        LLAMA,
+    ),
+    "both sides of a site": (
+        delta(
+            Affine(site=Site("down.out", 1), side="input", scale=ones(64)),
+            Affine(site=Site("down.out", 1), scale=ones(32)),
+        ),
+        LLAMA,
+    ),
+    "norm bias": (delta(Affine(site=Site("ffn.x", 1), bias=ones(32))), GPT2),
+    "scale and bias of a site": (
+        delta(Affine(site=Site("o.out", 1), scale=ones(32)), Affine(site=Site("o.out", 1), bias=ones(32))),
+        GPT2,
+    ),
+    "prefix at its own positions": (delta(*prefixes(), position_offset=5), LLAMA),
+    "prefix at position 0": (delta(*prefixes(), position_offset=0), LLAMA),
+    "longest prefix": (delta(*prefixes(255)), LLAMA),
+    "prompt": (delta(VirtualTokens(embeddings=ones(3, 32)), position_offset=3), LLAMA),
+    "prompt and LoRA": (delta(low_rank(), VirtualTokens(embeddings=ones(3, 32)), position_offset=3), LLAMA),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_deltas_pass(name: str) -> None:
+    assert check(*GOOD[name]) == []
+
+
+# (what is wrong, the delta, the backbone, what the message must say)
+BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
+    (delta(), LLAMA, ("no ops",)),
+    (delta(low_rank(), backbone_digest="0" * 64), LLAMA, ("backbone_digest", DIGEST)),
+    (delta(low_rank(), backbone_digest=""), LLAMA, ("backbone_digest",)),
+    (delta(low_rank(), task="seq-cls"), LLAMA, ("task", "causal-lm")),
+    (replace(delta(low_rank()), method=""), LLAMA, ("method",)),
+    (replace(delta(low_rank()), method="x\n"), LLAMA, ("method",)),
+    (delta(low_rank(write="z.out")), LLAMA, ("op 0", "low_rank", "0.z.out", "unknown site")),
+    (delta(low_rank(write="a\x1bb")), LLAMA, ("0.a\\x1bb", "unknown site")),
+    (delta(low_rank(write="gate.out", B=ones(128, 4))), GPT2, ("0.gate.out", "unknown site")),
+    (delta(low_rank(), low_rank(layer=3)), LLAMA, ("op 1", "layer 3 is out of range", "3 layers")),
+    (
+        delta(LowRank(read=Site("attn.x", 0), write=Site("q.out"), A=ones(4, 32), B=ones(32, 4))),
+        LLAMA,
+        ("q.out", "unknown site"),
+    ),
+    (delta(low_rank("attn.r", "attn.x")), LLAMA, ("input_layernorm", "kind norm")),
+    (
+        delta(LowRank(read=Site("embed"), write=Site("embed"), A=ones(4, 32), B=ones(32, 4))),
+        LLAMA,
+        ("kind embedding",),
+    ),
+    (delta(low_rank(A=ones(4, 31))), LLAMA, ("A: shape [4, 31], expected [4, 32]",)),
+    (delta(low_rank(A=ones(4, 31))), LLAMA, ("0.q.out",)),
+    (delta(low_rank(B=ones(16, 4))), LLAMA, ("B: shape [16, 4], expected [32, 4]",)),
+    (delta(low_rank(B=ones(32, 5))), LLAMA, ("B: shape [32, 5], expected [32, 4]",)),
+    (delta(low_rank(write="k.out")), LLAMA, ("B: shape [32, 4], expected [16, 4]",)),
+    (delta(low_rank(A=ones(32))), LLAMA, ("A: shape [32], expected [32, 32]",)),
+    (delta(low_rank(A=ones(0, 32), B=ones(32, 0))), LLAMA, ("A: rank 0",)),
+    (delta(low_rank(A=ones(4097, 32), B=ones(32, 4097))), LLAMA, ("A: rank 4097", "4096")),
+    (delta(low_rank(A=ones(4, 32).double())), LLAMA, ("A: dtype torch.float64",)),
+    (delta(low_rank(B=ones(32, 4).int())), LLAMA, ("B: dtype torch.int32",)),
+    (delta(low_rank(a_bias=ones(5))), LLAMA, ("a_bias: shape [5], expected [4]",)),
+    (delta(low_rank(b_bias=ones(1, 32))), LLAMA, ("b_bias: shape [1, 32], expected [32]",)),
+    (delta(low_rank(A=ones(4, 32) * math.nan)), LLAMA, ("op 0", "0.q.out", "A: 128 non-finite values")),
+    (delta(low_rank(b_bias=torch.tensor([math.inf] + [1.0] * 31))), LLAMA, ("b_bias: 1 non-finite value.",)),
+    (delta(low_rank(A="not a tensor")), LLAMA, ("A: expected a tensor",)),
+    (delta(low_rank(scaling=math.inf)), LLAMA, ("scaling",)),
+    (delta(low_rank(scaling="2")), LLAMA, ("scaling",)),
+    (delta(low_rank(activation="swish")), LLAMA, ("activation", "silu")),
+    (delta(low_rank("ffn.r", "o.out")), LLAMA, ("read: 0.ffn.r", "not upstream")),
+    (delta(low_rank("layer.out", "q.out")), LLAMA, ("read: 0.layer.out", "not a site that a module")),
+    (delta(low_rank("k.out", "q.out")), LLAMA, ("read: 0.k.out",)),
+    (
+        delta(LowRank(read=Site("attn.r", 0), write=Site("o.out", 1), A=ones(4, 32), B=ones(32, 4))),
+        LLAMA,
+        ("same layer",),
+    ),
+    (
+        delta(LowRank(read=Site("final"), write=Site("o.out", 1), A=ones(4, 32), B=ones(32, 4))),
+        LLAMA,
+        ("not upstream",),
+    ),
+    (delta(Affine(site=Site("q.out", 0))), LLAMA, ("neither scale nor shift nor bias",)),
+    (delta(Affine(site=Site("q.out", 0), bias=ones(32))), LLAMA, ("no bias to replace",)),
+    (delta(Affine(site=Site("o.out", 0), side="input", bias=ones(32))), GPT2, ("no bias to replace",)),
+    (delta(Affine(site=Site("q.out", 0), scale=ones(64))), LLAMA, ("scale: shape [64], expected [32]",)),
+    (delta(Affine(site=Site("q.out", 0), scale=ones(32, 1))), LLAMA, ("scale: shape [32, 1]",)),
+    (
+        delta(Affine(site=Site("down.out", 0), side="input", scale=ones(32))),
+        LLAMA,
+        ("scale: shape [32], expected [64]",),
+    ),
+    (delta(Affine(site=Site("attn.x", 0), side="input", scale=ones(32))), LLAMA, ("kind norm",)),
+    (delta(Affine(site=Site("embed"), scale=ones(32))), LLAMA, ("kind embedding",)),
+    (
+        delta(Affine(site=Site("q.out", 0), shift=ones(32), weight_normalized=True)),
+        LLAMA,
+        ("weight_normalized",),
+    ),
+    (
+        delta(Affine(site=Site("attn.x", 0), scale=ones(32), weight_normalized=True)),
+        LLAMA,
+        ("no weight matrix",),
+    ),
+    (delta(Affine(site=Site("q.out", 0), scale=ones(32), side="left")), LLAMA, ("side",)),  # type: ignore[arg-type]
+    (delta(Affine(site=Site("q.out", 0), scale=ones(32), covers_bias=1)), LLAMA, ("covers_bias",)),  # type: ignore[arg-type]
+    (
+        delta(Affine(site=Site("q.out", 0), scale=ones(32)), Affine(site=Site("q.out", 0), scale=ones(32))),
+        LLAMA,
+        ("2 Affine ops with a scale at 0.q.out, output side",),
+    ),
+    (
+        delta(Affine(site=Site("o.out", 0), bias=ones(32)), Affine(site=Site("o.out", 0), bias=ones(32))),
+        GPT2,
+        ("2 Affine ops with a bias at 0.o.out",),
+    ),
+    (
+        delta(
+            Affine(site=Site("q.out", 0), side="input", scale=ones(32)),
+            Affine(site=Site("k.out", 0), side="input", scale=ones(32)),
+        ),
+        GPT2,
+        ("2 Affine ops with a scale at transformer.h.0.attn.c_attn, input side",),
+    ),
+    (delta(*prefixes()[:2]), LLAMA, ("missing in layers 2",)),
+    (delta(*prefixes(), prefixes()[1]), LLAMA, ("2 AttnPrefix ops in layer 1",)),
+    (
+        delta(*prefixes(), AttnPrefix(layer=3, key=ones(5, 2, 8), value=ones(5, 2, 8))),
+        LLAMA,
+        ("layer: expected", "0 to 2"),
+    ),
+    (
+        delta(*prefixes()[:2], AttnPrefix(layer=2, key=ones(4, 2, 8), value=ones(4, 2, 8))),
+        LLAMA,
+        ("differ in number: 4, 5",),
+    ),
+    (delta(*prefixes(key=ones(5, 4, 8))), LLAMA, ("key: shape [5, 4, 8], expected [5, 2, 8]",)),
+    (delta(*prefixes(value=ones(4, 2, 8))), LLAMA, ("value: shape [4, 2, 8], expected [5, 2, 8]",)),
+    (delta(*prefixes(value=ones(5, 2, 8) * math.nan)), LLAMA, ("attn_prefix at layer 0", "80 non-finite")),
+    (delta(*prefixes(0)), LLAMA, ("0 virtual tokens",)),
+    (delta(*prefixes(256)), LLAMA, ("256 virtual tokens, expected 1 to 255",)),
+    (delta(*prefixes(), position_offset=4), LLAMA, ("position_offset: 4, expected 0 or 5",)),
+    (
+        delta(*prefixes(), VirtualTokens(embeddings=ones(5, 32)), position_offset=5),
+        LLAMA,
+        ("both AttnPrefix and VirtualTokens",),
+    ),
+    (
+        delta(
+            VirtualTokens(embeddings=ones(3, 32)), VirtualTokens(embeddings=ones(3, 32)), position_offset=3
+        ),
+        LLAMA,
+        ("2 VirtualTokens ops",),
+    ),
+    (
+        delta(VirtualTokens(embeddings=ones(3, 32)), position_offset=0),
+        LLAMA,
+        ("position_offset: 0, expected 3",),
+    ),
+    (delta(VirtualTokens(embeddings=ones(3, 31)), position_offset=3), LLAMA, ("embeddings: shape [3, 31]",)),
+    (delta(VirtualTokens(embeddings=torch.ones(())), position_offset=0), LLAMA, ("embeddings: shape []",)),
+    (delta(low_rank(), position_offset=1), LLAMA, ("position_offset: 1, expected 0",)),
+]
+
+
+@pytest.mark.parametrize(("bad", "spec", "fragments"), BAD, ids=[" ".join(row[2])[:60] for row in BAD])
+def test_bad_deltas_are_named(bad: Delta, spec: Any, fragments: tuple[str, ...]) -> None:
+    problems = check(bad, spec)
+    text = " | ".join(problems)
+    for fragment in fragments:
+        assert fragment in text
+    assert text.isprintable()
+
+
+def test_every_problem_is_listed() -> None:
+    bad = delta(
+        low_rank(A=ones(4, 31)),
+        low_rank(layer=9),
+        Affine(site=Site("q.out", 1)),
+        position_offset=2,
+        backbone_digest="0" * 64,
+    )
+    problems = check(bad, LLAMA)
+    for start in ("delta: backbone_digest", "op 0", "op 1", "op 2", "delta: position_offset"):
+        assert any(problem.startswith(start) for problem in problems), start
+
+
+@pytest.mark.parametrize("poison", [None, 3, "text", [], {}, 1.5])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: low_rank(A=value, B=value, a_bias=value or None, scaling=value, activation=value),
+        lambda value: Affine(site=Site("q.out", 0), scale=value, side=value, covers_bias=value),
+        lambda value: AttnPrefix(layer=value, key=value, value=value),
+        lambda value: VirtualTokens(embeddings=value),
+    ],
+)
+def test_fields_of_any_type_are_problems_not_crashes(make: Callable[[Any], Op], poison: object) -> None:
+    assert check(delta(make(poison)), LLAMA)
