@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,12 @@ def run(
     for count in row_counts:
         chosen = prompts[:count]
         names = [name_of(i) for i in range(count)]
+        bare: list[str | None] = [None] * count
         runs: dict[str, Callable[[], None]] = {
-            "ours bare": lambda p=chosen: _ours(engine, events, p, [None] * len(p), output_tokens),
-            "ours LoRA": lambda p=chosen, n=names: _ours(engine, events, p, n, output_tokens),
-            "PEFT bare": lambda p=chosen: _peft(peft_model, p, ["__base__"] * len(p), output_tokens),
-            "PEFT LoRA": lambda p=chosen, n=names: _peft(peft_model, p, n, output_tokens),
+            "ours bare": partial(_ours, engine, events, chosen, bare, output_tokens),
+            "ours LoRA": partial(_ours, engine, events, chosen, names, output_tokens),
+            "PEFT bare": partial(_peft, peft_model, chosen, ["__base__"] * count, output_tokens),
+            "PEFT LoRA": partial(_peft, peft_model, chosen, names, output_tokens),
         }
         for case in CASES:  # first use: allocations, loads of deltas
             runs[case]()

@@ -100,7 +100,7 @@ class Engine(_Group):
     host_cache_bytes: int = Field(default=1024 * MIB, ge=0)
     """Host memory that loaded deltas may take beside the device."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of one replica's CPU kernels; by default torch decides."""
+    """Threads of one replica's CPU kernels; by default its share of the machine's cores."""
 
 
 class Store(_Group):

@@ -60,7 +60,7 @@ class GatewayMetrics:
         )
         self.uploads = Counter(
             "deltamux_uploads_total",
-            "Delta uploads by outcome: ready, or the error code that the caller got.",
+            "Delta uploads by outcome: ready, client_gone, or what the caller got (an error code or http_<status>).",
             ("outcome",),
             registry=registry,
         )
@@ -127,13 +127,20 @@ class EngineMetrics:
 
 
 def families(registry: CollectorRegistry) -> tuple[MetricFamily, ...]:
-    """Everything that `registry` holds now, as values that cross a process border."""
+    """Everything that `registry` holds now, as values that cross a process border.
+
+    Without the `_created` series that prometheus_client adds to each counter and histogram: nobody reads them.
+    """
     return tuple(
         MetricFamily(
             name=metric.name,
             documentation=metric.documentation,
             type=metric.type,
-            samples=tuple(Sample(name=s.name, labels=dict(s.labels), value=s.value) for s in metric.samples),
+            samples=tuple(
+                Sample(name=s.name, labels=dict(s.labels), value=s.value)
+                for s in metric.samples
+                if not s.name.endswith("_created")
+            ),
         )
         for metric in registry.collect()
     )

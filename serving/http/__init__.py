@@ -1,1 +1,1 @@
-"""The HTTP gateway: OpenAI shapes over a `Backend`, a registry and a blob store. No Ray, no torch."""
+"""The HTTP gateway: OpenAI shapes over a `Backend`, a registry and a blob store. Ray is not imported here."""

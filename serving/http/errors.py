@@ -15,12 +15,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters import errors
-from serving.core import JsonObject
 
 log = logging.getLogger("deltamux.http")
 
+JsonObject = dict[str, Any]
+
 INVALID_REQUEST_TYPE = "invalid_request_error"
-INTERNAL_MESSAGE = "The server failed on this request. Try again; if it persists, give the operator x-request-id."
+INTERNAL_MESSAGE = (
+    "The server failed on this request. Try again; if it persists, give the operator x-request-id."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class ErrorReply:
         return JSONResponse(self.body, self.status, dict(self.headers))
 
 
-def reply_to(error: Exception) -> ErrorReply:
+def reply_to(error: BaseException) -> ErrorReply:
     """The answer to `error`. One that is not ours is answered 500 with a fixed text."""
     if not isinstance(error, errors.DeltamuxError):
         return ErrorReply(INTERNAL.status, _envelope(INTERNAL_MESSAGE, INTERNAL.type, None, INTERNAL.code))
@@ -110,6 +113,8 @@ def install_handlers(app: FastAPI) -> None:
         code = _HTTP_CODES.get(error.status_code, "http_error")
         message = _HTTP_MESSAGES.get(error.status_code, str(error.detail))
         body = _envelope(message, INVALID_REQUEST_TYPE, None, code)
+        # A 413 leaves the connection open: closed under a body that is still being sent, most clients (httpx, and
+        # so the SDK) report the reset and never read the answer. The server drops what still comes.
         return JSONResponse(body, error.status_code, error.headers)
 
     async def validation(_: Request, error: Exception) -> JSONResponse:
@@ -131,7 +136,9 @@ def _validation_envelope(problems: Sequence[Mapping[str, Any]]) -> JsonObject:
     for problem in problems[:_MAX_PROBLEMS_SHOWN]:
         param = _param(problem["loc"])
         known = problem["type"] != "extra_forbidden"
-        sentences.append(f"{param}: {problem['msg']}." if known else f"{param}: unknown or not supported here.")
+        sentences.append(
+            f"{param}: {problem['msg']}." if known else f"{param}: unknown or not supported here."
+        )
     if (more := len(problems) - _MAX_PROBLEMS_SHOWN) > 0:
         sentences.append(f"({more} more)")
     first = problems[0]

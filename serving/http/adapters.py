@@ -1,0 +1,194 @@
+"""The routes of the registry: upload, read, promote and delete deltas."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from adapters.errors import DeltamuxError, NotFound
+from adapters.registry import AdapterRecord, AliasRecord, VersionRecord
+from serving.http.bodies import json_route
+from serving.http.edge import set_adapter_digest
+from serving.http.errors import JsonObject
+from serving.http.schemas import AliasBody
+from serving.http.services import Services, in_thread
+from serving.http.uploads import Uploads
+
+log = logging.getLogger("deltamux.http")
+
+_UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "One part per file, whose file name says what it is; optional fields "
+        "`labels` (a JSON object of strings), `backbone_digest` and `alias`.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                        "labels": {"type": "string"},
+                        "backbone_digest": {"type": "string"},
+                        "alias": {"type": "string"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def adapters_router(services: Services) -> APIRouter:
+    """`/v1/adapters` and below."""
+    registry, tenant = services.registry, services.tenant
+    uploads = Uploads(services)
+    router = APIRouter(route_class=json_route(services.settings.limits.max_body_bytes), tags=["adapters"])
+
+    @router.put("/v1/adapters/{name}/versions", status_code=201, openapi_extra=_UPLOAD_BODY)
+    async def upload(name: str, request: Request) -> JSONResponse:
+        """Publish the next version of a delta; the answer is its admission proof."""
+        record = await uploads.accept(request, name)
+        set_adapter_digest(request, record.digest)
+        return JSONResponse(version_object(record), 201)
+
+    @router.get("/v1/adapters")
+    async def list_adapters(limit: int = 100, after: str | None = None) -> JsonObject:
+        """A page of deltas by name, beginning behind `after`."""
+        page = await in_thread(registry.list_adapters, tenant, limit=limit, after=after)
+        data = [adapter_object(adapter) for adapter in page.items]
+        return {
+            "object": "list",
+            "data": data,
+            "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None,
+            "has_more": page.next_after is not None,
+        }
+
+    @router.get("/v1/adapters/{name}")
+    async def get_adapter(name: str) -> JsonObject:
+        """One delta: its latest version and its aliases."""
+        with _no_model_field():
+            return adapter_object(await in_thread(registry.get_adapter, tenant, name))
+
+    @router.get("/v1/adapters/{name}/versions")
+    async def list_versions(name: str, limit: int = 100, before: int | None = None) -> JsonObject:
+        """A page of a delta's versions, newest first, beginning below `before`."""
+        with _no_model_field():
+            found = await in_thread(registry.list_versions, tenant, name, limit=limit, before=before)
+        return {"object": "list", "data": [version_object(version) for version in found]}
+
+    @router.get("/v1/adapters/{name}/versions/{version}")
+    async def get_version(name: str, version: int) -> JsonObject:
+        """One version and its admission proof."""
+        with _no_model_field():
+            return version_object(await in_thread(registry.get_version, tenant, name, version))
+
+    @router.put("/v1/adapters/{name}/aliases/{alias}")
+    async def set_alias(name: str, alias: str, body: AliasBody) -> JsonObject:
+        """Point an alias at a version, if it still is where the caller has seen it."""
+        with _no_model_field():
+            moved = await in_thread(
+                registry.set_alias,
+                tenant,
+                name,
+                alias,
+                body.version,
+                expected_revision=body.expected_revision,
+            )
+        return alias_object(moved)
+
+    @router.delete("/v1/adapters/{name}")
+    async def delete_adapter(name: str) -> JsonObject:
+        """Delete a delta with all its versions and aliases, and free its memory."""
+        with _no_model_field():
+            gone = await in_thread(registry.delete_adapter, tenant, name)
+        freed = await _release(services, {version.digest for version in gone})
+        versions = [version.version for version in gone]
+        return {**_deleted(name, "adapter", freed), "versions": versions}
+
+    @router.delete("/v1/adapters/{name}/versions/{version}")
+    async def delete_version(name: str, version: int) -> JsonObject:
+        """Delete one version, and free its memory where no other version has the same content."""
+        with _no_model_field():
+            gone = await in_thread(registry.delete_version, tenant, name, version)
+        return _deleted(f"{name}@v{version}", "adapter.version", await _release(services, {gone.digest}))
+
+    return router
+
+
+def version_object(record: VersionRecord) -> JsonObject:
+    """A version as callers see it."""
+    return {
+        "id": f"{record.name}@v{record.version}",
+        "object": "adapter.version",
+        "name": record.name,
+        "version": record.version,
+        "digest": f"sha256:{record.digest}",
+        "status": record.status,
+        "method": record.method,
+        "task": record.task,
+        "backbone_digest": record.backbone_digest,
+        "size_bytes": record.size_bytes,
+        "labels": dict(record.labels),
+        "proof": dict(record.proof),
+        "created": int(record.created_at),
+    }
+
+
+def alias_object(record: AliasRecord) -> JsonObject:
+    """An alias as callers see it; `revision` is what the next compare-and-swap has to name."""
+    return {
+        "id": f"{record.name}:{record.alias}",
+        "object": "adapter.alias",
+        "alias": record.alias,
+        "version": record.version,
+        "revision": record.revision,
+        "updated": int(record.updated_at),
+    }
+
+
+def adapter_object(record: AdapterRecord) -> JsonObject:
+    """A delta as callers see it."""
+    return {
+        "id": record.name,
+        "object": "adapter",
+        "name": record.name,
+        "owned_by": record.tenant,
+        "created": int(record.created_at),
+        "latest": version_object(record.latest) if record.latest else None,
+        "aliases": [alias_object(alias) for alias in record.aliases],
+    }
+
+
+def _deleted(item: str, kind: str, bytes_freed: int | None) -> JsonObject:
+    return {"id": item, "object": kind, "deleted": True, "bytes_freed": bytes_freed}
+
+
+async def _release(services: Services, digests: Iterable[str]) -> int | None:
+    """Drain and free contents that no live version has; returns the device bytes freed.
+
+    None where the backend did not say: the deletion stands all the same, and the memory is evicted on demand.
+    """
+    total = 0
+    try:
+        for digest in sorted(digests):
+            async with services.digest_lock(digest):
+                if digest not in await in_thread(services.registry.live_digests):
+                    total += await services.backend.release(digest)
+    except DeltamuxError as error:
+        log.warning("a deleted delta was not released: %s", type(error).__name__)
+        return None
+    return total
+
+
+@contextmanager
+def _no_model_field() -> Iterator[None]:
+    """Say `name` where the registry says `model`: these routes have no such field."""
+    try:
+        yield
+    except NotFound as error:
+        raise NotFound(error.message, param="name", remedy=error.remedy) from None

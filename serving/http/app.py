@@ -1,0 +1,34 @@
+"""The gateway as one ASGI application. Stateless: everything lasting is in the registry and the store."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from adapters.registry import Registry
+from adapters.store import BlobStore
+from serving.config import Settings
+from serving.core import Backend
+from serving.http.adapters import adapters_router
+from serving.http.edge import Edge
+from serving.http.errors import install_handlers
+from serving.http.generation import generation_router
+from serving.http.models import models_router
+from serving.http.operations import operations_router
+from serving.http.services import Services
+from serving.metrics import GatewayMetrics
+
+
+def create_app(
+    *, backend: Backend, registry: Registry, store: BlobStore, settings: Settings, metrics: GatewayMetrics
+) -> FastAPI:
+    """The application over these parts, which the caller opens and closes. It runs on one event loop."""
+    services = Services(backend=backend, registry=registry, store=store, settings=settings, metrics=metrics)
+    # no redirects: a path that is not a route is answered in the envelope
+    app = FastAPI(
+        title="deltamux", summary="Many PEFT deltas over one frozen backbone", redirect_slashes=False
+    )
+    app.add_middleware(Edge, metrics=metrics)
+    install_handlers(app)
+    for make_router in (models_router, generation_router, adapters_router, operations_router):
+        app.include_router(make_router(services))
+    return app

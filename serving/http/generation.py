@@ -1,0 +1,100 @@
+"""`POST /v1/completions` and `POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from adapters.errors import InvalidRequest
+from serving.core import ChatMessage, GenerateCall
+from serving.http.bodies import json_route
+from serving.http.edge import set_adapter_digest
+from serving.http.generate import Job, Style, reply, stream
+from serving.http.models import resolve
+from serving.http.schemas import ChatBody, CompletionBody, GenerateBody
+from serving.http.services import Services
+from serving.http.sse import EventStream, unless_disconnected
+from serving.http.styles import ChatStyle, CompletionStyle
+
+_Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
+
+
+def generation_router(services: Services) -> APIRouter:
+    """The routes that generate text."""
+    limits = services.settings.limits
+    router = APIRouter(route_class=json_route(limits.max_body_bytes), tags=["generation"])
+
+    @router.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue a prompt, or several, each `n` times."""
+        style = CompletionStyle(return_token_ids=bool(body.return_token_ids))
+        return await answer(request, body, body.prompts(), style, id_prefix="cmpl")
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Answer a chat. `max_tokens` is by default whatever the context has left."""
+        info = await services.backbone()
+        if not info.has_chat_template:
+            raise InvalidRequest(
+                f"messages: the backbone {info.name!r} has no chat template.",
+                param="messages",
+                remedy="Use /v1/completions.",
+            )
+        messages = tuple(message.message() for message in body.messages)
+        style = ChatStyle(return_token_ids=bool(body.return_token_ids))
+        return await answer(request, body, [messages], style, id_prefix="chatcmpl")
+
+    async def answer(
+        request: Request, body: GenerateBody, prompts: Sequence[_Prompt], style: Style, *, id_prefix: str
+    ) -> Response:
+        job = await plan(request, body, prompts, id_prefix)
+        if body.stream:
+            return EventStream(
+                lambda: stream(services.backend, job, style, services.metrics), request.state.request_id
+            )
+        work = reply(services.backend, job, style, services.metrics)
+        return JSONResponse(await unless_disconnected(request.receive, work))
+
+    async def plan(request: Request, body: GenerateBody, prompts: Sequence[_Prompt], id_prefix: str) -> Job:
+        _within_limits(body.num_samples, len(prompts), limits.max_n, limits.max_choices)
+        target = await resolve(services, body.model)
+        set_adapter_digest(request, target.digest)
+        # not the x-request-id: callers choose that, and two may choose the same
+        job_id = f"{id_prefix}-{uuid.uuid4().hex}"
+        samplings = [body.sampling(sample) for sample in range(body.num_samples)]
+        calls = [
+            GenerateCall(
+                request_id=f"{job_id}-{place * body.num_samples + sample}",
+                prompt=prompt,
+                sampling=sampling,
+                adapter_digest=target.digest,
+                adapter_name=target.name,
+                tenant=services.tenant,
+            )
+            for place, prompt in enumerate(prompts)
+            for sample, sampling in enumerate(samplings)
+        ]
+        return Job(
+            id=job_id,
+            model=body.model,
+            calls=tuple(calls),
+            num_samples=body.num_samples,
+            include_usage=body.include_usage,
+            timeout_s=limits.request_timeout_s,
+        )
+
+    return router
+
+
+def _within_limits(num_samples: int, num_prompts: int, max_n: int, max_choices: int) -> None:
+    if num_samples > max_n:
+        raise InvalidRequest(f"n: got {num_samples}, expected 1 to {max_n}.", param="n")
+    if num_samples * num_prompts > max_choices:
+        raise InvalidRequest(
+            f"prompt: got {num_prompts} prompts times {num_samples}, expected at most {max_choices} choices.",
+            param="prompt",
+            remedy="Split the request.",
+        )

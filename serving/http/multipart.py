@@ -1,0 +1,124 @@
+"""The parts of an upload, read from a multipart body."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from pydantic_core import from_json
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from adapters.errors import InvalidRequest
+from adapters.names import check_name
+from serving.http.bodies import bounded_receive
+
+MAX_FILES = 8
+MAX_LABELS = 32
+MAX_LABEL_CHARS = 256
+_MAX_FIELD_BYTES = 16 << 10
+_FIELDS = ("alias", "backbone_digest", "labels")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an upload's body holds: its files by name, and the optional fields."""
+
+    files: Mapping[str, bytes]
+    backbone_digest: str | None = None
+    alias: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+async def receive_parts(request: Request, max_bytes: int) -> Parts:
+    """Read a multipart body of at most `max_bytes`; large parts wait on disk, not in memory.
+
+    Raises HTTPException 413 at the first excess byte, InvalidRequest for parts that no upload has.
+    """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise InvalidRequest(
+            "content-type: expected multipart/form-data.",
+            param="content-type",
+            remedy="Send each file as a part whose file name says what it is, like adapter_config.json.",
+        )
+    files: dict[str, bytes] = {}
+    fields: dict[str, str] = {}
+    form = await _parse(Request(request.scope, bounded_receive(request, max_bytes)))
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                key = value.filename or ""
+                _once(key, files, "file")
+                files[key] = await value.read()
+            else:
+                _once(name, fields, "field")
+                fields[name] = value
+    finally:
+        await form.close()
+    if unknown := sorted(set(fields) - set(_FIELDS)):
+        raise InvalidRequest(
+            f"{unknown[0][:40]!a}: not a field of an upload; expected {', '.join(_FIELDS)}.",
+            param="field",
+            remedy="A file needs a file name in its part.",
+        )
+    return Parts(
+        files,
+        backbone_digest=fields.get("backbone_digest") or None,
+        alias=check_name(fields["alias"], what="alias") if fields.get("alias") else None,
+        labels=_labels(fields.get("labels") or "{}"),
+    )
+
+
+class _Parser(MultiPartParser):
+    """A parser that knows whether it has seen the closing boundary: without it, the body was cut short."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
+async def _parse(request: Request) -> FormData:
+    async def whole() -> AsyncGenerator[bytes, None]:
+        async with aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        if not parser.ended:  # raised in here, where the parser closes the files that it has begun
+            raise MultiPartException("It ends before its closing boundary.")
+
+    parser = _Parser(
+        request.headers, whole(), max_files=MAX_FILES, max_fields=len(_FIELDS), max_part_size=_MAX_FIELD_BYTES
+    )
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        raise InvalidRequest(
+            f"The multipart body can't be read. {error.message}",
+            param="body",
+            remedy="Let a library write it.",
+        ) from None
+
+
+def _once(key: str, seen: Mapping[str, object], what: str) -> None:
+    if key in seen:
+        raise InvalidRequest(f"The {what} {key[:40]!a} came twice.", param=what, remedy="Send it once.")
+
+
+def _labels(text: str) -> Mapping[str, str]:
+    try:
+        labels = from_json(text, allow_inf_nan=False)
+    except ValueError:
+        labels = None
+    if (
+        not isinstance(labels, dict)
+        or len(labels) > MAX_LABELS
+        or not all(isinstance(value, str) for value in labels.values())
+        or any(len(part) > MAX_LABEL_CHARS for item in labels.items() for part in item)
+    ):
+        raise InvalidRequest(
+            f"labels: expected a JSON object of at most {MAX_LABELS} strings of {MAX_LABEL_CHARS} characters.",
+            param="labels",
+        )
+    return labels

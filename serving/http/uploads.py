@@ -1,0 +1,178 @@
+"""From a multipart body to a published version: nothing is visible before all of it is durable and proven."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import asdict
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from adapters.backbone_spec import BackboneSpec
+from adapters.canonical import Canonical, to_canonical
+from adapters.errors import (
+    Conflict,
+    DeltamuxError,
+    ErrorInfo,
+    InvalidDelta,
+    Overloaded,
+    Unavailable,
+    from_info,
+)
+from adapters.formats import read_upload
+from adapters.names import check_name
+from adapters.normal_form import Delta
+from adapters.registry import VersionRecord
+from serving.core import AdmissionProof
+from serving.http.errors import reply_to
+from serving.http.multipart import Parts, receive_parts
+from serving.http.services import Services, in_thread
+
+log = logging.getLogger("deltamux.http")
+
+
+class Uploads:
+    """Takes uploads, a bounded number at a time. Use from one event loop."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._num_receiving = 0
+        self._publishing: set[asyncio.Task[VersionRecord]] = set()
+
+    async def accept(self, request: Request, name: str) -> VersionRecord:
+        """Publish the delta in the body of `request` as the next version of `name`.
+
+        Raises InvalidRequest, InvalidDelta, Conflict, Overloaded, Unavailable, or HTTPException for the body, after
+        which nothing of it is left.
+        """
+        try:
+            parts = await self._receive(request, name)
+        except Exception as error:
+            self._count(error)
+            raise
+        # A task of its own, which the end of the request leaves alone: cancelling the wait for a thread does not
+        # stop the thread, and bytes must not be deleted under a row that is just being committed.
+        task = asyncio.create_task(self._publish(name, parts))
+        self._publishing.add(task)
+        task.add_done_callback(self._published)
+        self._show_open()
+        return await asyncio.shield(task)
+
+    async def _receive(self, request: Request, name: str) -> Parts:
+        limits = self._services.settings.limits
+        check_name(name)
+        if name == (await self._services.backbone()).name:
+            raise Conflict(
+                f"name: {name!r} is the backbone's own name.", param="name", remedy="Choose another."
+            )
+        if self._num_receiving + len(self._publishing) >= limits.max_open_uploads:
+            # at once, not after a wait: a body that waits is memory held for a caller who may be slow
+            raise Overloaded(
+                f"{limits.max_open_uploads} uploads are in progress already.", remedy="Try again shortly."
+            )
+        self._num_receiving += 1
+        self._show_open()
+        try:
+            async with asyncio.timeout(limits.request_timeout_s):
+                return await receive_parts(request, limits.max_upload_bytes)
+        except TimeoutError:
+            raise Unavailable("The upload's body took too long to arrive.", remedy="Send it again.") from None
+        finally:
+            self._num_receiving -= 1
+            self._show_open()
+
+    def _published(self, task: asyncio.Task[VersionRecord]) -> None:
+        self._publishing.discard(task)
+        self._show_open()
+        if not task.cancelled():
+            self._count(task.exception())
+
+    def _show_open(self) -> None:
+        self._services.metrics.uploads_open.set(self._num_receiving + len(self._publishing))
+
+    def _count(self, error: BaseException | None) -> None:
+        match error:
+            case None:
+                outcome = "ready"
+            case HTTPException():
+                outcome = f"http_{error.status_code}"
+            case ClientDisconnect():
+                outcome = "client_gone"
+            case _:
+                outcome = reply_to(error).code
+        self._services.metrics.uploads.labels(outcome=outcome).inc()
+
+    async def _publish(self, name: str, parts: Parts) -> VersionRecord:
+        services = self._services
+        info = await services.backbone()
+        delta, canonical = await in_thread(_read, parts, info.spec_json)
+        digest = canonical.digest
+        async with services.digest_lock(digest):
+            try:
+                await in_thread(services.store.put, digest, canonical.manifest, canonical.tensors)
+                proof = await self._admit(digest)
+                return await self._record(name, delta, canonical, proof, parts)
+            except Exception:
+                await self._discard(digest)
+                raise
+
+    async def _admit(self, digest: str) -> AdmissionProof:
+        proof = await self._services.backend.admit(digest)
+        if isinstance(proof, ErrorInfo):
+            raise from_info(proof)
+        if not proof.effect > 0:  # also true for NaN
+            raise InvalidDelta(
+                ["The delta has no effect: the logits on the probe inputs are the backbone's own."],
+                remedy="Check that the trained weights were saved.",
+            )
+        return proof
+
+    async def _record(
+        self, name: str, delta: Delta, canonical: Canonical, proof: AdmissionProof, parts: Parts
+    ) -> VersionRecord:
+        """Publish, then move the alias; where the alias can't be moved, withdraw what was published."""
+        registry, tenant = self._services.registry, self._services.tenant
+        record = await in_thread(
+            registry.publish,
+            tenant,
+            name,
+            canonical.digest,
+            method=delta.method,
+            backbone_digest=delta.backbone_digest,
+            task=delta.task,
+            size_bytes=canonical.size_bytes,
+            labels=parts.labels,
+            proof=asdict(proof),
+        )
+        if parts.alias is not None:
+            try:
+                await in_thread(
+                    registry.set_alias, tenant, name, parts.alias, record.version, expected_revision=None
+                )
+            except Exception:
+                if not record.republished:
+                    await in_thread(registry.delete_version, tenant, name, record.version)
+                raise
+        return record
+
+    async def _discard(self, digest: str) -> None:
+        """Free the device memory and the bytes of a failed upload, unless a live version has the same content.
+
+        What can't be removed now is garbage: no row refers to it.
+        """
+        services = self._services
+        try:
+            if digest in await in_thread(services.registry.live_digests):
+                return
+            await in_thread(services.store.delete, digest)
+            await services.backend.release(digest)
+        except DeltamuxError as error:
+            log.warning("a failed upload left sha256:%s behind: %s", digest, type(error).__name__)
+
+
+def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical]:
+    spec = BackboneSpec.from_json(spec_json)
+    delta = read_upload(parts.files, spec, backbone_digest=parts.backbone_digest)
+    return delta, to_canonical(delta)
