@@ -69,7 +69,7 @@ def to_canonical(delta: Delta) -> Canonical:
         "position_offset": delta.position_offset,
         "labels": dict(delta.labels),
         "lineage": dict(delta.lineage),
-        "typology": typology(delta),
+        "typology": typology(delta) | {"num_parameters": sum(tensor.numel() for tensor in stored.values())},
         "ops": ops,
     }
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -125,7 +125,6 @@ def typology(delta: Delta) -> dict[str, Any]:
         "insertion_form": sorted(forms),
         "workspace": sorted(sites),
         "op_kinds": sorted({op.kind.value for op in delta.ops}),
-        "num_parameters": delta.num_parameters,
     }
 
 

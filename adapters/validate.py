@@ -6,7 +6,6 @@ anything (the canonical manifest is user input too), so types are checked before
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from adapters.backbone_spec import BackboneSpec, ModuleSpec, Slice
 from adapters.normal_form import Activation, Affine, AttnPrefix, Delta, LowRank, Op, Site, VirtualTokens
 
 MAX_RANK = 4096
+MAX_SCALING = 1e9
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TASKS = ("causal-lm",)
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -107,8 +107,8 @@ class _Checker:
             self.tensor("b_bias", op.b_bias, (_width(target),))
         if op.activation not in ACTIVATIONS:
             self.add(f"activation: expected one of {', '.join(ACTIVATIONS)}.")
-        if type(op.scaling) not in (int, float) or not math.isfinite(op.scaling):
-            self.add("scaling: expected a finite number.")
+        if type(op.scaling) not in (int, float) or not abs(op.scaling) <= MAX_SCALING:  # also false for NaN
+            self.add(f"scaling: expected a number of size at most {MAX_SCALING:g}.")
 
     def affine(self, op: Affine) -> None:
         """Check one Affine."""

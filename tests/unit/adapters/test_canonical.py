@@ -130,9 +130,6 @@ def test_equal_deltas_from_other_memory_give_equal_bytes() -> None:
     assert to_canonical(replace(sample(), ops=tuple(ops))) == to_canonical(sample())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="typology.num_parameters counts tensor objects, so sharing reaches the digest"
-)
 def test_sharing_in_memory_does_not_reach_the_bytes() -> None:
     """Two equal tensors are stored once, so reading gives one shared object: the digest must not notice."""
     ops = [

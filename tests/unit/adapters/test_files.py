@@ -137,7 +137,8 @@ def test_a_header_over_the_cap_is_refused_from_its_length_alone() -> None:
 
 
 def test_a_bomb_of_empty_tensors_is_refused_fast() -> None:
-    bomb = packed({f"t{i}": entry([0]) for i in range(600_000)})
+    one = b'"t000000":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+    bomb = packed(b"{" + one * 600_000 + b'"last":0}')
     start = time.monotonic()
     with pytest.raises(PayloadTooLarge):
         read_safetensors(TENSORS, bomb, Problems())

@@ -124,6 +124,8 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(low_rank(A="not a tensor")), LLAMA, ("A: expected a tensor",)),
     (delta(low_rank(scaling=math.inf)), LLAMA, ("scaling",)),
     (delta(low_rank(scaling="2")), LLAMA, ("scaling",)),
+    (delta(low_rank(scaling=math.nan)), LLAMA, ("scaling",)),
+    (delta(low_rank(scaling=10**400)), LLAMA, ("scaling",)),
     (delta(low_rank(activation="swish")), LLAMA, ("activation", "silu")),
     (delta(low_rank("ffn.r", "o.out")), LLAMA, ("read: 0.ffn.r", "not upstream")),
     (delta(low_rank("layer.out", "q.out")), LLAMA, ("read: 0.layer.out", "not a site that a module")),
