@@ -2,9 +2,9 @@
 
 AdapterHub's library imports as `adapters`, the name of our own package, so it lives in its own environment:
 
-    python3 -m venv /tmp/w/ahvenv
-    /tmp/w/ahvenv/bin/pip install torch==2.13.0 adapters==1.3.0   # and transformers 4.57.6
-    /tmp/w/ahvenv/bin/python tests/golden/make_adapterhub.py     # 10 s, rewrites adapterhub/
+    python3 -m venv ~/ahvenv
+    ~/ahvenv/bin/pip install torch==2.13.0 adapters==1.3.0 transformers==4.57.6
+    ~/ahvenv/bin/python tests/golden/make_adapterhub.py     # 10 s, rewrites tests/golden/adapterhub
 
 Everything is seeded: a second run writes the same bytes. `README.md` beside this file says what is in them.
 
