@@ -118,21 +118,20 @@ class LocalBackend:
         except DeltamuxError as error:
             yield (FailureEvent(error=error.info()),)
             return
+        first, ended = True, False
         try:
-            first = True
-            while True:
+            while not ended:
                 batch = await self._next_batch(events, wait_s=0.0 if first else self._flush_s)
-                last = batch[-1]
-                if first and isinstance(last, TokenEvent) and last.error is not None and len(batch) == 1:
-                    yield (FailureEvent(error=last.error),)
-                    return
+                ended = _is_terminal(batch[-1])
+                refusal = batch[0].error if isinstance(batch[0], TokenEvent) else None
+                if first and refusal is not None:  # it ended before it began
+                    batch = (FailureEvent(error=refusal),)
                 first = False
                 yield batch
-                if isinstance(last, TokenEvent) and last.finish_reason is not None:
-                    return
         finally:
             del self._queues[request.request_id]
-            self.engine.cancel(request.request_id)  # a request that has ended is left alone
+            if not ended:
+                self.engine.cancel(request.request_id)
 
     @staticmethod
     async def _next_batch(events: asyncio.Queue[Event], wait_s: float) -> tuple[Event, ...]:

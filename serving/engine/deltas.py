@@ -79,6 +79,10 @@ class DeltaManager:
         """See `DeltaLeases`."""
         self.residency.end_lease(digest)
 
+    def abandon(self, digest: str) -> None:
+        """Nobody waits for `digest` any more: do not hold on to what its load brings."""
+        self._loading.pop(digest, None)
+
     def _insert(self, delta: Delta, digest: str) -> bool:
         """Place `delta`; False while leased deltas leave no room."""
         needed = self._device_bytes(delta)

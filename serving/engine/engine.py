@@ -319,8 +319,12 @@ class Engine:
 
     def _cancel(self, request_id: str) -> None:
         seq = self._live.get(request_id)
-        if seq is not None:
-            self._end(seq, FinishReason.CANCELLED)
+        if seq is None:
+            return
+        self._end(seq, FinishReason.CANCELLED)
+        digest = seq.request.adapter_digest
+        if digest is not None and not self.scheduler.is_awaited(digest):
+            self.deltas.abandon(digest)
 
     def _finish_releases(self) -> None:
         for item in list(self._releases):

@@ -119,6 +119,10 @@ class Scheduler:
             )
         self.waiting.append(seq)
 
+    def is_awaited(self, digest: str) -> bool:
+        """True while a waiting request needs the delta."""
+        return any(seq.request.adapter_digest == digest for seq in self.waiting)
+
     def schedule(self) -> tuple[list[ScheduledRow], list[Failed]]:
         """The rows of the next step, and the waiting requests that turned out to be impossible."""
         budget = self.max_num_batched_tokens
