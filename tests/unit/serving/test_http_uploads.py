@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from adapters.canonical import from_canonical
-from adapters.errors import Conflict, ErrorInfo, RegistryUnavailable, StoreError, Unavailable
+from adapters.errors import ErrorInfo, RegistryUnavailable, StoreError, Unavailable
 from adapters.registry import Registry
 from adapters.store import LocalBlobStore
 from serving.core import AdmissionProof
