@@ -38,7 +38,10 @@ def backbone() -> Backbone:
     tokenizer = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.chat_template = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}>"
+    fast.chat_template = (
+        "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}>"
+    )
     return adopt_backbone(tiny_backbone("llama"), name="tiny", tokenizer=fast, device="cpu", dtype="float32")
 
 
