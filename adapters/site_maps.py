@@ -143,8 +143,8 @@ UNSERVED: Mapping[str, str] = {
 # Config values that a map is written for.
 REQUIRED: Mapping[str, Mapping[str, object]] = {"opt": {"do_layer_norm_before": True}}
 
-# Rotary frequencies that follow the longest row of a batch: a row's numbers would depend on its neighbours.
-BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+COMMON_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+"""Attributes that transformers configs have under these names, whatever the architecture's own spelling."""
 
 ONCE = frozenset({"embed", "final.pre", "final", "logits"})
 
@@ -157,10 +157,10 @@ def build_spec(
     digest: str,
     names: tuple[str, ...],
 ) -> BackboneSpec:
-    """The spec of one backbone from its transformers config (common attribute names) and its modules' shapes.
+    """The spec of one backbone from its transformers config and its modules' shapes.
 
-    `shape_of(path)` describes the live module at `path`.
-    Raises BackboneRefused where no site map exists for `config["model_type"]`.
+    `config` has `COMMON_NAMES` beside the architecture's own keys. `shape_of(path)` describes the live module at
+    `path`. Raises BackboneRefused where no site map fits.
     """
     model_type = config["model_type"]
     rows = SITE_MAPS.get(model_type)
@@ -205,7 +205,7 @@ def build_spec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=config["max_position_embeddings"],
+        max_positions=_max_positions(config),
         modules=tuple(modules),
     )
 
@@ -217,16 +217,22 @@ def _check_config(config: Mapping[str, Any], model_type: str) -> None:
                 f"{model_type} with {key}={config.get(key)!r} is not served; its site map is for {needed!r}.",
                 param="backbone",
             )
+
+
+def _max_positions(config: Mapping[str, Any]) -> int:
+    """Positions up to which a row's numbers are its own.
+
+    Beyond its original range, rope of type longrope (and of type dynamic, whose original range is the whole one)
+    chooses the frequencies of the whole batch by the batch's longest row.
+    """
     rope = config.get("rope_parameters") or {}
-    for parameters in (rope, *(nested for nested in rope.values() if isinstance(nested, Mapping))):
-        kind = parameters.get("rope_type")
-        if any(name in str(kind) for name in BATCH_DEPENDENT_ROPE):
-            raise BackboneRefused(
-                f"rope_type {kind!r} chooses its frequencies by the longest row of a batch, so requests would change "
-                "each other's numbers.",
-                param="backbone",
-                remedy="Serve the variant of the model with a static rope_type.",
-            )
+    by_layer_type = (nested for nested in rope.values() if isinstance(nested, Mapping))
+    limits: list[int] = [
+        parameters["original_max_position_embeddings"]
+        for parameters in (rope, *by_layer_type)
+        if parameters.get("rope_type") == "longrope"
+    ]
+    return min([config["max_position_embeddings"], *limits])
 
 
 def _site(name: str, layer: int) -> Site:

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
-from adapters.site_maps import build_spec
+from adapters.site_maps import COMMON_NAMES, build_spec
 from tests.families import CONFIGS, Family
 
 # How far a served row may be from the reference (design.md 1.1): T1 same order of operations, T2 folded.
@@ -90,18 +90,7 @@ def shape_of(module: torch.nn.Module) -> ModuleShape:
 
 def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) -> BackboneSpec:
     """The spec of a live model; `name` is the only spelling under which uploads may name it."""
-    config = {
-        **model.config.to_dict(),
-        **{
-            key: getattr(model.config, key)
-            for key in (
-                "num_hidden_layers",
-                "num_attention_heads",
-                "hidden_size",
-                "max_position_embeddings",
-            )
-        },
-    }
+    config = model.config.to_dict() | {key: getattr(model.config, key) for key in COMMON_NAMES}
     return build_spec(
         config, lambda path: shape_of(model.get_submodule(path)), name=name, digest=digest, names=(name,)
     )

@@ -73,7 +73,14 @@ CONFIGS: dict[Family, PreTrainedConfig] = {
     "phi3": Phi3Config(
         **_GATED,
         sliding_window=7,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.3],
+            "long_factor": [2.0, 4.0],
+        },
     ),
     "opt": OPTConfig(**_TINY, ffn_dim=64, word_embed_proj_dim=32),
     "mixtral": MixtralConfig(**_EXPERTS, num_local_experts=4, sliding_window=7),

@@ -22,7 +22,7 @@ from transformers import (
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.errors import BackboneRefused
-from adapters.site_maps import build_spec
+from adapters.site_maps import COMMON_NAMES, build_spec
 from serving.model.attention import ATTENTION_NAME
 from serving.model.context import ForwardContext, forward_context
 from serving.model.kv_cache import SlotKVCache
@@ -132,13 +132,7 @@ def adopt_backbone(
     config = model.config
     model.to(device=place, dtype=served)
     spec = build_spec(
-        {
-            **config.to_dict(),
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "max_position_embeddings": config.max_position_embeddings,
-        },
+        config.to_dict() | {name: getattr(config, name) for name in COMMON_NAMES if hasattr(config, name)},
         lambda path: _shape_of(model, path),
         name=name,
         digest=digest,

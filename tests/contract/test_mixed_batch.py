@@ -154,6 +154,9 @@ def rms(rows: list[Row], references: list[Tensor]) -> float:
 
 
 ROUNDED = ("llama", "gpt2")  # bf16 in every run; the other families' is slow
+# Rounded, a mixture of experts is not one function: between transformers' own eager and SDPA attention a token near a
+# tie goes to another expert, and errors measure which tokens those are.
+UNROUNDED = ("mixtral", "qwen3_moe")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,7 @@ ROUNDED = ("llama", "gpt2")  # bf16 in every run; the other families' is slow
                 marks=() if family in ROUNDED else pytest.mark.slow,
             )
             for family in FAMILIES
+            if family not in UNROUNDED
         ),
     ],
 )
