@@ -114,7 +114,8 @@ class Affine:
 class AttnPrefix:
     """Extra keys and values that every token of the layer attends to, in one softmax with the real ones (`joint`).
 
-    Used as stored: never rotated, never masked. Shapes: key, value [l, H, D].
+    Used as stored, never rotated. They are the cache's first l entries: every token sees them, but in layers with a
+    sliding window of w entries only until w - 1 others have followed. Shapes: key, value [l, H, D].
     Source: Li and Liang "Prefix-Tuning"; He et al. equation 4.
     """
 

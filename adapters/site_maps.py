@@ -232,7 +232,7 @@ def _max_positions(config: Mapping[str, Any]) -> int:
         for parameters in (rope, *by_layer_type)
         if parameters.get("rope_type") == "longrope"
     ]
-    return min([config["max_position_embeddings"], *limits])
+    return int(min([config["max_position_embeddings"], *limits]))
 
 
 def _site(name: str, layer: int) -> Site:

@@ -94,7 +94,7 @@ def load_backbone(
     """
     try:
         config = AutoConfig.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise BackboneRefused(

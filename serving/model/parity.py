@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 def stock_probe(model: PreTrainedModel, spec: BackboneSpec) -> list[Tensor]:
     """Logits of every position of the probe rows, one stock forward a row.
 
-    In eager attention: transformers' SDPA leaves out features that it lacks, such as Gemma 2's softcap.
+    In eager attention, the reference of all deltas; SDPA can't do all of it (Gemma 2's softcap).
     """
     model.set_attn_implementation("eager")
     return [

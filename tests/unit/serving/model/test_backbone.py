@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, TaskType
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -14,12 +16,13 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
 )
 
 from adapters.errors import BackboneRefused, InvalidDelta
 from adapters.formats import read_directory
 from serving.model import parity
-from serving.model.backbone import Backbone, adopt_backbone
+from serving.model.backbone import Backbone, adopt_backbone, load_backbone
 from tests.cases import Case, quiet, spec_of, tiny_backbone
 from tests.contract.bottleneck import LAYER_ONLY, Bottleneck
 from tests.families import CONFIGS, FAMILIES, Family
@@ -32,6 +35,16 @@ NO_FINAL_NORM = OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, _remove_f
 
 def adopt(model: Any) -> Backbone:
     return adopt_backbone(model, name="tiny", device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_from_a_directory(family: Family, tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    tiny_backbone(family).save_pretrained(tmp_path)
+    backbone = load_backbone(str(tmp_path), name="tiny", device="cpu", dtype="float32")
+    assert backbone.spec.digest == adopt(tiny_backbone(family)).spec.digest
+    assert backbone.parity_error < 2e-6
 
 
 @pytest.mark.parametrize(
