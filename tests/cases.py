@@ -196,8 +196,9 @@ def _standard(
     lora: str | list[str] = "all-linear",
 ) -> tuple[Case, ...]:
     """The cases that every family has; IA3 on PEFT's own targets for the family where it has some."""
+    name = "lora_all_linear" if lora == "all-linear" else "lora_attention"
     return (
-        Case("lora_all_linear", family, _lora(target_modules=lora, r=3, lora_alpha=1)),
+        Case(name, family, _lora(target_modules=lora, r=3, lora_alpha=1)),
         Case("dora", family, _lora(target_modules=dora, use_dora=True), "T2"),
         Case("ia3", family, _ia3(ia3, feedforward)),
         Case("prefix", family, _prefix()),
