@@ -47,7 +47,8 @@ class BackboneSpec:
     """A backbone as deltas see it.
 
     `digest` identifies the checkpoint's weights and configuration. `names` are the spellings of
-    `base_model_name_or_path` under which uploads may name it. Widths: H `num_kv_heads`, D `head_dim`.
+    `base_model_name_or_path` under which uploads may name it. `max_positions`: entries of the longest row that is
+    served exactly. Widths: H `num_kv_heads`, D `head_dim`.
     """
 
     name: str

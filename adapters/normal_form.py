@@ -5,10 +5,11 @@ modification of hidden states. A delta is therefore a list of ops at named sites
 uploads to it, executors run only it.
 
 Sites, in the order in which a pre-LN decoder layer passes them:
-`embed` · `attn.r` (residual stream entering attention) · `attn.x` (what q, k, v read) · `q.out` `k.out` `v.out` ·
-`kv` (the cache, after rotary) · `ctx` (concatenated heads) · `o.out` · `ffn.r` (residual stream entering the
-feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` · `ffn.a` (activation, input of down) ·
-`down.out` · `layer.out` · `final.pre` · `final` · `logits`.
+`embed` · `attn.r` (residual stream entering attention) · `attn.x` (what q, k, v read) · `q.out` `k.out` `v.out`
+(`qkv.out` where their columns alternate head by head) · `kv` (the cache, after rotary) · `ctx` (concatenated heads) ·
+`o.out` · `attn.post` (its norm, where one follows) · `ffn.r` (residual stream entering the feed-forward block) ·
+`ffn.x` (what it reads) · `gate.out` `up.out` · `ffn.a` (activation, input of down) · `down.out` · `ffn.post` (its
+norm, where one follows) · `layer.out` · `final.pre` · `final` · `logits`.
 
 Order at one linear site: input scale -> base GEMM -> + parallel LowRanks, each reading the untouched input ->
 output Affine -> base bias (inside the Affine where it `covers_bias`) -> sequential LowRanks.
@@ -113,7 +114,8 @@ class Affine:
 class AttnPrefix:
     """Extra keys and values that every token of the layer attends to, in one softmax with the real ones (`joint`).
 
-    Used as stored: never rotated, never masked. Shapes: key, value [l, H, D].
+    Used as stored, never rotated. They are the cache's first l entries: every token sees them, but in layers with a
+    sliding window of w entries only until w - 1 others have followed. Shapes: key, value [l, H, D].
     Source: Li and Liang "Prefix-Tuning"; He et al. equation 4.
     """
 

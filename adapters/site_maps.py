@@ -1,7 +1,7 @@
 """Site maps: which module of an architecture reads and writes which site. A new architecture is a row here.
 
-`*` in a path is the layer index. A module with several writes is fused: its output columns are, in this order,
-q, k, v (sizes from the head counts) or equal parts.
+`*` in a path is the layer index; the token embedding comes first. A module with several writes is fused: its output
+columns are, in this order, q, k, v (sizes from the head counts) or equal parts.
 """
 
 from __future__ import annotations
@@ -24,21 +24,71 @@ class Row:
     writes: tuple[str, ...]
 
 
+# Rows that many architectures share.
+_START = (
+    Row("model.embed_tokens", None, ("embed",)),
+    Row("model.layers.*", "attn.r", ("layer.out",)),
+    Row("model.layers.*.input_layernorm", "attn.r", ("attn.x",)),
+)
+_ATTENTION = (
+    Row("model.layers.*.self_attn.q_proj", "attn.x", ("q.out",)),
+    Row("model.layers.*.self_attn.k_proj", "attn.x", ("k.out",)),
+    Row("model.layers.*.self_attn.v_proj", "attn.x", ("v.out",)),
+    Row("model.layers.*.self_attn.o_proj", "ctx", ("o.out",)),
+)
+_FFN_NORM = (Row("model.layers.*.post_attention_layernorm", "ffn.r", ("ffn.x",)),)
+_GATED_FFN = (
+    Row("model.layers.*.mlp.gate_proj", "ffn.x", ("gate.out",)),
+    Row("model.layers.*.mlp.up_proj", "ffn.x", ("up.out",)),
+    Row("model.layers.*.mlp.down_proj", "ffn.a", ("down.out",)),
+)
+_END = (
+    Row("model.norm", "final.pre", ("final",)),
+    Row("lm_head", "final", ("logits",)),
+)
+
+_LLAMA = (*_START, *_ATTENTION, *_FFN_NORM, *_GATED_FFN, *_END)
+
+# A token passes only some experts, in modules of their own: their projections are no sites.
+_EXPERTS = (*_START, *_ATTENTION, *_FFN_NORM, *_END)
+
+# Norms before and after each block: the block's normed output is what joins the residual stream.
+_FOUR_NORMS = (
+    *_START,
+    *_ATTENTION,
+    Row("model.layers.*.post_attention_layernorm", "o.out", ("attn.post",)),
+    Row("model.layers.*.pre_feedforward_layernorm", "ffn.r", ("ffn.x",)),
+    *_GATED_FFN,
+    Row("model.layers.*.post_feedforward_layernorm", "down.out", ("ffn.post",)),
+    *_END,
+)
+
 SITE_MAPS: Mapping[str, tuple[Row, ...]] = {
-    "llama": (
-        Row("model.embed_tokens", None, ("embed",)),
-        Row("model.layers.*", "attn.r", ("layer.out",)),
-        Row("model.layers.*.input_layernorm", "attn.r", ("attn.x",)),
-        Row("model.layers.*.self_attn.q_proj", "attn.x", ("q.out",)),
-        Row("model.layers.*.self_attn.k_proj", "attn.x", ("k.out",)),
-        Row("model.layers.*.self_attn.v_proj", "attn.x", ("v.out",)),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _FOUR_NORMS,
+    "gemma3_text": _FOUR_NORMS,
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "starcoder2": (
+        *_START,
+        *_ATTENTION,
+        *_FFN_NORM,
+        Row("model.layers.*.mlp.c_fc", "ffn.x", ("up.out",)),
+        Row("model.layers.*.mlp.c_proj", "ffn.a", ("down.out",)),
+        *_END,
+    ),
+    "phi3": (
+        *_START,
+        Row("model.layers.*.self_attn.qkv_proj", "attn.x", ("q.out", "k.out", "v.out")),
         Row("model.layers.*.self_attn.o_proj", "ctx", ("o.out",)),
-        Row("model.layers.*.post_attention_layernorm", "ffn.r", ("ffn.x",)),
-        Row("model.layers.*.mlp.gate_proj", "ffn.x", ("gate.out",)),
-        Row("model.layers.*.mlp.up_proj", "ffn.x", ("up.out",)),
+        *_FFN_NORM,
+        Row("model.layers.*.mlp.gate_up_proj", "ffn.x", ("gate.out", "up.out")),
         Row("model.layers.*.mlp.down_proj", "ffn.a", ("down.out",)),
-        Row("model.norm", "final.pre", ("final",)),
-        Row("lm_head", "final", ("logits",)),
+        *_END,
     ),
     "gpt2": (
         Row("transformer.wte", None, ("embed",)),
@@ -52,7 +102,49 @@ SITE_MAPS: Mapping[str, tuple[Row, ...]] = {
         Row("transformer.ln_f", "final.pre", ("final",)),
         Row("lm_head", "final", ("logits",)),
     ),
+    "gpt_neox": (
+        Row("gpt_neox.embed_in", None, ("embed",)),
+        Row("gpt_neox.layers.*", "attn.r", ("layer.out",)),
+        Row("gpt_neox.layers.*.input_layernorm", "attn.r", ("attn.x",)),
+        # q, k and v alternate head by head: one site, since no method trained here addresses them apart
+        Row("gpt_neox.layers.*.attention.query_key_value", "attn.x", ("qkv.out",)),
+        Row("gpt_neox.layers.*.attention.dense", "ctx", ("o.out",)),
+        # with use_parallel_residual ffn.r is attn.r
+        Row("gpt_neox.layers.*.post_attention_layernorm", "ffn.r", ("ffn.x",)),
+        Row("gpt_neox.layers.*.mlp.dense_h_to_4h", "ffn.x", ("up.out",)),
+        Row("gpt_neox.layers.*.mlp.dense_4h_to_h", "ffn.a", ("down.out",)),
+        Row("gpt_neox.final_layer_norm", "final.pre", ("final",)),
+        Row("lm_head", "final", ("logits",)),
+    ),
+    "opt": (
+        Row("model.decoder.embed_tokens", None, ("embed",)),
+        Row("model.decoder.layers.*", "attn.r", ("layer.out",)),
+        Row("model.decoder.layers.*.self_attn_layer_norm", "attn.r", ("attn.x",)),
+        Row("model.decoder.layers.*.self_attn.q_proj", "attn.x", ("q.out",)),
+        Row("model.decoder.layers.*.self_attn.k_proj", "attn.x", ("k.out",)),
+        Row("model.decoder.layers.*.self_attn.v_proj", "attn.x", ("v.out",)),
+        Row("model.decoder.layers.*.self_attn.out_proj", "ctx", ("o.out",)),
+        Row("model.decoder.layers.*.final_layer_norm", "ffn.r", ("ffn.x",)),
+        Row("model.decoder.layers.*.fc1", "ffn.x", ("up.out",)),
+        Row("model.decoder.layers.*.fc2", "ffn.a", ("down.out",)),
+        Row("model.decoder.final_layer_norm", "final.pre", ("final",)),
+        Row("lm_head", "final", ("logits",)),
+    ),
 }
+
+# Architectures that a site map alone can't serve, and why.
+UNSERVED: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("bloom", "falcon", "mpt", "gptj", "gpt_neo", "codegen"),
+        "its transformers code computes attention itself, without the attention interface that the engine hooks",
+    ),
+}
+
+# Config values that a map is written for.
+REQUIRED: Mapping[str, Mapping[str, object]] = {"opt": {"do_layer_norm_before": True}}
+
+COMMON_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+"""Attributes that transformers configs have under these names, whatever the architecture's own spelling."""
 
 ONCE = frozenset({"embed", "final.pre", "final", "logits"})
 
@@ -65,19 +157,21 @@ def build_spec(
     digest: str,
     names: tuple[str, ...],
 ) -> BackboneSpec:
-    """The spec of one backbone from its transformers config (common attribute names) and its modules' shapes.
+    """The spec of one backbone from its transformers config and its modules' shapes.
 
-    `shape_of(path)` describes the live module at `path`.
-    Raises BackboneRefused where no site map exists for `config["model_type"]`.
+    `config` has `COMMON_NAMES` beside the architecture's own keys. `shape_of(path)` describes the live module at
+    `path`. Raises BackboneRefused where no site map fits.
     """
     model_type = config["model_type"]
     rows = SITE_MAPS.get(model_type)
     if rows is None:
+        why = f": {UNSERVED[model_type]}" if model_type in UNSERVED else ""
         raise BackboneRefused(
-            f"No site map for model_type {model_type!r}.",
+            f"No site map for model_type {model_type!r}{why}.",
             param="backbone",
             remedy=f"Supported: {', '.join(sorted(SITE_MAPS))}.",
         )
+    _check_config(config, model_type)
     num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
     num_kv_heads = config.get("num_key_value_heads") or num_heads
@@ -93,6 +187,13 @@ def build_spec(
                 start += size
             read = None if row.read is None else _site(row.read, layer)
             modules.append(ModuleSpec(path, read, tuple(parts), shape))
+    embed = modules[0].shape
+    if embed.d_out != config["hidden_size"]:
+        raise BackboneRefused(
+            f"{model_type} with token embeddings of width {embed.d_out} in a model of width {config['hidden_size']} is "
+            "not served.",
+            param="backbone",
+        )
     return BackboneSpec(
         name=name,
         digest=digest,
@@ -104,9 +205,34 @@ def build_spec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=config["max_position_embeddings"],
+        max_positions=_max_positions(config),
         modules=tuple(modules),
     )
+
+
+def _check_config(config: Mapping[str, Any], model_type: str) -> None:
+    for key, needed in REQUIRED.get(model_type, {}).items():
+        if config.get(key) != needed:
+            raise BackboneRefused(
+                f"{model_type} with {key}={config.get(key)!r} is not served; its site map is for {needed!r}.",
+                param="backbone",
+            )
+
+
+def _max_positions(config: Mapping[str, Any]) -> int:
+    """Positions up to which a row's numbers are its own.
+
+    Beyond its original range, rope of type longrope (and of type dynamic, whose original range is the whole one)
+    chooses the frequencies of the whole batch by the batch's longest row.
+    """
+    rope = config.get("rope_parameters") or {}
+    by_layer_type = (nested for nested in rope.values() if isinstance(nested, Mapping))
+    limits: list[int] = [
+        parameters["original_max_position_embeddings"]
+        for parameters in (rope, *by_layer_type)
+        if parameters.get("rope_type") == "longrope"
+    ]
+    return int(min([config["max_position_embeddings"], *limits]))
 
 
 def _site(name: str, layer: int) -> Site:

@@ -30,14 +30,16 @@ DEPTH: Mapping[str, int] = {
         (
             ("attn.r",),
             ("attn.x",),
-            ("q.out", "k.out", "v.out"),
+            ("q.out", "k.out", "v.out", "qkv.out"),
             ("ctx",),
             ("o.out",),
+            ("attn.post",),
             ("ffn.r",),
             ("ffn.x",),
             ("gate.out", "up.out"),
             ("ffn.a",),
             ("down.out",),
+            ("ffn.post",),
             ("layer.out",),
         )
     )

@@ -29,13 +29,12 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
-from adapters.site_maps import build_spec
-
-Family = Literal["llama", "gpt2"]
+from adapters.site_maps import COMMON_NAMES, build_spec
+from tests.families import CONFIGS, Family
 
 # How far a served row may be from the reference (design.md 1.1): T1 same order of operations, T2 folded.
 Tolerance = Literal["T1", "T2"]
@@ -43,24 +42,6 @@ Tolerance = Literal["T1", "T2"]
 DIGEST = "5" * 64  # stands for the digest of a tiny backbone where no checkpoint exists
 GOLDEN = Path(__file__).parent / "golden" / "adapterhub"
 GOLDEN_NAME = "deltamux-golden"  # the base model's name in the golden configs
-
-CONFIGS: dict[Family, LlamaConfig | GPT2Config] = {
-    "llama": LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    ),
-    "gpt2": GPT2Config(
-        n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=256, bos_token_id=1, eos_token_id=2
-    ),
-}
 
 
 @contextmanager
@@ -109,18 +90,7 @@ def shape_of(module: torch.nn.Module) -> ModuleShape:
 
 def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) -> BackboneSpec:
     """The spec of a live model; `name` is the only spelling under which uploads may name it."""
-    config = {
-        key: getattr(model.config, key)
-        for key in (
-            "model_type",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "hidden_size",
-            "vocab_size",
-            "max_position_embeddings",
-        )
-    }
-    config["num_key_value_heads"] = getattr(model.config, "num_key_value_heads", None)
+    config = model.config.to_dict() | {key: getattr(model.config, key) for key in COMMON_NAMES}
     return build_spec(
         config, lambda path: shape_of(model.get_submodule(path)), name=name, digest=digest, names=(name,)
     )
@@ -215,6 +185,27 @@ def _prompt() -> PeftConfig:
     return PromptTuningConfig(num_virtual_tokens=6, task_type=TaskType.CAUSAL_LM)
 
 
+ATTENTION_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def _standard(
+    family: Family,
+    dora: list[str],
+    ia3: list[str],
+    feedforward: list[str],
+    lora: str | list[str] = "all-linear",
+) -> tuple[Case, ...]:
+    """The cases that every family has; IA3 on PEFT's own targets for the family where it has some."""
+    name = "lora_all_linear" if lora == "all-linear" else "lora_attention"
+    return (
+        Case(name, family, _lora(target_modules=lora, r=3, lora_alpha=1)),
+        Case("dora", family, _lora(target_modules=dora, use_dora=True), "T2"),
+        Case("ia3", family, _ia3(ia3, feedforward)),
+        Case("prefix", family, _prefix()),
+        Case("prompt", family, _prompt),
+    )
+
+
 PEFT_CASES: tuple[Case, ...] = (
     Case("lora_qv", "llama", _lora(target_modules=["q_proj", "v_proj"])),
     Case("lora_all_linear", "llama", _lora(target_modules="all-linear", r=3, lora_alpha=1)),
@@ -250,6 +241,24 @@ PEFT_CASES: tuple[Case, ...] = (
     Case("prefix_projection", "llama", _prefix(prefix_projection=True, encoder_hidden_size=24)),
     Case("prompt", "llama", _prompt),
     Case("prompt", "gpt2", _prompt),
+    *_standard("qwen2", ["q_proj", "gate_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    *_standard("mistral", ["k_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    *_standard("qwen3", ["k_proj", "down_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    *_standard("gemma", ["v_proj", "gate_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    *_standard("starcoder2", ["q_proj", "c_fc"], ["q_proj", "v_proj", "c_proj"], ["c_proj"]),
+    *_standard("phi3", ["qkv_proj", "gate_up_proj"], ["qkv_proj", "down_proj"], ["down_proj"]),
+    *_standard("opt", ["v_proj", "fc1"], ["q_proj", "k_proj", "fc2"], ["fc2"]),
+    # PEFT's "all-linear" takes the experts too, and its IA3 mapping names w2, which transformers 5 has no more
+    *_standard("mixtral", ["q_proj", "o_proj"], ["k_proj", "v_proj"], [], ATTENTION_LINEARS),
+    *_standard("qwen3_moe", ["k_proj", "o_proj"], ["k_proj", "v_proj"], [], ATTENTION_LINEARS),
+    *_standard(
+        "gpt_neox",
+        ["query_key_value", "dense_h_to_4h"],
+        ["query_key_value", "dense_4h_to_h"],
+        ["dense_4h_to_h"],
+    ),
+    *_standard("gemma2", ["q_proj", "up_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    *_standard("gemma3_text", ["k_proj", "o_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
 )
 
 # The golden adapters that lower exactly; `tests/unit/adapters/test_formats_adapterhub.py` has the refused rest.

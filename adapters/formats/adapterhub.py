@@ -107,7 +107,7 @@ def _lower(
         value is None for value in config.values()
     ):  # refused: no keys could be told from others
         return
-    places = [(place, _sites(place, config, problems)) for place in PLACES if config[place.switch]]
+    places = [(place, _sites(place, config, spec, problems)) for place in PLACES if config[place.switch]]
     if not places:
         problems.add(
             "adapter_config.json: config: neither mh_adapter nor output_adapter is on: it changes nothing."
@@ -135,7 +135,9 @@ def _lower(
             )
 
 
-def _sites(place: Place, config: Mapping[str, Any], problems: Problems) -> tuple[str, str] | None:
+def _sites(
+    place: Place, config: Mapping[str, Any], spec: BackboneSpec, problems: Problems
+) -> tuple[str, str] | None:
     """(read, write) of an adapter at `place`; None, with the reason noted, where no pair of sites is exact.
 
     The residual stream must come out exactly once: `original_ln_*` are, without a norm of their own, additions of R.
@@ -150,6 +152,13 @@ def _sites(place: Place, config: Mapping[str, Any], problems: Problems) -> tuple
             f"{stream_count} times with these values of original_ln_before, original_ln_after and residual_before_ln; "
             "served is once.",
             param="original_ln_after",
+        )
+        return None
+    if Site("ffn.post", 0) in spec.writer and (parallel or not before):
+        problems.add(
+            f"adapter_config.json: config: {spec.model_type} norms the output of each block, and whether the adapter "
+            f"at {place.prefix} acts before or after that norm is not defined; served is seq_bn (original_ln_before).",
+            param="adapter",
         )
         return None
     if parallel:

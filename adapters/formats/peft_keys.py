@@ -14,6 +14,9 @@ PREFIX = "base_model.model."
 
 # Parts of keys that belong to features which are not served, and what to do.
 REFUSED_PARTS: Mapping[str, str] = {
+    ".experts.": "deltas on the experts of a mixture are not executed: each expert sees only some tokens. "
+    "Train the attention projections",
+    ".mlp.gate.": "the router of a mixture of experts is no site. Train the attention projections",
     ".lora_embedding_": "LoRA on an embedding is not executed yet. Train without it",
     ".base_layer.weight": "a copy of a base weight. Save with `save_pretrained(save_embedding_layers=False)`",
     ".modules_to_save.": "a whole module replaced by a trained copy is not served yet",

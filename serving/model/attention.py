@@ -19,6 +19,7 @@ INERT_KWARGS = frozenset(
         "position_ids",
         "use_cache",
         "output_attentions",
+        "output_router_logits",  # only asks for another output
         "cache_position",
         "is_causal",
         "past_key_values",
@@ -33,12 +34,14 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the KV cache of the active batch.
 
     Shapes: query [1, heads, T, D], key and value of the new tokens [1, kv_heads, T, D] -> [1, T, heads, D].
-    Raises BackboneRefused for a feature it does not know (softcap, sinks, bias, window): it must not guess.
+    Raises BackboneRefused for a feature it does not know (sinks, position bias, a mask): it must not guess.
     """
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in INERT_KWARGS)
     if attention_mask is not None:
@@ -49,7 +52,8 @@ def attention(
             f"Attention got {', '.join(unknown) or 'a forward pass outside the engine'}, which it does not execute.",
             param="backbone",
         )
-    return context.attention.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return context.attention.attend(layer, query, key, value, scaling, sliding_window, softcap), None
 
 
 AttentionInterface.register(ATTENTION_NAME, attention)

@@ -1,4 +1,4 @@
-"""Loading a frozen backbone: weights, tokenizer, digest, spec and the load-time parity probe."""
+"""Loading a frozen backbone: weights, tokenizer, digest, spec; proved by the probe of `parity`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,12 @@ from transformers import (
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.errors import BackboneRefused
-from adapters.site_maps import build_spec
+from adapters.site_maps import COMMON_NAMES, build_spec
 from serving.model.attention import ATTENTION_NAME
 from serving.model.context import ForwardContext, forward_context
-from serving.model.kv_cache import RowSpan, SlotKVCache
+from serving.model.kv_cache import SlotKVCache
+from serving.model.parity import parity_error, stock_probe
 from serving.model.sites import install_sites
-
-PROBE_LENGTHS = (5, 1, 11, 3)
-"""Ragged rows of the parity probe."""
-
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest accepted |flattened - stock| logit, relative to max(1, max|stock logit|)."""
 
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation")
 
@@ -81,9 +76,9 @@ class Backbone:
         keep = torch.zeros(1, dtype=torch.long, device=self.device) if logits_rows is None else logits_rows
         with forward_context(context):
             out = self.model(**inputs, position_ids=positions[None], use_cache=False, logits_to_keep=keep)
-        if context.attention.num_attended != self.spec.num_layers:
+        if (count := len(context.attention.attended)) != self.spec.num_layers:
             raise BackboneRefused(
-                f"{context.attention.num_attended} of {self.spec.num_layers} layers attended through the KV cache.",
+                f"{count} of {self.spec.num_layers} layers attended through the KV cache.",
                 param="backbone",
             )
         logits: Tensor = out.logits[0].float()
@@ -99,7 +94,7 @@ def load_backbone(
     """
     try:
         config = AutoConfig.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise BackboneRefused(
@@ -137,23 +132,17 @@ def adopt_backbone(
     config = model.config
     model.to(device=place, dtype=served)
     spec = build_spec(
-        {
-            **config.to_dict(),
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "max_position_embeddings": config.max_position_embeddings,
-        },
-        lambda path: _shape_of(model.get_submodule(path)),
+        config.to_dict() | {name: getattr(config, name) for name in COMMON_NAMES if hasattr(config, name)},
+        lambda path: _shape_of(model, path),
         name=name,
         digest=digest,
         names=tuple(names) or (name,),
     )
-    stock = _stock_probe(model, spec)
+    stock = stock_probe(model, spec)
     model.set_attn_implementation(ATTENTION_NAME)
     install_sites(model, spec)
     backbone = Backbone(model, spec, tokenizer, _eos_ids(model), place, served, parity_error=0.0)
-    backbone.parity_error = _parity_error(backbone, stock)
+    backbone.parity_error = parity_error(backbone, stock)
     return backbone
 
 
@@ -180,7 +169,15 @@ def backbone_digest(model: PreTrainedModel) -> str:
     return total.hexdigest()
 
 
-def _shape_of(module: nn.Module) -> ModuleShape:
+def _shape_of(model: PreTrainedModel, path: str) -> ModuleShape:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise BackboneRefused(
+            f"The backbone has no module {path!r}, which its site map names.",
+            param="backbone",
+            remedy="This variant of the architecture is not served yet.",
+        ) from error
     has_bias = getattr(module, "bias", None) is not None
     match module:
         case nn.Linear():
@@ -191,7 +188,7 @@ def _shape_of(module: nn.Module) -> ModuleShape:
             return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, has_bias=False)
         case _ if isinstance(weight := getattr(module, "weight", None), Tensor):
             return ModuleShape("norm", weight.shape[0], weight.shape[0], has_bias)
-    width = next(p for n, p in module.named_parameters() if "norm" in n or n.startswith("ln_")).shape[0]
+    width = model.config.hidden_size  # layers map the residual stream to itself
     return ModuleShape("layer", width, width, has_bias=False)
 
 
@@ -199,52 +196,3 @@ def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
     raw = model.generation_config.eos_token_id if model.generation_config else None
     raw = raw if raw is not None else model.config.eos_token_id
     return frozenset([raw] if isinstance(raw, int) else raw or [])
-
-
-def _probe_tokens(spec: BackboneSpec) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return [torch.randint(0, spec.vocab_size, (length,), generator=draw) for length in PROBE_LENGTHS]
-
-
-@torch.inference_mode()
-def _stock_probe(model: PreTrainedModel, spec: BackboneSpec) -> list[Tensor]:
-    """Logits of every position of the probe rows, one stock forward a row."""
-    return [
-        model(input_ids=row[None].to(model.device), use_cache=False).logits[0].float()
-        for row in _probe_tokens(spec)
-    ]
-
-
-def _parity_error(backbone: Backbone, stock: Sequence[Tensor]) -> float:
-    """Largest relative logit difference, flattened against stock, prefilled in two chunks. Raises BackboneRefused."""
-    rows = [row.to(backbone.device) for row in _probe_tokens(backbone.spec)]
-    cache = backbone.new_cache(len(rows), max(PROBE_LENGTHS))
-    halves: list[list[Tensor]] = [[] for _ in rows]
-    for first in (True, False):
-        spans, tokens, positions, start = [], [], [], 0
-        for slot, row in enumerate(rows):
-            cut = (len(row) + 1) // 2
-            low, high = (0, cut) if first else (cut, len(row))
-            if low == high:
-                continue
-            spans.append(RowSpan(start, start + high - low, slot, low))
-            tokens.append(row[low:high])
-            positions.append(torch.arange(low, high, device=backbone.device))
-            start += high - low
-        context = ForwardContext([None] * len(backbone.spec.modules), cache.plan(spans))
-        every = torch.arange(start, device=backbone.device)
-        logits = backbone.forward(torch.cat(tokens), torch.cat(positions), context, every)
-        for span in spans:
-            halves[span.slot].append(logits[span.start : span.stop])
-    ours = torch.cat([torch.cat(parts) for parts in halves])
-    reference = torch.cat(list(stock))
-    error = float((ours - reference).abs().max() / reference.abs().max().clamp(min=1.0))
-    limit = TOLERANCE[backbone.dtype]
-    if not error <= limit:
-        raise BackboneRefused(
-            f"The flattened forward of {backbone.spec.model_type!r} differs from the stock one by {error:.2e} of the "
-            f"logit scale, limit {limit:.0e}.",
-            param="backbone",
-            remedy="This architecture or option is not served exactly yet.",
-        )
-    return error

@@ -23,15 +23,25 @@ if TYPE_CHECKING:
 class AttentionPlan(Protocol):
     """Attention of one step over the KV cache; built by the cache for the rows of the batch.
 
-    `num_attended` counts the calls: a layer that went another way shows.
+    `attended` lists the calls as (layer, window): a layer that went another way shows.
     """
 
-    num_attended: int
+    attended: list[tuple[int, int | None]]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Append key and value to the cache and attend.
 
         Shapes: query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D].
+        `window`: a token sees the last `window` entries, itself included. `softcap` bounds scores by its tanh.
         """
         ...
 

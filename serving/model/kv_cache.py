@@ -9,6 +9,7 @@ Legend: T tokens of the batch, B decode rows, H query heads, K kv heads, G = H /
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -86,113 +87,182 @@ class SlotKVCache:
         return SlotAttention(self, rows)
 
 
+@dataclass(slots=True)
+class View:
+    """What the rows of one step see through one window; made once and shared by the layers that have it.
+
+    `prefills`: per row the first visible entry and the mask from there on, None for plain causal.
+    """
+
+    window: int | None
+    prefills: list[tuple[int, Tensor | None]]
+    batched: bool
+    decode_mask: Tensor | None
+
+
 class SlotAttention:
-    """`AttentionPlan` over a `SlotKVCache`: masks and indices are made once and shared by all layers."""
+    """`AttentionPlan` over a `SlotKVCache`: masks and indices are made once per window and shared by all layers.
+
+    A window counts entries, virtual tokens included: as in transformers, whose masks compare cache indices, a
+    delta's prefix leaves the window when w real tokens have followed it.
+    """
 
     def __init__(self, cache: SlotKVCache, rows: Sequence[RowSpan]) -> None:
         self.cache = cache
-        self.num_attended = 0
+        self.attended: list[tuple[int, int | None]] = []
         self.prefills = [row for row in rows if row.stop - row.start > 1]
         self.decodes = [row for row in rows if row.stop - row.start == 1]
         self.only_decodes = not self.prefills
-        self.masks = [self._prefill_mask(row) for row in self.prefills]
+        self.longest = max(row.past + row.stop - row.start for row in rows)
+        self._views: dict[int | None, View] = {}
         if self.decodes:
-            self._plan_decodes()
+            device = cache.device
+            self.tokens_B = torch.tensor([row.start for row in self.decodes], device=device)
+            self.slots_B = torch.tensor([row.slot for row in self.decodes], device=device)
+            self.past_B = torch.tensor([row.past for row in self.decodes], device=device)
+            self.used_slots = max(row.slot for row in self.decodes) + 1
+            self.longest_decode = max(row.past for row in self.decodes) + 1
 
-    def _prefill_mask(self, row: RowSpan) -> Tensor | None:
-        if row.past == 0:
-            return None
+    def view(self, window: int | None) -> View:
+        """What layers with this window see."""
+        if window is not None and window >= self.longest:  # nothing is out of sight
+            window = None
+        found = self._views.get(window)
+        if found is None:
+            found = self._views[window] = self._make_view(window)
+        return found
+
+    def _make_view(self, window: int | None) -> View:
+        prefills = [self._prefill_view(row, window) for row in self.prefills]
+        lengths = [min(row.past + 1, window or row.past + 1) for row in self.decodes]
+        batched = bool(lengths) and sum(lengths) >= DENSE_SHARE * self.used_slots * self.longest_decode
+        return View(window, prefills, batched, self._decode_mask(window) if batched else None)
+
+    def _prefill_view(self, row: RowSpan, window: int | None) -> tuple[int, Tensor | None]:
         count = row.stop - row.start
-        mask = torch.full(
-            (count, row.past + count), -torch.inf, dtype=self.cache.dtype, device=self.cache.device
-        )
-        return mask.triu_(row.past + 1)
+        if row.past == 0 and (window is None or count <= window):
+            return 0, None
+        begin = 0 if window is None else max(0, row.past + 1 - window)
+        shape = (count, row.past + count - begin)
+        wall = torch.full(shape, -torch.inf, dtype=self.cache.dtype, device=self.cache.device)
+        later = wall.triu(row.past + 1 - begin)
+        return begin, later if window is None else later + wall.tril(row.past - begin - window)
 
-    def _plan_decodes(self) -> None:
+    def _decode_mask(self, window: int | None) -> Tensor:
         device = self.cache.device
-        lengths = [row.past + 1 for row in self.decodes]
-        slots = [row.slot for row in self.decodes]
-        self.tokens_B = torch.tensor([row.start for row in self.decodes], device=device)
-        self.slots_B = torch.tensor(slots, device=device)
-        self.past_B = torch.tensor([row.past for row in self.decodes], device=device)
-        self.used_slots, self.longest = max(slots) + 1, max(lengths)
-        self.batched = sum(lengths) >= DENSE_SHARE * self.used_slots * self.longest
-        if self.batched:
-            # idle slots attend to one entry: a row that is masked whole would be NaN
-            visible = torch.ones(self.used_slots, dtype=torch.long, device=device)
-            visible[self.slots_B] = self.past_B + 1
-            hidden = torch.arange(self.longest, device=device)[None] >= visible[:, None]
-            mask = torch.zeros(self.used_slots, 1, 1, self.longest, dtype=self.cache.dtype, device=device)
-            self.decode_mask = mask.masked_fill_(hidden[:, None, None], -torch.inf)
+        # idle slots attend to one entry: a row that is masked whole would be NaN
+        visible = torch.ones(self.used_slots, dtype=torch.long, device=device)
+        visible[self.slots_B] = self.past_B + 1
+        entries = torch.arange(self.longest_decode, device=device)[None]
+        hidden = entries >= visible[:, None]
+        if window is not None:
+            hidden |= entries < visible[:, None] - window
+        mask = torch.zeros(self.used_slots, 1, 1, self.longest_decode, dtype=self.cache.dtype, device=device)
+        return mask.masked_fill_(hidden[:, None, None], -torch.inf)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """See `AttentionPlan.attend`. The result does not depend on the other rows beyond rounding."""
         cache = self.cache
-        self.num_attended += 1
+        self.attended.append((layer, window))
+        view, scores = self.view(window), _Scores(scaling, softcap)
         query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1).to(cache.dtype) for x in (query, key, value))
         out = query_THD.new_empty(query_THD.shape)
         keys, values = cache.keys[layer], cache.values[layer]
-        for row, mask in zip(self.prefills, self.masks, strict=True):
-            out[row.start : row.stop] = self._prefill(
-                row, mask, query_THD, key_TKD, value_TKD, keys, values, scaling
+        for row, (begin, mask) in zip(self.prefills, view.prefills, strict=True):
+            tokens, end = slice(row.start, row.stop), row.past + row.stop - row.start
+            keys[row.slot, :, row.past : end] = key_TKD[tokens].transpose(0, 1)
+            values[row.slot, :, row.past : end] = value_TKD[tokens].transpose(0, 1)
+            attended = scores.attend(
+                query_THD[tokens].transpose(0, 1)[None],
+                keys[row.slot : row.slot + 1, :, begin:end],
+                values[row.slot : row.slot + 1, :, begin:end],
+                mask,
+                causal=mask is None,
             )
+            out[tokens] = attended[0].transpose(0, 1)
         if self.decodes:
             chosen = slice(None) if self.only_decodes else self.tokens_B
             keys[self.slots_B, :, self.past_B] = key_TKD[chosen]
             values[self.slots_B, :, self.past_B] = value_TKD[chosen]
-            decode = self._decode_batched if self.batched else self._decode_each
-            out[chosen] = decode(query_THD[chosen], keys, values, scaling)
+            decode = self._decode_batched if view.batched else self._decode_each
+            out[chosen] = decode(query_THD[chosen], keys, values, view, scores)
         return out.to(query.dtype)[None]
 
-    def _prefill(
-        self,
-        row: RowSpan,
-        mask: Tensor | None,
-        query_THD: Tensor,
-        key_TKD: Tensor,
-        value_TKD: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float,
+    def _decode_batched(
+        self, query_BHD: Tensor, keys: Tensor, values: Tensor, view: View, scores: _Scores
     ) -> Tensor:
-        tokens, end = slice(row.start, row.stop), row.past + row.stop - row.start
-        keys[row.slot, :, row.past : end] = key_TKD[tokens].transpose(0, 1)
-        values[row.slot, :, row.past : end] = value_TKD[tokens].transpose(0, 1)
-        attended = F.scaled_dot_product_attention(
-            query_THD[tokens].transpose(0, 1)[None],
-            keys[row.slot : row.slot + 1, :, :end],
-            values[row.slot : row.slot + 1, :, :end],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=self.cache.groups > 1,
-        )
-        return attended[0].transpose(0, 1)
-
-    def _decode_batched(self, query_BHD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         # Heads that share a key head are packed as that head's queries: one read of the cache serves them all.
         count, heads, width = query_BHD.shape
         packed = query_BHD.new_zeros(self.used_slots, heads // self.cache.groups, self.cache.groups, width)
         packed[self.slots_B] = query_BHD.view(count, -1, self.cache.groups, width)
-        attended = F.scaled_dot_product_attention(
+        attended = scores.attend(
             packed,
-            keys[: self.used_slots, :, : self.longest],
-            values[: self.used_slots, :, : self.longest],
-            attn_mask=self.decode_mask,
-            scale=scaling,
+            keys[: self.used_slots, :, : self.longest_decode],
+            values[: self.used_slots, :, : self.longest_decode],
+            view.decode_mask,
         )
         return attended[self.slots_B].view(count, heads, width)
 
-    def _decode_each(self, query_BHD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    def _decode_each(
+        self, query_BHD: Tensor, keys: Tensor, values: Tensor, view: View, scores: _Scores
+    ) -> Tensor:
         _, heads, width = query_BHD.shape
         out = torch.empty_like(query_BHD)
         for index, row in enumerate(self.decodes):
             end = row.past + 1
-            attended = F.scaled_dot_product_attention(
+            begin = 0 if view.window is None else max(0, end - view.window)
+            attended = scores.attend(
                 query_BHD[index].view(1, -1, self.cache.groups, width),
-                keys[row.slot : row.slot + 1, :, :end],
-                values[row.slot : row.slot + 1, :, :end],
-                scale=scaling,
+                keys[row.slot : row.slot + 1, :, begin:end],
+                values[row.slot : row.slot + 1, :, begin:end],
+                None,
             )
             out[index] = attended.view(heads, width)
         return out
+
+
+class _Scores(NamedTuple):
+    """How scores are made of queries and keys, and attention of scores."""
+
+    scaling: float
+    softcap: float | None
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, causal: bool = False
+    ) -> Tensor:
+        """Softmax attention.
+
+        Shapes: query [S, H, n, D], keys and values [S, K, L, D], mask [n, L] or [S, 1, 1, L] added to the scores
+        -> [S, H, n, D]. `causal` means n = L.
+        """
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(
+                query,
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=causal,
+                scale=self.scaling,
+                enable_gqa=query.shape[1] != keys.shape[1],
+            )
+        # Semantics: scores = softcap * tanh(q·k * scaling / softcap), which SDPA can't; in fp32, rounded once.
+        slots, heads, count, width = query.shape
+        groups = heads // keys.shape[1]
+        packed = query.reshape(slots, -1, groups * count, width).float()
+        scores = packed @ keys.float().transpose(-1, -2) * self.scaling
+        scores = torch.tanh(scores / self.softcap) * self.softcap
+        if causal:
+            mask = torch.full((count, count), -torch.inf, device=query.device).triu(1)
+        if mask is not None:
+            scores += mask.repeat(groups, 1) if mask.dim() == 2 else mask
+        attended = torch.softmax(scores, dim=-1) @ values.float()
+        return attended.view(query.shape).to(query.dtype)

@@ -85,30 +85,33 @@ class ModuleProgram:
     def run(
         self, context: ForwardContext, base: Callable[..., Any], x: Tensor, args: Any, kwargs: dict[str, Any]
     ) -> Tensor:
-        """The module's output with this batch's deltas. Shapes: x [1, T, I] (token ids [1, T] at `embed`) -> [1, T, O].
+        """The module's output with this batch's deltas.
 
+        Shapes: x [1, T, I], or [T, I] in blocks that flatten (token ids [1, T] at `embed`) -> the same with O.
         Branches are computed and summed in fp32 and rounded once, as PEFT does on a half-precision base.
         """
+        x_TI = x.reshape(-1, x.shape[-1])
         if self.capture is not None:
-            context.captured[self.capture] = x
+            context.captured[self.capture] = x_TI
         base_x = x
         if self.inputs:
-            scaled = x[0].to(torch.float32, copy=True)
+            scaled = x_TI.to(torch.float32, copy=True)
             self.kernels.apply_affine(scaled, self.inputs)
-            base_x = scaled.to(x.dtype)[None]
+            base_x = scaled.to(x.dtype).view(x.shape)
         y: Tensor = base(base_x, *args, **kwargs)
         if not (self.parallel or self.remote or self.outputs or self.sequential):
             return y
-        out = y[0].to(torch.float32)  # y itself where it is fp32 already: modules return fresh tensors
+        # y itself where it is fp32 already: modules return fresh tensors
+        out = y.reshape(-1, y.shape[-1]).to(torch.float32)
         if self.parallel:
-            self.kernels.add_low_rank(out, x[0].to(torch.float32), self.parallel)
+            self.kernels.add_low_rank(out, x_TI.to(torch.float32), self.parallel)
         for site, segments in self.remote.items():
-            self.kernels.add_low_rank(out, context.captured[site][0].to(torch.float32), segments)
+            self.kernels.add_low_rank(out, context.captured[site].to(torch.float32), segments)
         if self.outputs:
             self.kernels.apply_affine(out, self.outputs)
         if self.sequential:
             self.kernels.add_low_rank(out, out, self.sequential)
-        return out.to(y.dtype)[None]
+        return out.to(y.dtype).view(y.shape)
 
 
 def compile_programs(

@@ -18,19 +18,39 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.cases import GOLDEN, Family
+from tests.cases import GOLDEN
+from tests.families import Family
 
 Placement = Literal["seq_bn", "double_seq_bn", "par_bn"]
 
-PATHS = {
-    "llama": {
-        "layer": "model.layers.{}",
-        "o": "self_attn.o_proj",
+_LLAMA = {
+    "layer": "model.layers.{}",
+    "o": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn": "mlp",
+}
+PATHS: dict[Family, dict[str, str]] = {
+    **dict.fromkeys(("llama", "qwen2", "mistral", "qwen3", "gemma", "starcoder2", "phi3"), _LLAMA),
+    **dict.fromkeys(
+        ("mixtral", "qwen3_moe", "gemma2", "gemma3_text"), _LLAMA
+    ),  # only placements at the layer
+    "gpt2": {"layer": "transformer.h.{}", "o": "attn.c_proj", "ffn_norm": "ln_2", "ffn": "mlp"},
+    "opt": {
+        "layer": "model.decoder.layers.{}",
+        "o": "self_attn.out_proj",
+        "ffn_norm": "final_layer_norm",
+        "ffn": "fc2",
+    },
+    "gpt_neox": {
+        "layer": "gpt_neox.layers.{}",
+        "o": "attention.dense",
         "ffn_norm": "post_attention_layernorm",
         "ffn": "mlp",
     },
-    "gpt2": {"layer": "transformer.h.{}", "o": "attn.c_proj", "ffn_norm": "ln_2", "ffn": "mlp"},
 }
+LAYER_ONLY: frozenset[Family] = frozenset({"mixtral", "qwen3_moe", "gemma2", "gemma3_text"})
+"""Families without a site for a feed-forward block's output, or with a norm after it: seq_bn only."""
+
 PLACES = {"seq_bn": ("output_adapters",), "double_seq_bn": ("attention_adapters", "output_adapters"),
           "par_bn": ("output_adapters",)}  # fmt: skip
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": F.gelu, "swish": F.silu}
@@ -51,11 +71,11 @@ class Bottleneck:
 
     def save(self, directory: Path, family: Family, model: nn.Module) -> None:
         """Write it as AdapterHub would, every tensor random."""
-        source = json.loads((GOLDEN / family / self.placement / "adapter_config.json").read_text())
+        source = json.loads((GOLDEN / "llama" / self.placement / "adapter_config.json").read_text())
         hidden = model.config.hidden_size
         source["config"] |= {"non_linearity": self.activation, "reduction_factor": hidden / self.width,
                              "scaling": self.scaling}  # fmt: skip
-        source |= {"name": "a", "hidden_size": hidden, "model_name": None}
+        source |= {"name": "a", "hidden_size": hidden, "model_name": None, "model_type": family}
         draw = torch.Generator().manual_seed(self.width)
         tensors = {}
         for layer in range(model.config.num_hidden_layers):

@@ -33,14 +33,14 @@ from tests.cases import (
     GOLDEN_NAME,
     PEFT_CASES,
     Case,
-    Family,
     GoldenCase,
     case_id,
     quiet,
     tiny_backbone,
 )
-from tests.contract.bottleneck import Bottleneck
+from tests.contract.bottleneck import LAYER_ONLY, Bottleneck
 from tests.contract.forced import Row, errors, run
+from tests.families import FAMILIES, Family
 
 BOTTLENECKS = (
     Bottleneck("seq_bn", "relu", 8),
@@ -87,6 +87,7 @@ def bottleneck_logits(
     prompts: Prompts,
 ) -> list[Tensor]:
     model = base_model(family, weights).to(torch.float64 if dtype == torch.float32 else dtype)
+    model.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
     return [adapter.logits(directory, family, model, prompt) for prompt in prompts]
 
 
@@ -109,7 +110,7 @@ def methods(family: Family, dtype: torch.dtype, backbone: Backbone, tmp_path: Pa
         case.save(directory, base_model(family, dtype).float())
         reference = partial(peft_logits, case, directory, dtype)
         found.append(Method(case.name, case.tolerance, reference, served(directory, backbone)))
-    for adapter in BOTTLENECKS:
+    for adapter in BOTTLENECKS[:1] if family in LAYER_ONLY else BOTTLENECKS:
         directory = tmp_path / adapter.name
         adapter.save(directory, family, backbone.model)
         reference = partial(bottleneck_logits, adapter, directory, family, dtype)
@@ -152,8 +153,28 @@ def rms(rows: list[Row], references: list[Tensor]) -> float:
     return rms_of([torch.cat(row.logits) - r for row, r in zip(rows, references, strict=True)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+ROUNDED = ("llama", "gpt2")  # bf16 in every run; the other families' is slow
+# Rounded, a mixture of experts is not one function: between transformers' own eager and SDPA attention a token near a
+# tie goes to another expert, and errors measure which tokens those are.
+UNROUNDED = ("mixtral", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *(pytest.param(family, torch.float32, id=f"{family}-fp32") for family in FAMILIES),
+        *(
+            pytest.param(
+                family,
+                torch.bfloat16,
+                id=f"{family}-bf16",
+                marks=() if family in ROUNDED else pytest.mark.slow,
+            )
+            for family in FAMILIES
+            if family not in UNROUNDED
+        ),
+    ],
+)
 def test_mixed_batch_equals_reference(family: Family, dtype: torch.dtype, tmp_path: Path) -> None:
     label = str(dtype).removeprefix("torch.")
     backbone = adopt_backbone(base_model(family, dtype), name="tiny", device="cpu", dtype=label)

@@ -24,20 +24,30 @@ def cache(kv_heads: int, heads: int, *, slots: int = 6, max_len: int = 32) -> Sl
     )
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None = None, softcap: float | None = None
+) -> Tensor:
     """Causal attention of the last n tokens over all; query [n, H, D], key and value [L, K, D] -> [n, H, D]."""
     groups = query.shape[1] // key.shape[1]
     k, v = key.repeat_interleave(groups, 1).double(), value.repeat_interleave(groups, 1).double()
     scores = torch.einsum("nhd,lhd->hnl", query.double(), k) * SCALING
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     count, length = query.shape[0], key.shape[0]
-    hidden = torch.arange(length)[None] > torch.arange(count)[:, None] + length - count
+    entries, tokens = torch.arange(length)[None], torch.arange(count)[:, None] + length - count
+    hidden = entries > tokens
+    if window is not None:
+        hidden |= entries <= tokens - window
     return torch.einsum("hnl,lhd->nhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
 class Rows:
     """Random sequences fed to a cache step by step; remembers what every row should attend to."""
 
-    def __init__(self, kv_heads: int, heads: int) -> None:
+    def __init__(
+        self, kv_heads: int, heads: int, window: int | None = None, softcap: float | None = None
+    ) -> None:
+        self.options = (window, softcap)
         self.cache, self.kv_heads, self.heads = cache(kv_heads, heads), kv_heads, heads
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -57,7 +67,7 @@ class Rows:
             start += count
         q = torch.randn(1, self.heads, start, HEAD_DIM)
         k, v = (torch.randn(1, self.kv_heads, start, HEAD_DIM) for _ in range(2))
-        out = self.cache.plan(spans).attend(1, q, k, v, SCALING)
+        out = self.cache.plan(spans).attend(1, q, k, v, SCALING, *self.options)
         worst = 0.0
         for span in spans:
             new = slice(span.start, span.stop)
@@ -67,15 +77,19 @@ class Rows:
                     torch.cat([old, x]) for old, x in zip(self.known[span.slot], (key, value), strict=True)
                 )
             self.known[span.slot] = (key, value)
-            expected = plain(q[0, :, new].transpose(0, 1), key, value)
+            expected = plain(q[0, :, new].transpose(0, 1), key, value, *self.options)
             worst = max(worst, float((out[0, new].double() - expected).abs().max()))
         return worst
 
 
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 30])
 @pytest.mark.parametrize(("kv_heads", "heads"), [(4, 4), (2, 4), (1, 4)])
-def test_ragged_steps_equal_plain_attention(kv_heads: int, heads: int) -> None:
+def test_ragged_steps_equal_plain_attention(
+    kv_heads: int, heads: int, window: int | None, softcap: float | None
+) -> None:
     torch.manual_seed(0)
-    rows = Rows(kv_heads, heads)
+    rows = Rows(kv_heads, heads, window, softcap)
     rows.prefix(3, 5)
     steps = [
         {0: 7, 3: 4, 1: 1},
@@ -88,15 +102,27 @@ def test_ragged_steps_equal_plain_attention(kv_heads: int, heads: int) -> None:
     assert max(rows.step(step) for step in steps) < 2e-6
 
 
-def test_sparse_and_uneven_decodes_go_row_by_row_with_the_same_result() -> None:
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, None), (20, 0.8)])
+def test_sparse_and_uneven_decodes_go_row_by_row_with_the_same_result(
+    window: int | None, softcap: float | None
+) -> None:
     torch.manual_seed(1)
-    rows = Rows(2, 4)
+    rows = Rows(2, 4, window, softcap)
     rows.step({5: 30, 0: 1})
     plan = rows.cache.plan([RowSpan(0, 1, 5, 30)])
-    assert not plan.batched
+    assert not plan.view(window).batched
     assert rows.step({5: 1}) < 2e-6
-    assert rows.cache.plan([RowSpan(0, 1, 0, 1)]).batched
+    assert rows.cache.plan([RowSpan(0, 1, 0, 1)]).view(window).batched
     assert rows.step({0: 1}) < 2e-6
+
+
+def test_masks_are_made_once_per_window() -> None:
+    rows = Rows(2, 4)
+    rows.step({0: 9, 1: 4})
+    plan = rows.cache.plan([RowSpan(0, 3, 0, 9), RowSpan(3, 4, 1, 4)])
+    assert plan.view(4) is plan.view(4)
+    assert plan.view(4) is not plan.view(None)
+    assert plan.view(12) is plan.view(None)  # as long as the longest row: nothing is out of sight
 
 
 def test_reused_slot_does_not_see_its_former_owner() -> None:

@@ -1,0 +1,111 @@
+"""Backbone families: one tiny config each, with every option on that could go wrong.
+
+Windows are shorter than the prompts of the contract tests and than the rows of the parity probe, and head widths
+differ from hidden_size / heads wherever the family allows it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Starcoder2Config,
+)
+
+Family = Literal[
+    "llama",
+    "gpt2",
+    "qwen2",
+    "mistral",
+    "qwen3",
+    "gemma",
+    "starcoder2",
+    "phi3",
+    "opt",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_neox",
+    "gemma2",
+    "gemma3_text",
+]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+_TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GATED: dict[str, Any] = {**_TINY, "intermediate_size": 64, "num_key_value_heads": 2}
+_EXPERTS: dict[str, Any] = {**_GATED, "num_experts_per_tok": 2}
+
+CONFIGS: dict[Family, PreTrainedConfig] = {
+    "llama": LlamaConfig(**{**_GATED, "pad_token_id": None}),
+    "gpt2": GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=256, bos_token_id=1, eos_token_id=2
+    ),
+    "qwen2": Qwen2Config(**_GATED, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "mistral": MistralConfig(**_GATED, sliding_window=7),
+    "qwen3": Qwen3Config(
+        **_GATED, head_dim=16, use_sliding_window=True, sliding_window=7, max_window_layers=2
+    ),
+    "gemma": GemmaConfig(**{**_GATED, "num_key_value_heads": 1, "tie_word_embeddings": True}, head_dim=16),
+    "starcoder2": Starcoder2Config(**_GATED, sliding_window=7),
+    "phi3": Phi3Config(
+        **_GATED,
+        sliding_window=7,
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.3],
+            "long_factor": [2.0, 4.0],
+        },
+    ),
+    "opt": OPTConfig(**_TINY, ffn_dim=64, word_embed_proj_dim=32),
+    "mixtral": MixtralConfig(**_EXPERTS, num_local_experts=4, sliding_window=7),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_EXPERTS,
+        num_experts=4,
+        moe_intermediate_size=24,
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=7,
+    ),
+    "gpt_neox": GPTNeoXConfig(**_TINY, intermediate_size=64, use_parallel_residual=True),
+    "gemma2": Gemma2Config(
+        **_GATED,
+        head_dim=16,
+        query_pre_attn_scalar=12,
+        sliding_window=4,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+    ),
+    "gemma3_text": Gemma3TextConfig(
+        **_GATED,
+        head_dim=16,
+        query_pre_attn_scalar=12,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+}
