@@ -244,7 +244,7 @@ def _prune(adapted: PeftModel) -> None:
     for index, (name, parameter) in enumerate(
         (name, parameter) for name, parameter in adapted.named_parameters() if "lora_E" in name
     ):
-        kept = [False] * 4 if index == 2 else [(index + i) % 3 != 0 for i in range(4)]
+        kept = [False] * 4 if index == 5 else [(index + i) % 3 != 0 for i in range(4)]
         parameter.data[[not keep for keep in kept]] = 0.0
         pattern[name.removeprefix("base_model.model.")] = kept
     adapted.peft_config["default"].rank_pattern = pattern
@@ -379,7 +379,12 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
         "prompt_cpt",
         "llama",
         _with(
-            CPTConfig, cpt_token_ids=[3, 4, 5, 6], cpt_tokens_type_mask=[1, 2, 3, 4], cpt_mask=[1, 1, 1, 1]
+            CPTConfig,
+            cpt_token_ids=[3, 4, 5, 6],
+            cpt_tokens_type_mask=[1, 2, 3, 4],
+            cpt_mask=[1, 1, 1, 1],
+            opt_projection_epsilon=8.0,
+            opt_projection_format_epsilon=9.0,
         ),
     ),
     Case(

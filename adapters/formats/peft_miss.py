@@ -48,11 +48,16 @@ def _lower(
     if rank is None or mini is None or init is None:
         return []
     d_in, d_out = module.shape.d_in, module.shape.d_out
-    if rank > d_in or (init == "mini" and d_out % mini):
+    if rank > d_in:
         problems.add(
-            f"adapter_config.json: r and mini_r do not fit {quoted(module.path)}: r is at most its {d_in} inputs and "
-            f"mini_r divides its {d_out} outputs.",
+            f"adapter_config.json: r: {rank} is more than the {d_in} inputs of {quoted(module.path)}.",
             param="r",
+        )
+        return []
+    if init == "mini" and d_out % mini:
+        problems.add(
+            f"adapter_config.json: mini_r: {mini} does not divide the {d_out} outputs of {quoted(module.path)}.",
+            param="mini_r",
         )
         return []
     if not fits(found, {"miss_block": (rank, mini if init == "mini" else d_out)}, problems):
@@ -60,4 +65,4 @@ def _lower(
     # modules of one width share A
     A = block_sums.setdefault(d_in, torch.eye(rank).repeat(1, -(-d_in // rank))[:, :d_in].contiguous())
     block = found["miss_block"].tensor
-    return parallel(module, A.to(block.dtype), block.T.repeat(d_out // block.shape[1], 1))
+    return parallel(module, A, block.T.repeat(d_out // block.shape[1], 1))
