@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
+from adapters.formats.peft_config import MAX_RANK
 from adapters.formats.peft_config_linear import GRALORA
 from adapters.formats.peft_keys import Placed
 from adapters.formats.peft_linear import Layout, fits, parallel, read_modules
@@ -52,6 +53,13 @@ def _lower(
             f"adapter_config.json: gralora_k: {k} does not divide r = {rank} and the {d_in} inputs and {d_out} outputs "
             f"of {quoted(module.path)}.",
             param="gralora_k",
+        )
+        return []
+    if k * rank + hybrid > MAX_RANK:
+        problems.add(
+            f"adapter_config.json: r: {k} blocks of {rank} and hybrid_r make a rank of {k * rank + hybrid}, more than "
+            f"{MAX_RANK}.",
+            param="r",
         )
         return []
     shapes = {

@@ -16,11 +16,14 @@ from adapters.backbone_spec import BackboneSpec, ModuleKind, ModuleSpec
 from adapters.formats.peft_keys import Placed, check_shape, place
 from adapters.formats.peft_targets import expected_paths
 from adapters.formats.problems import Problems, quoted
-from adapters.normal_form import Affine, LowRank, Op
+from adapters.normal_form import Affine, Delta, LowRank, Op
 
 Lower = Callable[[ModuleSpec, Mapping[str, Placed]], Iterable[Op]]
 
 BIAS_FIELDS: Mapping[str, str] = {"base_layer.bias": "bias", "bias": "bias"}
+# Several methods store little and lower to much (a few vectors that scale shared matrices): what one delta may become.
+MAX_LOWERED_BYTES = 4 << 30
+
 LINEAR_ONLY: tuple[ModuleKind, ...] = ("linear",)
 
 
@@ -29,13 +32,14 @@ class Layout:
     """What a method stores at each module that it adapts.
 
     `fields`: end of the key -> field name. `wanted`: the fields that each adapted module must have; the others are
-    strays, except `optional` ones. `kinds`: the modules for which PEFT has the method.
+    strays, except `optional` ones. `kinds`: the modules for which PEFT has the method. `max_bytes`: of all ops.
     """
 
     fields: Mapping[str, str]
     wanted: frozenset[str]
     kinds: tuple[ModuleKind, ...] = ("linear", "conv1d")
     optional: frozenset[str] = frozenset()
+    max_bytes: int = MAX_LOWERED_BYTES
 
     @classmethod
     def of(cls, *names: str, kinds: tuple[ModuleKind, ...] = ("linear", "conv1d")) -> Layout:
@@ -84,6 +88,12 @@ def read_modules(
             )
         if module.path in expected and found.keys() >= wanted - {"bias"}:
             ops += lower(module, found)
+            if Delta(method="", ops=tuple(ops)).size_bytes > layout.max_bytes:
+                problems.add(
+                    f"The adapter's matrices take more than {layout.max_bytes} bytes once they are written out: lower "
+                    "its rank or adapt fewer modules."
+                )
+                return ()
         if "bias" in found and "bias" in wanted:
             ops += _lower_bias(module, found["bias"], problems)
     return tuple(ops)

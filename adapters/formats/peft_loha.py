@@ -17,11 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
+from adapters.formats.peft_config import MAX_RANK
 from adapters.formats.peft_config_linear import LOHA
 from adapters.formats.peft_keys import Placed
 from adapters.formats.peft_linear import LINEAR_ONLY, Layout, fits, parallel, read_modules
 from adapters.formats.peft_targets import pattern_value
-from adapters.formats.problems import Problems
+from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import Op
 
@@ -45,6 +46,13 @@ def _lower(
         return []
     rank = pattern_value(config["rank_pattern"], module.path, config["r"])
     alpha = pattern_value(config["alpha_pattern"], module.path, config["alpha"])
+    if rank * rank > MAX_RANK:
+        problems.add(
+            f"adapter_config.json: r: {rank} at {quoted(module.path)} makes a rank of {rank * rank}, more than "
+            f"{MAX_RANK}.",
+            param="r",
+        )
+        return []
     left, right = (module.shape.d_out, rank), (rank, module.shape.d_in)
     shapes = {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right}
     if not fits(found, shapes, problems):

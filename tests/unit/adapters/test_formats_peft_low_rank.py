@@ -7,28 +7,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, PolyConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PolyConfig, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load, save
 from torch import Tensor
 
+from adapters.backbone_spec import ModuleSpec
 from adapters.canonical import to_canonical
 from adapters.formats import peft_config_linear as linear
 from adapters.formats import peft_config_prompt as prompts
 from adapters.formats import read_directory, read_upload
 from adapters.formats.peft import READERS
 from adapters.formats.peft_config import BDLORA
+from adapters.formats.peft_keys import Placed
+from adapters.formats.peft_linear import Layout, parallel, read_modules
 from adapters.formats.peft_refused import REFUSED_METHODS
+from adapters.formats.problems import Problems
 from adapters.formats.schema import Rule
 from adapters.normal_form import Delta, LowRank, VirtualTokens
-from tests.cases import LOW_RANK_FAMILY_CASES, Case, case_id, quiet, tiny_backbone
+from tests.cases import LOW_RANK_FAMILY_CASES, Case, case_id, quiet, randomise, tiny_backbone
 from tests.unit.adapters.test_formats_peft import (
     BY_ID,
     CONFIG,
@@ -136,9 +140,11 @@ BAD_VALUES: tuple[tuple[str, str, object, str], ...] = (
     ("llama-delora", "rank_pattern", {".*": 4}, "never run"),
     ("llama-gralora", "gralora_k", 3, "3 does not divide r = 4"),
     ("llama-gralora", "alpha", 0, "a positive number"),
+    ("llama-gralora", "r", 4096, "2 blocks of 4096"),
     ("llama-gralora", "hybrid_r", 2, "no gralora_A_general.weight"),
     ("gpt2-gralora_hybrid", "hybrid_r", 0, "gralora_A_general.weight"),
-    ("llama-loha", "r", 65, "expected [32, 65]"),
+    ("llama-loha", "r", 65, "makes a rank of 4225"),
+    ("llama-loha", "r", 4, "expected [32, 4]"),
     ("llama-loha", "alpha", None, "a positive number"),
     ("llama-loha", "alpha_pattern", {"(a|b)": 4}, "never run"),
     ("llama-miss", "init_weights", "bat", "multiplies blocks of the base weight"),
@@ -339,6 +345,23 @@ def test_shared_tensors_are_stored_once() -> None:
     assert delta.num_parameters == 6 * (32 + 64) + sum(op.B.shape[0] for op in low_ranks(delta)) * 6
 
 
+def test_what_an_adapter_becomes_is_bounded() -> None:
+    """Four modules of 4 x 32 + 32 x 4 floats each, room for three."""
+    paths = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qo"]
+    tensors = {f"base_model.model.{path}.seed": torch.ones(1) for path in paths}
+    config = {"target_modules": paths}
+
+    def lower(module: ModuleSpec, _: Mapping[str, Placed]) -> list[LowRank]:
+        return parallel(module, torch.ones(4, module.shape.d_in), torch.ones(module.shape.d_out, 4))
+
+    for max_bytes, found in ((4 * 1024, 4), (3 * 1024, 0)):
+        problems = Problems()
+        layout = replace(Layout.of("seed"), max_bytes=max_bytes)
+        assert len(read_modules(layout, lower, config, tensors, spec_for("llama"), problems)) == found
+        assert len(problems.texts) == (found == 0)
+    assert "take more than 3072 bytes" in problems.texts[0]
+
+
 # ---- pruning, tasks, forms ----------------------------------------------------------------------------------------
 
 
@@ -430,3 +453,44 @@ def test_multitask_prompts_are_multiplied() -> None:
     with quiet(), torch.no_grad():
         expected = adapted.prompt_encoder["default"](torch.arange(4)[None], torch.tensor([0]))[0]
     torch.testing.assert_close(op.embeddings, expected)
+
+
+@pytest.mark.parametrize("case", LOW_RANK_FAMILY_CASES, ids=case_id)
+def test_half_precision_files_are_folded_in_float32(case: Case) -> None:
+    def halve(stored: dict[str, Tensor]) -> None:
+        stored.update({key: t.bfloat16() for key, t in stored.items() if t.is_floating_point()})
+
+    def restore(stored: dict[str, Tensor]) -> None:
+        halve(stored)
+        stored.update({key: t.float() for key, t in stored.items() if t.is_floating_point()})
+
+    half, whole = (
+        read_upload(changed(case_id(case), tensors=edit), spec_for(case.family)) for edit in (halve, restore)
+    )
+    for (_, name, tensor), (_, _, other) in zip(half.tensors(), whole.tensors(), strict=True):
+        assert torch.equal(tensor.float(), other), name
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_converted_initialisations_are_plain_lora(init: str, tmp_path: Path) -> None:
+    """`path_initial_model_for_weight_conversion` writes a LoRA of twice the rank on the unchanged base."""
+    config = LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=init, task_type=TaskType.CAUSAL_LM
+    )
+    with quiet():
+        adapted = get_peft_model(tiny_backbone("llama"), config)
+        config.init_lora_weights = True
+        adapted.save_pretrained(str(tmp_path / "initial"))
+        config.init_lora_weights = init
+        randomise(adapted, seed=1)
+        adapted.save_pretrained(
+            str(tmp_path / "trained"), path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+        )
+    delta = read_directory(tmp_path / "trained", spec_for("llama"))
+    (op,) = [op for op in low_ranks(delta) if op.write.layer == 2]
+    assert op.A.shape[0] == 6
+    live = adapted.base_model.model.get_submodule("model.layers.2.self_attn.q_proj")
+    base = tiny_backbone("llama").get_submodule("model.layers.2.self_attn.q_proj").weight
+    with torch.no_grad():
+        expected = live.get_base_layer().weight + live.get_delta_weight("default")
+        torch.testing.assert_close(base + op.scaling * op.B @ op.A, expected, rtol=1e-5, atol=1e-5)
