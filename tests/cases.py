@@ -250,7 +250,7 @@ def _prune(adapted: PeftModel) -> None:
     adapted.peft_config["default"].rank_pattern = pattern
 
 
-def _with(config: type[PeftConfig], **values: Any) -> Callable[[], PeftConfig]:
+def _of(config: type[PeftConfig], **values: Any) -> Callable[[], PeftConfig]:
     return lambda: config(task_type=TaskType.CAUSAL_LM, **values)
 
 
@@ -259,16 +259,14 @@ _FUSED = ["c_attn", "mlp.c_proj"]
 _FIRST_TASK = {"task_ids": torch.tensor([0])}
 
 LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
-    Case(
-        "adalora", "llama", _with(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9, target_modules=_SOME)
-    ),
+    Case("adalora", "llama", _of(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9, target_modules=_SOME)),
     Case(
         "adalora_pruned",
         "llama",
-        _with(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9, target_modules=_SOME),
+        _of(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9, target_modules=_SOME),
         prepare=_prune,
     ),
-    Case("adalora", "gpt2", _with(AdaLoraConfig, init_r=3, total_step=9, target_modules=_FUSED, bias="all")),
+    Case("adalora", "gpt2", _of(AdaLoraConfig, init_r=3, total_step=9, target_modules=_FUSED, bias="all")),
     Case(
         "bdlora",
         "llama",
@@ -282,24 +280,24 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
             ),
         ),
     ),
-    Case("beft", "llama", _with(BeftConfig, target_modules=_SOME)),
+    Case("beft", "llama", _of(BeftConfig, target_modules=_SOME)),
     Case(
         "delora",
         "llama",
-        _with(DeloraConfig, r=3, delora_lambda=2, target_modules=_SOME, rank_pattern={"v_proj": 5}),
+        _of(DeloraConfig, r=3, delora_lambda=2, target_modules=_SOME, rank_pattern={"v_proj": 5}),
         "T2",
     ),
-    Case("gralora", "llama", _with(GraloraConfig, r=4, alpha=3, target_modules=_SOME), "T2"),
+    Case("gralora", "llama", _of(GraloraConfig, r=4, alpha=3, target_modules=_SOME), "T2"),
     Case(
         "gralora_hybrid",
         "gpt2",
-        _with(GraloraConfig, r=8, hybrid_r=3, alpha=3, gralora_k=4, target_modules=_FUSED),
+        _of(GraloraConfig, r=8, hybrid_r=3, alpha=3, gralora_k=4, target_modules=_FUSED),
         "T2",
     ),
     Case(
         "loha",
         "llama",
-        _with(
+        _of(
             LoHaConfig,
             r=3,
             alpha=5,
@@ -309,27 +307,27 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
         ),
         "T2",
     ),
-    Case("miss", "llama", _with(MissConfig, r=6, target_modules=_SOME), "T2"),
+    Case("miss", "llama", _of(MissConfig, r=6, target_modules=_SOME), "T2"),
     Case(
         "miss_mini",
         "llama",
-        _with(MissConfig, r=8, mini_r=4, init_weights="mini", target_modules=_SOME),
+        _of(MissConfig, r=8, mini_r=4, init_weights="mini", target_modules=_SOME),
         "T2",
     ),
     Case(
         "poly",
         "llama",
-        _with(PolyConfig, r=4, n_skills=3, n_splits=2, target_modules=_SOME),
+        _of(PolyConfig, r=4, n_skills=3, n_splits=2, target_modules=_SOME),
         "T2",
         forward=_FIRST_TASK,
     ),
-    Case("pvera", "llama", _with(PveraConfig, r=5, target_modules=_SOME), "T2"),
-    Case("randlora", "llama", _with(RandLoraConfig, r=5, randlora_alpha=1, target_modules=_SOME), "T2"),
-    Case("randlora", "gpt2", _with(RandLoraConfig, r=8, randlora_alpha=1, target_modules=_FUSED), "T2"),
+    Case("pvera", "llama", _of(PveraConfig, r=5, target_modules=_SOME), "T2"),
+    Case("randlora", "llama", _of(RandLoraConfig, r=5, randlora_alpha=1, target_modules=_SOME), "T2"),
+    Case("randlora", "gpt2", _of(RandLoraConfig, r=8, randlora_alpha=1, target_modules=_FUSED), "T2"),
     Case(
         "unilora",
         "gpt2",
-        _with(
+        _of(
             UniLoraConfig,
             r=3,
             theta_d_length=60,
@@ -342,13 +340,13 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
     Case(
         "vblora",
         "llama",
-        _with(VBLoRAConfig, r=3, num_vectors=12, vector_length=8, topk=3, target_modules=_SOME),
+        _of(VBLoRAConfig, r=3, num_vectors=12, vector_length=8, topk=3, target_modules=_SOME),
         "T2",
     ),
     Case(
         "vblora_top_k",
         "gpt2",
-        _with(
+        _of(
             VBLoRAConfig,
             r=3,
             num_vectors=12,
@@ -359,16 +357,14 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
         ),
         "T2",
     ),
-    Case("vera", "llama", _with(VeraConfig, r=6, target_modules="all-linear"), "T2"),
-    Case("vera", "gpt2", _with(VeraConfig, r=6, target_modules=_FUSED, bias="vera_only"), "T2"),
-    Case("prefix_cartridge", "llama", _with(CartridgeConfig, num_virtual_tokens=5, num_frozen_tokens=2)),
-    Case(
-        "prompt_p_tuning", "llama", _with(PromptEncoderConfig, num_virtual_tokens=4, encoder_hidden_size=16)
-    ),
+    Case("vera", "llama", _of(VeraConfig, r=6, target_modules="all-linear"), "T2"),
+    Case("vera", "gpt2", _of(VeraConfig, r=6, target_modules=_FUSED, bias="vera_only"), "T2"),
+    Case("prefix_cartridge", "llama", _of(CartridgeConfig, num_virtual_tokens=5, num_frozen_tokens=2)),
+    Case("prompt_p_tuning", "llama", _of(PromptEncoderConfig, num_virtual_tokens=4, encoder_hidden_size=16)),
     Case(
         "prompt_p_tuning",
         "gpt2",
-        _with(
+        _of(
             PromptEncoderConfig,
             num_virtual_tokens=4,
             encoder_hidden_size=16,
@@ -378,7 +374,7 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
     Case(
         "prompt_cpt",
         "llama",
-        _with(
+        _of(
             CPTConfig,
             cpt_token_ids=[3, 4, 5, 6],
             cpt_tokens_type_mask=[1, 2, 3, 4],
@@ -390,7 +386,7 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
     Case(
         "prompt_multitask",
         "llama",
-        _with(MultitaskPromptTuningConfig, num_virtual_tokens=4, num_tasks=1, num_ranks=2),
+        _of(MultitaskPromptTuningConfig, num_virtual_tokens=4, num_tasks=1, num_ranks=2),
         forward=_FIRST_TASK,
     ),
 )

@@ -48,7 +48,7 @@ def is_pattern(text: str) -> bool:
     return bool(body) and body.isascii() and all(char.isalnum() or char in "_." for char in body)
 
 
-def _is_pattern_map(of: Check) -> Check:
+def is_pattern_map(of: Check) -> Check:
     return lambda value: (
         isinstance(value, dict) and all(is_pattern(key) and of(item) for key, item in value.items())
     )
@@ -70,7 +70,7 @@ def _explain_task(value: object) -> str | None:
     return None
 
 
-def _explain_pattern(value: object) -> str | None:
+def explain_pattern(value: object) -> str | None:
     bad = [pattern for pattern in value if not is_pattern(pattern)] if isinstance(value, dict) else []
     if not bad:
         return None
@@ -126,18 +126,18 @@ RANK = Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, 
 SCALE = Rule(is_scale, "a positive number", used=True, default=8)
 
 RANK_PATTERN = Rule(
-    _is_pattern_map(is_int(1, MAX_RANK)),
+    is_pattern_map(is_int(1, MAX_RANK)),
     f"an object of module names to integers from 1 to {MAX_RANK}",
     used=True,
     default={},
-    explain=_explain_pattern,
+    explain=explain_pattern,
 )
 SCALE_PATTERN = Rule(
-    _is_pattern_map(is_scale),
+    is_pattern_map(is_scale),
     "an object of module names to positive numbers",
     used=True,
     default={},
-    explain=_explain_pattern,
+    explain=explain_pattern,
 )
 
 
@@ -148,11 +148,11 @@ def bias_rule(own: str) -> Rule:
     )
 
 
-_TARGETED = {**TARGETS, **EXCLUDES, **LAYOUT}
+TARGETED: Mapping[str, Rule] = {**TARGETS, **EXCLUDES, **LAYOUT}
 
 LORA: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETED,
+    **TARGETED,
     **LAYERS,
     "r": RANK,
     "lora_alpha": SCALE,
@@ -204,7 +204,7 @@ BDLORA: Mapping[str, Rule] = {
 
 IA3: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETED,
+    **TARGETED,
     "feedforward_modules": Rule(
         lambda value: is_text(value) or is_names(value), "a list of module names, or a string", used=True
     ),
