@@ -85,15 +85,19 @@ class Registry:
         labels: Mapping[str, str],
         proof: Mapping[str, Any],
         status: Status = "ready",
+        alias: str | None = None,
     ) -> VersionRecord:
-        """Make `digest` the next version of `name`; a ready one becomes `latest`. Durable once this returns.
+        """Make `digest` the next version of `name`; a ready one becomes `latest` and, where given, `alias`.
 
-        Where the digest is already a live version of this name (and did not fail), that version is returned with
-        `republished` set, and nothing changes, aliases included: a retried upload has no second effect.
+        One transaction, durable once this returns. Where the digest is already a live version of this name (and did
+        not fail), that version is returned with `republished` set and only `alias` moves: a retried upload has no
+        second effect. Raises Conflict where `alias` is wanted for a version that is not ready.
         """
         check_name(tenant, what="tenant")
         check_name(name)
         check_digest(digest)
+        if alias is not None:
+            check_name(alias, what="alias")
         with self._database.write() as tx:
             now = self._clock()
             named = and_(adapters.c.tenant == tenant, adapters.c.name == name)
@@ -105,7 +109,10 @@ class Registry:
                 adapters.c.id == adapter_id, versions.c.digest == digest, versions.c.status != "failed"
             )
             if found := tx.execute(same).one_or_none():
-                return replace(VersionRecord(*found[1:]), republished=True)
+                known = VersionRecord(*found[1:])
+                if alias is not None:
+                    self._point(tx, adapter_id, alias, _ready(known).version)
+                return replace(known, republished=True)
             used = select(func.max(versions.c.version)).where(versions.c.adapter_id == adapter_id)
             record = VersionRecord(
                 tenant=tenant,
@@ -125,6 +132,8 @@ class Registry:
             tx.execute(insert(versions).values(adapter_id=adapter_id, **values))
             if status == "ready":
                 self._point(tx, adapter_id, LATEST, record.version)
+            if alias not in (None, LATEST):
+                self._point(tx, adapter_id, alias, _ready(record).version)
         return record
 
     def finish_validation(
@@ -227,11 +236,7 @@ class Registry:
         check_name(alias, what="alias")
         with self._database.write() as tx:
             adapter_id, record = require_version(tx, tenant, name, version)
-            if record.status != "ready":
-                raise Conflict(
-                    f"Version {version} of {name!r} is {record.status}; an alias points to a ready one.",
-                    param="version",
-                )
+            _ready(record)
             current = find_alias(tx, adapter_id, alias)
             if expected_revision not in (None, current.revision if current else 0):
                 state = f"at revision {current.revision}, version {current.version}" if current else "not set"
@@ -323,3 +328,13 @@ class Registry:
 def _check_between(what: str, value: int, most: int) -> None:
     if not 1 <= value <= most:
         raise InvalidRequest(f"{what} is {value}; expected 1 to {most}.", param=what)
+
+
+def _ready(record: VersionRecord) -> VersionRecord:
+    """`record`, if an alias may point to it. Raises Conflict."""
+    if record.status != "ready":
+        raise Conflict(
+            f"Version {record.version} of {record.name!r} is {record.status}; an alias points to a ready one.",
+            param="version",
+        )
+    return record

@@ -6,7 +6,7 @@ Generate: `http` builds a `GenerateCall` -> the backend tokenises it into a `Req
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -226,7 +226,7 @@ class Backend(Protocol):
         """The backbone's identity and limits."""
         ...
 
-    def generate(self, call: GenerateCall) -> AsyncIterator[tuple[Event, ...]]:
+    def generate(self, call: GenerateCall) -> AsyncGenerator[tuple[Event, ...], None]:
         """Batches of events. The first batch starts with a PromptEvent or is a single FailureEvent.
 
         Closing the iterator cancels the request within one engine step.

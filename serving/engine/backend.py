@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
 
+from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedTokenizerBase
 
 from adapters.canonical import digest_of, from_canonical
-from adapters.errors import DeltamuxError, ErrorInfo, InvalidRequest, NotFound, StoreError
+from adapters.errors import DeltamuxError, ErrorInfo, InvalidRequest, StoreError
 from adapters.normal_form import Delta
 from adapters.store import BlobStore
 from serving.config import Engine as EngineSettings
@@ -102,7 +103,7 @@ class LocalBackend:
             created=self._created,
         )
 
-    async def generate(self, call: GenerateCall) -> AsyncIterator[tuple[Event, ...]]:
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[tuple[Event, ...], None]:
         """See `Backend`."""
         try:
             request = await asyncio.to_thread(self._tokenise, call)
@@ -156,7 +157,12 @@ class LocalBackend:
                     "This backbone has no chat template.", param="messages", remedy="Use /v1/completions."
                 )
             turns = [{"role": m.role, "content": m.content} for m in prompt if isinstance(m, ChatMessage)]
-            text = _need(tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            try:
+                text = _need(tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            except TemplateError as error:  # templates refuse roles and orders that they do not know
+                raise InvalidRequest(
+                    f"The chat template refuses these messages: {error}", param="messages"
+                ) from None
             ids = tuple(_need(tokenizer)(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise InvalidRequest("The prompt is empty.", param="prompt", remedy="Send at least one token.")
@@ -196,7 +202,7 @@ class LocalBackend:
 
 def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise NotFound("This backbone has no tokenizer.", param="prompt", remedy="Send token ids.")
+        raise InvalidRequest("This backbone has no tokenizer.", param="prompt", remedy="Send token ids.")
     return tokenizer
 
 

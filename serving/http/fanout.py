@@ -7,7 +7,6 @@ import contextvars
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import cast
 
 from adapters.errors import DeltamuxError, Unavailable, from_info
 from serving.core import Backend, Event, FailureEvent, FinishReason, GenerateCall, PromptEvent, TokenEvent
@@ -70,7 +69,7 @@ async def _pump(backend: Backend, index: int, call: GenerateCall, queue: asyncio
     """Move one call's batches to the queue, then None, or the exception that ended it."""
     try:
         # every backend is an async generator: the protocol names only what iterating needs
-        events = cast(AsyncGenerator[tuple[Event, ...], None], backend.generate(call))
+        events = backend.generate(call)
         async with aclosing(events) as batches:
             async for batch in batches:
                 await queue.put((index, batch))

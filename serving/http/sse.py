@@ -23,9 +23,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan
 
 def event(data: JsonObject) -> bytes:
     """One server-sent event."""
-    return (
-        f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'), allow_nan=False)}\n\n".encode()
-    )
+    return f"data: {_ENCODER.encode(data)}\n\n".encode()
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

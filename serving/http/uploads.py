@@ -132,11 +132,11 @@ class Uploads:
     async def _record(
         self, name: str, delta: Delta, canonical: Canonical, proof: AdmissionProof, parts: Parts
     ) -> VersionRecord:
-        """Publish, then move the alias; where the alias can't be moved, withdraw what was published."""
-        registry, tenant = self._services.registry, self._services.tenant
-        record = await in_thread(
-            registry.publish,
-            tenant,
+        """Version and alias in one transaction."""
+        services = self._services
+        return await in_thread(
+            services.registry.publish,
+            services.tenant,
             name,
             canonical.digest,
             method=delta.method,
@@ -145,17 +145,8 @@ class Uploads:
             size_bytes=canonical.size_bytes,
             labels=parts.labels,
             proof=asdict(proof),
+            alias=parts.alias,
         )
-        if parts.alias is not None:
-            try:
-                await in_thread(
-                    registry.set_alias, tenant, name, parts.alias, record.version, expected_revision=None
-                )
-            except Exception:
-                if not record.republished:
-                    await in_thread(registry.delete_version, tenant, name, record.version)
-                raise
-        return record
 
     async def _discard(self, digest: str) -> None:
         """Free the device memory and the bytes of a failed upload, unless a live version has the same content.

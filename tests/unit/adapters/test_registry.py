@@ -48,6 +48,7 @@ def publish(
     tenant: str = T,
     status: Status = "ready",
     proof: Any = None,
+    alias: str | None = None,
 ) -> VersionRecord:
     return registry.publish(
         tenant,
@@ -60,6 +61,7 @@ def publish(
         labels={"team": "search"},
         proof=proof or {"effect": 0.25},
         status=status,
+        alias=alias,
     )
 
 
@@ -113,6 +115,23 @@ class TestPublish:
         assert again == replace(first, republished=True)
         assert resolve(registry, "sql") == 2
         assert len(registry.list_versions(T, "sql")) == 2
+
+    def test_an_alias_moves_with_the_version_in_one_transaction(self, registry: Registry) -> None:
+        publish(registry, "sql", A, alias="prod")
+        publish(registry, "sql", B)
+        assert aliases_of(registry, "sql") == {"latest": 2, "prod": 1}
+        publish(registry, "sql", B, alias="prod")  # the same upload again moves only the alias that it names
+        publish(registry, "sql", A, alias="latest")
+        assert aliases_of(registry, "sql") == {"latest": 1, "prod": 2}
+
+    def test_an_alias_that_can_not_move_takes_the_version_with_it(self, registry: Registry) -> None:
+        publish(registry, "sql", A)
+        with pytest.raises(Conflict, match="is failed"):
+            publish(registry, "sql", B, status="failed", alias="prod")
+        with pytest.raises(InvalidReference):
+            publish(registry, "sql", B, alias="../x")
+        assert [version.digest for version in registry.list_versions(T, "sql")] == [A]
+        assert aliases_of(registry, "sql") == {"latest": 1}
 
     def test_tenants_do_not_meet(self, registry: Registry) -> None:
         publish(registry, "sql", A, tenant="acme")

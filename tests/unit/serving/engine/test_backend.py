@@ -38,7 +38,10 @@ def backbone() -> Backbone:
     tokenizer = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}>"
+    fast.chat_template = (
+        "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}>"
+    )
     return adopt_backbone(tiny_backbone("llama"), name="tiny", tokenizer=fast, device="cpu", dtype="float32")
 
 
@@ -90,6 +93,7 @@ async def test_text_ids_and_chat_are_the_same_tokens(backend: LocalBackend) -> N
         (call((5, 97)), "InvalidRequest", "prompt"),
         (call("a", logit_bias={97: 1.0}), "InvalidRequest", "logit_bias"),
         (call("a", max_tokens=10_000), "ContextLengthExceeded", "max_tokens"),
+        (call((ChatMessage(role="tool", content="x"),)), "InvalidRequest", "messages"),
         (call("a" * 300), "ContextLengthExceeded", "prompt"),
         (call("a", digest="0" * 64), "StoreError", None),
     ],
@@ -106,7 +110,7 @@ async def test_refusal_is_one_failure_event(
 async def test_closing_the_stream_cancels_the_request(backend: LocalBackend) -> None:
     stream = backend.generate(call("ab", max_tokens=200))
     await anext(stream)
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
     async with asyncio.timeout(5):
         while backend.engine.scheduler.kv.usage > 0:
             await asyncio.sleep(0.005)
@@ -148,4 +152,4 @@ async def test_a_request_id_in_use_is_refused(backend: LocalBackend) -> None:
     (event,) = await collect(backend, call("ab", "same"))
     assert isinstance(event, FailureEvent)
     assert event.error.param == "request_id"
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()

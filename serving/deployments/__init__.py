@@ -1,0 +1,1 @@
+"""Ray Serve as the server's shell: placement, routing, health. The only importer of ray."""

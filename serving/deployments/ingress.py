@@ -1,0 +1,59 @@
+"""The gateway deployment: the HTTP application, built in the replica, over a `RayBackend`. Stateless."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from ray.serve.handle import DeploymentHandle
+
+from serving.config import Settings
+
+_LOCK = "gateway.lock"
+ABANDONED_AFTER_S = 3600.0
+"""Age from which an upload's staging is taken for abandoned while other gateways use the store."""
+
+
+class Gateway:
+    """Deployed through `serve.ingress()`, which asks it for its application."""
+
+    def __init__(self, settings: Settings, backbone: DeploymentHandle) -> None:
+        self._settings = settings
+        self._backbone = backbone
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The HTTP application."""
+        # here, not above: the driver imports this module to deploy the class and must stay light
+        from adapters.registry import Registry  # noqa: PLC0415
+        from adapters.store import LocalBlobStore  # noqa: PLC0415
+        from serving.deployments.handle import RayBackend  # noqa: PLC0415
+        from serving.http.app import create_app  # noqa: PLC0415
+        from serving.metrics import GatewayMetrics  # noqa: PLC0415
+
+        store = LocalBlobStore(self._settings.store.path)
+        self._lock, alone = _share_store(self._settings.store.path)
+        # what a killed server left; with other gateways on the store, only what is old
+        store.sweep_staging(0.0 if alone else ABANDONED_AFTER_S)
+        timeout_s = self._settings.limits.request_timeout_s
+        return create_app(
+            backend=RayBackend(self._backbone, timeout_s=timeout_s),
+            registry=Registry(self._settings.database.url),
+            store=store,
+            settings=self._settings,
+            metrics=GatewayMetrics(CollectorRegistry()),
+        )
+
+
+def _share_store(root: Path) -> tuple[int, bool]:
+    """(descriptor of a lock held for as long as this process lives, whether no other process held one)."""
+    lock = os.open(root / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except BlockingIOError:
+        alone = False
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock, alone
