@@ -11,23 +11,40 @@ build on one `tiny_backbone` and serve another of the same seed:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    CartridgeConfig,
+    CPTConfig,
+    DeloraConfig,
+    GraloraConfig,
     IA3Config,
+    LoHaConfig,
     LoraConfig,
+    MissConfig,
+    MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
+    PolyConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
+    PveraConfig,
+    RandLoraConfig,
     TaskType,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
     get_peft_model,
 )
+from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -98,19 +115,25 @@ def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) ->
 
 @dataclass(frozen=True)
 class Case:
-    """One PEFT adapter: `build` adapts a model in place, every adapter tensor redrawn from `seed`."""
+    """One PEFT adapter: `build` adapts a model in place, every adapter tensor redrawn from `seed`.
+
+    `prepare` does what training does besides. `forward`: arguments that the adapted model needs beside the tokens.
+    """
 
     name: str
     family: Family
     config: Callable[[], PeftConfig]
     tolerance: Tolerance = "T1"
     seed: int = 1
+    prepare: Callable[[PeftModel], None] = lambda _: None
+    forward: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def build(self, model: PreTrainedModel) -> PeftModel:
         """Adapt `model` in place and redraw all that training would change."""
         with quiet():
             adapted = get_peft_model(model, self.config())
         randomise(adapted, self.seed)
+        self.prepare(adapted)
         return adapted.eval()
 
     def save(self, directory: Path, model: PreTrainedModel | None = None) -> PeftModel:
@@ -158,7 +181,7 @@ def randomise(adapted: PeftModel, seed: int, sigma: float = 0.4) -> None:
         if not parameter.requires_grad:
             continue
         noise = torch.randn(parameter.shape, generator=generator) * sigma
-        if "magnitude" in name or "ia3_l" in name:
+        if any(part in name for part in ("magnitude", "ia3_l", "delora_lambda")):
             parameter.data = parameter.data * (1 + noise)
         elif name.endswith("bias"):
             parameter.data = parameter.data + noise
@@ -205,6 +228,159 @@ def _standard(
         Case("prompt", family, _prompt),
     )
 
+
+def _prune(adapted: PeftModel) -> None:
+    """What AdaLoRA's budget leaves: masked directions, none at all in one module, and the pattern that says which."""
+    pattern = {}
+    for index, (name, parameter) in enumerate(
+        (name, parameter) for name, parameter in adapted.named_parameters() if "lora_E" in name
+    ):
+        kept = [False] * 4 if index == 5 else [(index + i) % 3 != 0 for i in range(4)]
+        parameter.data[[not keep for keep in kept]] = 0.0
+        pattern[name.removeprefix("base_model.model.")] = kept
+    adapted.peft_config["default"].rank_pattern = pattern
+
+
+def _of(config: type[PeftConfig], **values: Any) -> Callable[[], PeftConfig]:
+    return lambda: config(task_type=TaskType.CAUSAL_LM, **values)
+
+
+_SOME = ["q_proj", "v_proj", "down_proj"]  # square, narrower and wider input
+_FUSED = ["c_attn", "mlp.c_proj"]
+_FIRST_TASK = {"task_ids": torch.tensor([0])}
+
+LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
+    Case("adalora", "llama", _of(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9, target_modules=_SOME)),
+    Case(
+        "adalora_pruned",
+        "llama",
+        _of(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9, target_modules=_SOME),
+        prepare=_prune,
+    ),
+    Case("adalora", "gpt2", _of(AdaLoraConfig, init_r=3, total_step=9, target_modules=_FUSED, bias="all")),
+    Case(
+        "bdlora",
+        "llama",
+        _lora(
+            target_modules=["q_proj", "o_proj", "up_proj"],
+            use_bdlora=BdLoraConfig(
+                target_modules_bd_a=["o_proj"],
+                target_modules_bd_b=["self_attn.q_proj"],
+                nblocks=2,
+                match_strict=False,
+            ),
+        ),
+    ),
+    Case("beft", "llama", _of(BeftConfig, target_modules=_SOME)),
+    Case(
+        "delora",
+        "llama",
+        _of(DeloraConfig, r=3, delora_lambda=2, target_modules=_SOME, rank_pattern={"v_proj": 5}),
+        "T2",
+    ),
+    Case("gralora", "llama", _of(GraloraConfig, r=4, alpha=3, target_modules=_SOME), "T2"),
+    Case(
+        "gralora_hybrid",
+        "gpt2",
+        _of(GraloraConfig, r=8, hybrid_r=3, alpha=3, gralora_k=4, target_modules=_FUSED),
+        "T2",
+    ),
+    Case(
+        "loha",
+        "llama",
+        _of(
+            LoHaConfig,
+            r=3,
+            alpha=5,
+            target_modules=_SOME,
+            rank_pattern={"v_proj": 2},
+            alpha_pattern={"q_proj": 2},
+        ),
+        "T2",
+    ),
+    Case("miss", "llama", _of(MissConfig, r=6, target_modules=_SOME), "T2"),
+    Case(
+        "miss_mini",
+        "llama",
+        _of(MissConfig, r=8, mini_r=4, init_weights="mini", target_modules=_SOME),
+        "T2",
+    ),
+    Case(
+        "poly",
+        "llama",
+        _of(PolyConfig, r=4, n_skills=3, n_splits=2, target_modules=_SOME),
+        "T2",
+        forward=_FIRST_TASK,
+    ),
+    Case("pvera", "llama", _of(PveraConfig, r=5, target_modules=_SOME), "T2"),
+    Case("randlora", "llama", _of(RandLoraConfig, r=5, randlora_alpha=1, target_modules=_SOME), "T2"),
+    Case("randlora", "gpt2", _of(RandLoraConfig, r=8, randlora_alpha=1, target_modules=_FUSED), "T2"),
+    Case(
+        "unilora",
+        "gpt2",
+        _of(
+            UniLoraConfig,
+            r=3,
+            theta_d_length=60,
+            save_indices=True,
+            target_modules=_FUSED,
+            bias="unilora_only",
+        ),
+        "T2",
+    ),
+    Case(
+        "vblora",
+        "llama",
+        _of(VBLoRAConfig, r=3, num_vectors=12, vector_length=8, topk=3, target_modules=_SOME),
+        "T2",
+    ),
+    Case(
+        "vblora_top_k",
+        "gpt2",
+        _of(
+            VBLoRAConfig,
+            r=3,
+            num_vectors=12,
+            vector_length=16,
+            topk=2,
+            save_only_topk_weights=True,
+            target_modules=_FUSED,
+        ),
+        "T2",
+    ),
+    Case("vera", "llama", _of(VeraConfig, r=6, target_modules="all-linear"), "T2"),
+    Case("vera", "gpt2", _of(VeraConfig, r=6, target_modules=_FUSED, bias="vera_only"), "T2"),
+    Case("prefix_cartridge", "llama", _of(CartridgeConfig, num_virtual_tokens=5, num_frozen_tokens=2)),
+    Case("prompt_p_tuning", "llama", _of(PromptEncoderConfig, num_virtual_tokens=4, encoder_hidden_size=16)),
+    Case(
+        "prompt_p_tuning",
+        "gpt2",
+        _of(
+            PromptEncoderConfig,
+            num_virtual_tokens=4,
+            encoder_hidden_size=16,
+            encoder_reparameterization_type="LSTM",
+        ),
+    ),
+    Case(
+        "prompt_cpt",
+        "llama",
+        _of(
+            CPTConfig,
+            cpt_token_ids=[3, 4, 5, 6],
+            cpt_tokens_type_mask=[1, 2, 3, 4],
+            cpt_mask=[1, 1, 1, 1],
+            opt_projection_epsilon=8.0,
+            opt_projection_format_epsilon=9.0,
+        ),
+    ),
+    Case(
+        "prompt_multitask",
+        "llama",
+        _of(MultitaskPromptTuningConfig, num_virtual_tokens=4, num_tasks=1, num_ranks=2),
+        forward=_FIRST_TASK,
+    ),
+)
 
 PEFT_CASES: tuple[Case, ...] = (
     Case("lora_qv", "llama", _lora(target_modules=["q_proj", "v_proj"])),
@@ -259,6 +435,7 @@ PEFT_CASES: tuple[Case, ...] = (
     ),
     *_standard("gemma2", ["q_proj", "up_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
     *_standard("gemma3_text", ["k_proj", "o_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    *LOW_RANK_FAMILY_CASES,
 )
 
 # The golden adapters that lower exactly; `tests/unit/adapters/test_formats_adapterhub.py` has the refused rest.

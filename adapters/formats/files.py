@@ -32,6 +32,10 @@ _PLAUSIBLE_HEADER_BYTES = (
 
 SERVED_DTYPES = frozenset({"F32", "F16", "BF16"})
 
+# Tensors that hold positions, not values: only these may be integers.
+INDEX_DTYPES = frozenset({"U8", "I16", "I32", "I64"})
+INDEX_ENDINGS = ("_topk_indices", ".unilora_indices_A", ".unilora_indices_B")
+
 CONVERT = "Convert offline with `deltamux convert`, or save_pretrained(safe_serialization=True)."
 
 # First bytes of what people rename to .safetensors. Looked at only where the length field is impossible: a valid
@@ -164,10 +168,11 @@ def _check_entries(name: str, header: Mapping[str, Any], problems: Problems) -> 
         if len(shape) > MAX_TENSOR_RANK:
             problems.add(f"{where}: {len(shape)} dimensions, at most {MAX_TENSOR_RANK} are read.")
             readable = False
-        if dtype not in SERVED_DTYPES:
+        served = SERVED_DTYPES | INDEX_DTYPES if key.endswith(INDEX_ENDINGS) else SERVED_DTYPES
+        if dtype not in served:
             known = quoted(dtype) if dtype in _KNOWN_DTYPES else "an unknown dtype"
             problems.add(
-                f"{where}: {known} is not served; expected {', '.join(sorted(SERVED_DTYPES))}. "
+                f"{where}: {known} is not served; expected {', '.join(sorted(served))}. "
                 "Cast it (`tensor.float()`) and save again."
             )
             readable &= dtype in _KNOWN_DTYPES

@@ -14,9 +14,28 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec
 from adapters.formats.base_claim import check_base
 from adapters.formats.files import Upload
+from adapters.formats.peft_adalora import read_adalora
+from adapters.formats.peft_beft import read_beft
+from adapters.formats.peft_delora import read_delora
+from adapters.formats.peft_gralora import read_gralora
 from adapters.formats.peft_ia3 import read_ia3
+from adapters.formats.peft_loha import read_loha
 from adapters.formats.peft_lora import read_lora
-from adapters.formats.peft_prompt import read_prefix_tuning, read_prompt_tuning
+from adapters.formats.peft_miss import read_miss
+from adapters.formats.peft_poly import read_poly
+from adapters.formats.peft_prompt import (
+    read_cartridge,
+    read_cpt,
+    read_multitask_prompt_tuning,
+    read_p_tuning,
+    read_prefix_tuning,
+    read_prompt_tuning,
+)
+from adapters.formats.peft_randlora import read_randlora
+from adapters.formats.peft_refused import REFUSED_METHODS
+from adapters.formats.peft_unilora import read_unilora
+from adapters.formats.peft_vblora import read_vblora
+from adapters.formats.peft_vera import read_pvera, read_vera
 from adapters.formats.problems import Problems, name_or_kind
 from adapters.normal_form import Delta, Op
 
@@ -27,6 +46,22 @@ READERS: Mapping[str, Reader] = {
     "IA3": read_ia3,
     "PREFIX_TUNING": read_prefix_tuning,
     "PROMPT_TUNING": read_prompt_tuning,
+    "ADALORA": read_adalora,
+    "BEFT": read_beft,
+    "CARTRIDGE": read_cartridge,
+    "CPT": read_cpt,
+    "DELORA": read_delora,
+    "GRALORA": read_gralora,
+    "LOHA": read_loha,
+    "MISS": read_miss,
+    "MULTITASK_PROMPT_TUNING": read_multitask_prompt_tuning,
+    "POLY": read_poly,
+    "PVERA": read_pvera,
+    "P_TUNING": read_p_tuning,
+    "RANDLORA": read_randlora,
+    "UNILORA": read_unilora,
+    "VBLORA": read_vblora,
+    "VERA": read_vera,
 }
 
 
@@ -42,8 +77,11 @@ def read_peft(
         hint = " This looks like an AdapterHub config: name its tensors adapter.safetensors." * (
             "config" in config
         )
+        reason = REFUSED_METHODS.get(method) if isinstance(method, str) else None
         problems.add(
-            f"adapter_config.json: peft_type: got {got}, supported: {', '.join(READERS)}.{hint}",
+            f"adapter_config.json: peft_type: {got} is not served: {reason}"
+            if reason
+            else f"adapter_config.json: peft_type: got {got}, supported: {', '.join(READERS)}.{hint}",
             param="peft_type",
         )
         return None

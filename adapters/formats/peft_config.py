@@ -26,7 +26,7 @@ from adapters.formats.schema import (
 )
 
 MAX_RANK = 4096
-_MANY = 1 << 30
+MANY = 1 << 30
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -48,7 +48,7 @@ def is_pattern(text: str) -> bool:
     return bool(body) and body.isascii() and all(char.isalnum() or char in "_." for char in body)
 
 
-def _is_pattern_map(of: Check) -> Check:
+def is_pattern_map(of: Check) -> Check:
     return lambda value: (
         isinstance(value, dict) and all(is_pattern(key) and of(item) for key, item in value.items())
     )
@@ -70,7 +70,7 @@ def _explain_task(value: object) -> str | None:
     return None
 
 
-def _explain_pattern(value: object) -> str | None:
+def explain_pattern(value: object) -> str | None:
     bad = [pattern for pattern in value if not is_pattern(pattern)] if isinstance(value, dict) else []
     if not bad:
         return None
@@ -91,64 +91,86 @@ COMMON: Mapping[str, Rule] = {
     "modules_to_save": off(None, [], why="whole modules replaced by trained copies are not served yet"),
 }
 
-_TARGETED: Mapping[str, Rule] = {
+TARGETS: Mapping[str, Rule] = {
     "target_modules": Rule(
         lambda value: is_text(value) or is_names(value), "a list of module names, or a string", used=True
     ),
+}
+
+EXCLUDES: Mapping[str, Rule] = {
     "exclude_modules": Rule(
         or_null(is_names),
         "a list of module names or null",
         used=True,
         why="a string is a regular expression, which is never run",
     ),
+}
+
+LAYOUT: Mapping[str, Rule] = {
     "fan_in_fan_out": BOOLEAN,  # PEFT overwrites it with the base module's own layout
 }
 
-LORA: Mapping[str, Rule] = {
-    **COMMON,
-    **_TARGETED,
-    "r": Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=8),
-    "lora_alpha": Rule(is_scale, "a positive number", used=True, default=8),
-    "rank_pattern": Rule(
-        _is_pattern_map(is_int(1, MAX_RANK)),
-        f"an object of module names to integers from 1 to {MAX_RANK}",
-        used=True,
-        default={},
-        explain=_explain_pattern,
-    ),
-    "alpha_pattern": Rule(
-        _is_pattern_map(is_scale),
-        "an object of module names to positive numbers",
-        used=True,
-        default={},
-        explain=_explain_pattern,
-    ),
-    "use_rslora": Rule(is_bool, "true or false", used=True, default=False),
-    "use_dora": Rule(is_bool, "true or false", used=True, default=False),
-    "lora_bias": Rule(is_bool, "true or false", used=True, default=False),
-    "bias": Rule(
-        lambda value: value in ("none", "all", "lora_only"),
-        "'none', 'all' or 'lora_only'",
-        used=True,
-        default="none",
-    ),
+LAYERS: Mapping[str, Rule] = {
     "layers_to_transform": Rule(
         lambda value: (
-            value is None or all(map(is_int(0, _MANY), value if isinstance(value, list) else [value]))
+            value is None or all(map(is_int(0, MANY), value if isinstance(value, list) else [value]))
         ),
         "null, a layer index or a list of them",
         used=True,
     ),
     "layers_pattern": off(None, [], "", why="it renames the layers' container"),
+}
+
+DROPOUT = Rule(is_fraction, "a number from 0 up to 1")
+RANK = Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=8)
+SCALE = Rule(is_scale, "a positive number", used=True, default=8)
+
+RANK_PATTERN = Rule(
+    is_pattern_map(is_int(1, MAX_RANK)),
+    f"an object of module names to integers from 1 to {MAX_RANK}",
+    used=True,
+    default={},
+    explain=explain_pattern,
+)
+SCALE_PATTERN = Rule(
+    is_pattern_map(is_scale),
+    "an object of module names to positive numbers",
+    used=True,
+    default={},
+    explain=explain_pattern,
+)
+
+
+def bias_rule(own: str) -> Rule:
+    """Which biases were trained; `own` is the method's word for those of the adapted modules."""
+    return Rule(
+        lambda value: value in ("none", "all", own), f"'none', 'all' or '{own}'", used=True, default="none"
+    )
+
+
+TARGETED: Mapping[str, Rule] = {**TARGETS, **EXCLUDES, **LAYOUT}
+
+LORA: Mapping[str, Rule] = {
+    **COMMON,
+    **TARGETED,
+    **LAYERS,
+    "r": RANK,
+    "lora_alpha": SCALE,
+    "rank_pattern": RANK_PATTERN,
+    "alpha_pattern": SCALE_PATTERN,
+    "use_rslora": Rule(is_bool, "true or false", used=True, default=False),
+    "use_dora": Rule(is_bool, "true or false", used=True, default=False),
+    "lora_bias": Rule(is_bool, "true or false", used=True, default=False),
+    "bias": bias_rule("lora_only"),
     "init_lora_weights": Rule(
         lambda value: is_bool(value) or value in INERT_INITS,
         f"true, false, {', '.join(INERT_INITS)}",
         explain=_explain_init,
     ),
-    "lora_dropout": Rule(is_fraction, "a number from 0 up to 1"),
+    "lora_dropout": DROPOUT,
     "eva_config": OBJECT,
     "megatron_core": TEXT,
-    "qalora_group_size": Rule(is_int(1, _MANY), "a positive integer"),
+    "qalora_group_size": Rule(is_int(1, MANY), "a positive integer"),
     "runtime_config": OBJECT,  # PEFT ignores it in files
     "merge_weights": BOOLEAN,
     "megatron_config": off(None, why="Megatron's parallel layers are other modules"),
@@ -159,45 +181,56 @@ LORA: Mapping[str, Rule] = {
     "lora_ga_config": off(None, why=BASE_CHANGING_INITS["lora_ga"]),
     "velora_config": off(None, why="it stores tensors of its own"),
     "alora_invocation_tokens": off(None, why="an adapter that starts inside the prompt is not served yet"),
-    "use_qalora": off(False, why="QALoRA pools its input in groups"),
+    "use_qalora": off(False, why="QALoRA belongs to a GPTQ-quantised base model, which is another backbone"),
     "monteclora_config": off(None, why="it samples its weights"),
     "layer_replication": off(None, [], why="a replicated layer stack is not served yet"),
     "target_parameters": off(None, [], why="adapted bare parameters (mixture of experts) are not served yet"),
-    "use_bdlora": off(None, False, why="block-diagonal factors are not served yet"),
+    "use_bdlora": Rule(
+        lambda value: value is None or value is False or isinstance(value, dict),
+        "null or an object",
+        used=True,
+    ),
     "arrow_config": off(None, why="it routes each token between several adapters"),
     "kasa_config": off(None, why="KaSA drops singular directions of each base weight"),
     "ensure_weight_tying": off(False, why="it adapts tied embeddings together"),
 }
 
+BDLORA: Mapping[str, Rule] = {
+    "target_modules_bd_a": Rule(or_null(is_names), "a list of parts of module names or null", used=True),
+    "target_modules_bd_b": Rule(or_null(is_names), "a list of parts of module names or null", used=True),
+    "nblocks": Rule(is_int(1, MANY), "a positive integer", used=True, default=1),
+    "match_strict": Rule(is_bool, "true or false", used=True, default=True),
+}
+
 IA3: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETED,
+    **TARGETED,
     "feedforward_modules": Rule(
         lambda value: is_text(value) or is_names(value), "a list of module names, or a string", used=True
     ),
     "init_ia3_weights": BOOLEAN,
 }
 
-_SIZE = Rule(or_null(is_int(1, _MANY)), "a positive integer or null", used=True)
+SIZE = Rule(or_null(is_int(1, MANY)), "a positive integer or null", used=True)
 
-_PROMPT_LEARNING: Mapping[str, Rule] = {
+PROMPT_LEARNING: Mapping[str, Rule] = {
     **COMMON,
-    "num_virtual_tokens": Rule(is_int(1, _MANY), "a positive integer", used=True, required=True),
-    "token_dim": _SIZE,
-    "num_layers": _SIZE,
-    "num_attention_heads": _SIZE,
+    "num_virtual_tokens": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
+    "token_dim": SIZE,
+    "num_layers": SIZE,
+    "num_attention_heads": SIZE,
     "num_transformer_submodules": off(None, 1, why="prompts of encoder-decoder models are not served yet"),
 }
 
 PREFIX_TUNING: Mapping[str, Rule] = {
-    **_PROMPT_LEARNING,
-    "encoder_hidden_size": Rule(or_null(is_int(1, _MANY)), "a positive integer or null"),
+    **PROMPT_LEARNING,
+    "encoder_hidden_size": Rule(or_null(is_int(1, MANY)), "a positive integer or null"),
     "prefix_projection": BOOLEAN,  # PEFT evaluates the projection before it saves
     "init_weights": TEXT,
 }
 
 PROMPT_TUNING: Mapping[str, Rule] = {
-    **_PROMPT_LEARNING,
+    **PROMPT_LEARNING,
     "prompt_tuning_init": TEXT,
     "prompt_tuning_init_text": TEXT,
     "tokenizer_name_or_path": TEXT,  # read only to initialise, and here never

@@ -11,6 +11,7 @@ from adapters.backbone_spec import BackboneSpec
 from adapters.formats.problems import Problems, quoted
 
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
 
 # Parts of keys that belong to features which are not served, and what to do.
 REFUSED_PARTS: Mapping[str, str] = {
@@ -52,6 +53,33 @@ def place(
             problems.add(f"Two tensors for one place: {quoted(found[field].key)} and {quoted(key)}.")
         found[field] = Placed(key, tensor)
     return placed
+
+
+def take_shared(
+    tensors: Mapping[str, Tensor], names: tuple[str, ...], problems: Problems
+) -> tuple[dict[str, Placed] | None, dict[str, Tensor]]:
+    """The tensors that all modules of the adapter share (keys `base_model.<name>`), and the others.
+
+    None, with the problems noted, where one is missing.
+    """
+    keys = {f"{SHARED_PREFIX}{name}": name for name in names}
+    for key in sorted(keys.keys() - tensors.keys()):
+        problems.add(f"A site without a tensor: the file has no {quoted(key)}, which all modules share.")
+    shared = {name: Placed(key, tensors[key]) for key, name in keys.items() if key in tensors}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in keys}
+    return shared if len(shared) == len(names) else None, rest
+
+
+def check_indices(placed: Placed, size: int, problems: Problems) -> bool:
+    """True where the tensor holds whole numbers from 0 to size - 1; otherwise the problem is noted."""
+    tensor = placed.tensor
+    if tensor.dtype.is_floating_point:
+        problems.add(f"{quoted(placed.key)}: got {tensor.dtype}, expected integers.")
+    elif tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < size:
+        problems.add(f"{quoted(placed.key)}: its numbers are outside 0 to {size - 1}.")
+    else:
+        return True
+    return False
 
 
 def check_shape(placed: Placed, expected: tuple[int, ...], problems: Problems) -> bool:

@@ -1,7 +1,8 @@
 """PEFT LoRA, rsLoRA and DoRA -> LowRank and Affine.
 
 Format: PEFT 0.21.2, adapter_model.safetensors, keys `base_model.model.<module>.` and
-`lora_A.weight` [r, d_in] · `lora_B.weight` [d_out, r] · `lora_B.bias` [d_out] · `lora_magnitude_vector` [d_out] ·
+`lora_A.weight` [r, d_in] · `lora_B.weight` [d_out, r] (BD-LoRA: one of them as the blocks of a block-diagonal matrix,
+stacked: [r, d_in/n] or [d_out, r/n]) · `lora_B.bias` [d_out] · `lora_magnitude_vector` [d_out] ·
 `base_layer.bias` or `bias` [d_out].
 
 y = W x + s·(B A x + b_B) + bias, s = alpha/r or alpha/sqrt(r); DoRA: y = m/‖W + s·B·A‖ ⊙ (W x + s·B A x) + bias.
@@ -12,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
-from adapters.formats.peft_config import LORA
-from adapters.formats.peft_keys import Placed, check_shape, place
-from adapters.formats.peft_targets import expected_paths, pattern_value
+from adapters.formats.peft_config import BDLORA, LORA
+from adapters.formats.peft_keys import Placed
+from adapters.formats.peft_linear import Layout, fits, read_modules
+from adapters.formats.peft_targets import pattern_value
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import Affine, LowRank, Op
@@ -30,8 +33,6 @@ FIELDS: Mapping[str, str] = {
     "lora_B.bias": "b_bias",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "base_layer.bias": "bias",
-    "bias": "bias",
 }
 
 
@@ -42,67 +43,38 @@ def read_lora(
     config = check_config(raw, LORA, problems)
     if config["use_dora"] and config["lora_bias"]:
         problems.add("adapter_config.json: lora_bias: PEFT has no DoRA with lora_bias.", param="lora_bias")
-    placed = place(tensors, FIELDS, spec, problems)
-    adapted = {path for path, found in placed.items() if found.keys() - {"bias"}}
-    expected = expected_paths(config, spec, adapted, problems)
-    biased = _biased_paths(config["bias"], spec, expected | adapted)
-    ops: list[Op] = []
-    for module in spec.modules:
-        found = placed.get(module.path, {})
-        wanted = _wanted_fields(config) if module.path in expected else set()
-        wanted |= {"bias"} if module.path in biased else set()
-        for name in sorted(wanted - found.keys()):
-            problems.add(f"A site without a tensor: {quoted(module.path)} has no {_KEY_OF[name]}.")
-        for name in sorted(found.keys() - wanted):
-            problems.add(
-                f"A tensor without a site: {quoted(found[name].key)} is in the file, but the config does not adapt it."
-            )
-        if found.keys() >= wanted - {"bias"} and module.path in expected:
-            ops += _lower_linear(module, found, config, problems)
-        if "bias" in found and "bias" in wanted:
-            ops += _lower_bias(module, found["bias"], problems)
-    return tuple(ops)
-
-
-_KEY_OF = {
-    "A": "lora_A.weight",
-    "B": "lora_B.weight",
-    "b_bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-    "bias": "base_layer.bias or bias",
-}
-
-
-def _wanted_fields(config: Mapping[str, Any]) -> set[str]:
+    blocks = None
+    if isinstance(config["use_bdlora"], dict):
+        blocks = check_config(config["use_bdlora"], BDLORA, problems, prefix="use_bdlora.")
+        if config["use_dora"]:
+            problems.add("adapter_config.json: use_bdlora: PEFT has no DoRA with it.", param="use_bdlora")
     wanted = {"A", "B"}
     wanted |= {"b_bias"} if config["lora_bias"] else set()
-    return wanted | ({"magnitude"} if config["use_dora"] else set())
-
-
-def _biased_paths(bias: str | None, spec: BackboneSpec, targeted: set[str]) -> set[str]:
-    """Modules whose bias the adapter replaces."""
-    if bias in (None, "none"):
-        return set()
-    return {
-        module.path
-        for module in spec.modules
-        if module.shape.has_bias and (bias == "all" or module.path in targeted)
-    }
+    wanted |= {"magnitude"} if config["use_dora"] else set()
+    lower = partial(_lower_linear, config=config, blocks=blocks, problems=problems)
+    return read_modules(Layout(FIELDS, frozenset(wanted)), lower, config, tensors, spec, problems)
 
 
 def _lower_linear(
-    module: ModuleSpec, found: Mapping[str, Placed], config: Mapping[str, Any], problems: Problems
+    module: ModuleSpec,
+    found: Mapping[str, Placed],
+    config: Mapping[str, Any],
+    blocks: Mapping[str, Any] | None,
+    problems: Problems,
 ) -> list[Op]:
     rank = _rank(module.path, config, found["A"].tensor)
+    cuts = {"A": 1, "B": 1}
+    if blocks is not None and (side := _cut_side(module, rank, blocks, problems)):
+        cuts[side] = blocks["nblocks"]
     shapes: dict[str, tuple[int, ...]] = {
-        "A": (rank, module.shape.d_in),
-        "B": (module.shape.d_out, rank),
+        "A": (rank, module.shape.d_in // cuts["A"]),
+        "B": (module.shape.d_out, rank // cuts["B"]),
         "b_bias": (module.shape.d_out,),
         "magnitude": (module.shape.d_out,),
     }
-    fits = [check_shape(found[name], shape, problems) for name, shape in shapes.items() if name in found]
-    if not all(fits):
+    if not fits(found, shapes, problems):
         return []
+    A, B = (_whole(found[side].tensor, cuts[side]) for side in ("A", "B"))
     assert module.read is not None, module.path
     scaling = _scaling(module.path, rank, config)
     ops: list[Op] = []
@@ -112,8 +84,8 @@ def _lower_linear(
             LowRank(
                 read=module.read,
                 write=part.site,
-                A=found["A"].tensor,
-                B=found["B"].tensor[rows],
+                A=A,
+                B=B[rows],
                 b_bias=found["b_bias"].tensor[rows] if "b_bias" in found else None,
                 scaling=scaling,
             )
@@ -124,10 +96,42 @@ def _lower_linear(
     return ops
 
 
-def _lower_bias(module: ModuleSpec, bias: Placed, problems: Problems) -> list[Op]:
-    if not check_shape(bias, (module.shape.d_out,), problems):
-        return []
-    return [Affine(site=part.site, bias=bias.tensor[part.start : part.stop]) for part in module.writes]
+def _cut_side(module: ModuleSpec, rank: int, blocks: Mapping[str, Any], problems: Problems) -> str | None:
+    """Which factor BD-LoRA keeps as the blocks of a block-diagonal matrix, stacked: A, B or neither."""
+    if None in (blocks["nblocks"], blocks["match_strict"]):  # refused already
+        return None
+    sides = [
+        side
+        for side, key in (("A", "target_modules_bd_a"), ("B", "target_modules_bd_b"))
+        if any(part in module.path for part in blocks[key] or ())
+    ]
+    if len(sides) == 2 or (not sides and blocks["match_strict"]):
+        problems.add(
+            f"adapter_config.json: use_bdlora: {quoted(module.path)} matches {'both' if sides else 'neither'} of "
+            "target_modules_bd_a and target_modules_bd_b.",
+            param="use_bdlora",
+        )
+        return None
+    widths = {"A": module.shape.d_in, "B": module.shape.d_out}
+    if sides and (rank % blocks["nblocks"] or widths[sides[0]] % blocks["nblocks"]):
+        problems.add(
+            f"adapter_config.json: use_bdlora: nblocks = {blocks['nblocks']} does not divide rank {rank} and width "
+            f"{widths[sides[0]]} of {quoted(module.path)}.",
+            param="use_bdlora",
+        )
+        return None
+    return sides[0] if sides else None
+
+
+def _whole(stacked: Tensor, count: int) -> Tensor:
+    """The block-diagonal matrix of `count` blocks that are stacked by rows."""
+    if count == 1:
+        return stacked
+    blocks = stacked.view(count, -1, stacked.shape[1])
+    whole = stacked.new_zeros(count, blocks.shape[1], count, blocks.shape[2])
+    for index, block in enumerate(blocks):
+        whole[index, :, index] = block
+    return whole.view(len(stacked), -1)
 
 
 def _rank(path: str, config: Mapping[str, Any], A: Tensor) -> int:

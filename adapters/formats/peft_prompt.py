@@ -1,32 +1,46 @@
-"""PEFT prefix tuning -> AttnPrefix, PEFT prompt tuning -> VirtualTokens.
+"""PEFT prefix tuning and cartridges -> AttnPrefix; prompt tuning, P-tuning, CPT and multitask prompts -> VirtualTokens.
 
-Format: PEFT 0.21.2, one key `prompt_embeddings`. Prefix: [l, 2·L·H·D], per token and layer first the key, then the
-value, [H, D] each, any projection already evaluated. Prompt: [l, d]. Real tokens are positioned after the l virtual
-ones. Source: PEFT `PeftModel.get_prompt`; Li and Liang "Prefix-Tuning"; Lester et al. "Prompt tuning".
+Format: PEFT 0.21.2, key `prompt_embeddings`. Prefix and cartridge: [l, 2·L·H·D], per token and layer first the key,
+then the value, [H, D] each, any projection already evaluated. The others: [l, d], likewise after P-tuning's encoder and
+CPT's projection. Multitask adds `prefix_task_cols` [1, l, k] and `prefix_task_rows` [1, k, d], whose product multiplies
+the prompt entry by entry. Real tokens are positioned after the l virtual ones.
+Source: PEFT `PeftModel.get_prompt` and `get_prompt_embedding_to_save`, `MultitaskPromptEmbedding`; Li and Liang
+"Prefix-Tuning"; Lester et al. "Prompt tuning"; Wang et al. "Multitask Prompt Tuning" section 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
 from adapters.formats.peft_config import PREFIX_TUNING, PROMPT_TUNING
+from adapters.formats.peft_config_prompt import CARTRIDGE, CPT, MULTITASK_PROMPT_TUNING, P_TUNING
 from adapters.formats.peft_keys import Placed, check_shape
+from adapters.formats.peft_linear import fits
 from adapters.formats.problems import Problems, quoted
-from adapters.formats.schema import check_config
+from adapters.formats.schema import Rule, check_config
 from adapters.normal_form import AttnPrefix, Op, VirtualTokens
 
 KEY = "prompt_embeddings"
 
 
-def read_prefix_tuning(
-    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BackboneSpec, problems: Problems
+TASK_COLUMNS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"
+
+
+def _read_prefix(
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    spec: BackboneSpec,
+    problems: Problems,
+    *,
+    rules: Mapping[str, Rule],
 ) -> tuple[Op, ...]:
     """One AttnPrefix per layer; what does not fit is added to `problems`."""
-    config = check_config(raw, PREFIX_TUNING, problems)
+    config = check_config(raw, rules, problems)
     kv_width = spec.num_kv_heads * spec.head_dim
     _check_sizes(
         config,
@@ -43,19 +57,63 @@ def read_prefix_tuning(
     )
 
 
-def read_prompt_tuning(
-    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BackboneSpec, problems: Problems
+def _read_prompt(
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    spec: BackboneSpec,
+    problems: Problems,
+    *,
+    rules: Mapping[str, Rule],
 ) -> tuple[Op, ...]:
     """The virtual tokens; what does not fit is added to `problems`."""
-    config = check_config(raw, PROMPT_TUNING, problems)
+    config = _prompt_config(raw, rules, spec, problems)
+    stored = _embeddings(tensors, config["num_virtual_tokens"], spec.hidden_size, problems)
+    return () if stored is None else (VirtualTokens(embeddings=stored),)
+
+
+read_prefix_tuning = partial(_read_prefix, rules=PREFIX_TUNING)
+read_cartridge = partial(_read_prefix, rules=CARTRIDGE)
+read_prompt_tuning = partial(_read_prompt, rules=PROMPT_TUNING)
+read_p_tuning = partial(_read_prompt, rules=P_TUNING)
+read_cpt = partial(_read_prompt, rules=CPT)
+
+
+def read_multitask_prompt_tuning(
+    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BackboneSpec, problems: Problems
+) -> tuple[Op, ...]:
+    """The virtual tokens of the only task; what does not fit is added to `problems`."""
+    config = _prompt_config(raw, MULTITASK_PROMPT_TUNING, spec, problems)
+    ranks, length = config["num_ranks"], config["num_virtual_tokens"]
+    task = {name: Placed(name, tensors[name]) for name in (TASK_COLUMNS, TASK_ROWS) if name in tensors}
+    for name in (TASK_COLUMNS, TASK_ROWS):
+        if name not in task:
+            problems.add(f"A site without a tensor: the file has no {name!r}.")
+    stored = _embeddings(
+        {key: tensor for key, tensor in tensors.items() if key not in task},
+        length,
+        spec.hidden_size,
+        problems,
+    )
+    if None in (ranks, length, config["num_tasks"]) or len(task) < 2:  # refused already
+        return ()
+    shapes = {TASK_COLUMNS: (1, length, ranks), TASK_ROWS: (1, ranks, spec.hidden_size)}
+    if not fits(task, shapes, problems) or stored is None:
+        return ()
+    columns, rows = (task[name].tensor[0].float() for name in shapes)
+    return (VirtualTokens(embeddings=stored.float() * (columns @ rows)),)
+
+
+def _prompt_config(
+    raw: Mapping[str, Any], rules: Mapping[str, Rule], spec: BackboneSpec, problems: Problems
+) -> dict[str, Any]:
+    config = check_config(raw, rules, problems)
     # PEFT does not use num_layers and num_attention_heads here, but they tell that another backbone was meant
     _check_sizes(
         config,
         {"num_layers": spec.num_layers, "num_attention_heads": spec.num_heads, "token_dim": spec.hidden_size},
         problems,
     )
-    stored = _embeddings(tensors, config["num_virtual_tokens"], spec.hidden_size, problems)
-    return () if stored is None else (VirtualTokens(embeddings=stored),)
+    return config
 
 
 def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], problems: Problems) -> None:
@@ -72,7 +130,7 @@ def _embeddings(
     tensors: Mapping[str, Tensor], length: int | None, width: int, problems: Problems
 ) -> Tensor | None:
     for key in tensors.keys() - {KEY}:
-        problems.add(f"A tensor without a site: {quoted(key)}: this method stores only {KEY!r}.")
+        problems.add(f"A tensor without a site: {quoted(key)}: prompts are stored under {KEY!r}.")
     if KEY not in tensors:
         problems.add(f"A site without a tensor: the file has no {KEY!r}.")
         return None

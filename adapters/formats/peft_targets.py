@@ -42,11 +42,12 @@ def expected_paths(
 ) -> set[str]:
     """Paths of the modules that must have tensors.
 
-    `config`: the checked `target_modules`, `exclude_modules` and, for LoRA, `layers_to_transform`.
+    `config`: the checked `target_modules` and, where the method has them, `exclude_modules` and
+    `layers_to_transform`.
     `adapted`: the paths that have tensors; they decide where the config holds a regular expression or nothing.
     """
     targets = config["target_modules"]
-    excluded = config["exclude_modules"] or ()
+    excluded = config.get("exclude_modules") or ()
     if isinstance(targets, list):
         return {
             module.path

@@ -75,7 +75,10 @@ def peft_logits(
 ) -> list[Tensor]:
     with quiet(), torch.no_grad():
         model = PeftModel.from_pretrained(base_model(case.family, weights).to(dtype), str(directory)).eval()
-        return [model(input_ids=torch.tensor([p]), use_cache=False).logits[0, -len(p) :] for p in prompts]
+        return [
+            model(input_ids=torch.tensor([p]), use_cache=False, **case.forward).logits[0, -len(p) :]
+            for p in prompts
+        ]
 
 
 def bottleneck_logits(
