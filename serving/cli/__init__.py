@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from serving.cli import adapters, demo, doctor, push, serve
+from serving.cli.adapters import app as adapters_commands
 from serving.cli.console import ErrorPrintingGroup
+from serving.cli.demo import demo as demo_command
+from serving.cli.doctor import doctor as doctor_command
+from serving.cli.push import push as push_command
+from serving.cli.serve import serve as serve_command
 
 app = typer.Typer(
     name="deltamux",
@@ -15,8 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(serve.serve)
-app.command()(push.push)
-app.add_typer(adapters.app, name="adapters")
-app.command()(demo.demo)
-app.command()(doctor.doctor)
+for command in (serve_command, push_command, demo_command, doctor_command):
+    app.command()(command)
+app.add_typer(adapters_commands, name="adapters")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,8 @@ from typer.core import TyperGroup
 
 from adapters.errors import DeltamuxError, InvalidDelta
 
-out = Console(highlight=False, soft_wrap=True)
+# a table in a log file is wide rather than folded into 80 columns
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

@@ -23,6 +23,7 @@ from serving.cli.serve import load
 DATA = Path(__file__).parents[2] / "deploy" / "demo"
 MODEL = "deltamux-demo"
 EXAMPLES_PER_DELTA = 3
+PROMPT_CHARS = 60
 
 
 def demo(
@@ -47,9 +48,11 @@ def demo(
         )
         with stages("starting") as report:
             server = stack.enter_context(app.running(settings, report))
+            out.print(
+                f"ready in {server.start_s:.1f} s: [bold]{server.url}[/] (single tenant, loopback only)"
+            )
             report("uploading the deltas")
             _push(server.url, tasks, data)
-        out.print(f"ready in {server.start_s:.1f} s: [bold]{server.url}[/] (single tenant, loopback only)")
         results = _run(server.url, tasks)
         scores = heldout.scores(tasks, results)
         out.print(_examples(tasks, results), _accuracies(scores))
@@ -102,21 +105,26 @@ def _run(url: str, tasks: list[Task]) -> list[Result]:
 
 
 def _examples(tasks: list[Task], results: list[Result]) -> Any:
-    shown = table("The same server, the same batch", "prompt", "delta", "method", "output", "expected")
+    columns = ("prompt", "delta", "method", "output", "expected", "bare backbone")
+    shown = table("One server, one batch", *columns)
     for task in tasks:
-        prompts = [item.prompt for item in task.prompts[:EXAMPLES_PER_DELTA]]
-        for result in results:
-            if result.task is task and result.prompt.prompt in prompts:
-                of_base = result.model == BASE
-                shown.add_row(
-                    escape(" ".join(result.prompt.prompt.split())[-60:]),
-                    "(none)" if of_base else task.delta,
-                    "bare backbone" if of_base else task.method,
-                    escape(result.text.strip()),
-                    escape(result.prompt.expected),
-                    style="dim" if of_base else ("green" if result.is_correct else "red"),
-                )
+        first_of_each = {prompt.expected: prompt for prompt in reversed(task.prompts)}
+        for prompt in list(first_of_each.values())[-EXAMPLES_PER_DELTA:]:
+            given = {r.model: r for r in results if r.task is task and r.prompt is prompt}
+            right = given[task.delta].is_correct
+            shown.add_row(
+                escape(_end_of(" ".join(prompt.prompt.split()))),
+                task.delta,
+                task.method,
+                f"[{'green' if right else 'red'}]{escape(given[task.delta].text.strip())}[/]",
+                escape(prompt.expected),
+                f"[dim]{escape(given[BASE].text.strip())}[/]",
+            )
     return shown
+
+
+def _end_of(text: str) -> str:
+    return text if len(text) <= PROMPT_CHARS else f"... {text[-PROMPT_CHARS:]}"
 
 
 def _accuracies(scores: list[Score]) -> Any:

@@ -77,7 +77,8 @@ def run(flags: Mapping[str, Any], config: Path | None) -> None:
         out.print(
             f"[bold green]ready[/] in {server.start_s:.1f} s: {server.url}  (documentation: {server.url}/docs)"
         )
-        out.print(f"model [bold]{escape(settings.backbone.served_name)}[/], metrics at {server.url}/metrics")
+        model = f"model [bold]{escape(settings.backbone.served_name)}[/]"
+        out.print(f"{model}, metrics at {server.url}/metrics, logs in {server.logs}")
         if not settings.server.insecure:
             out.print("single tenant, no keys, on loopback only: every process of this machine may use it")
         until_stopped(app.wait)

@@ -26,10 +26,11 @@ MAX_OPEN_FILES = 65536
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that answers. `start_s`: seconds from the first call to ready."""
+    """A server that answers. `start_s`: seconds from the first call to ready. `logs`: where Ray and Serve write."""
 
     url: str
     start_s: float
+    logs: Path
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def running(settings: Settings, report: Callable[[str], None]) -> Iterator[Runni
                 f"The server failed to start: {error}", remedy=f"The logs are in {session.path}."
             ) from None
         stack.callback(cluster.stop)
-        yield RunningServer(url, time.monotonic() - began)
+        yield RunningServer(url, time.monotonic() - began, session.path / "session_latest" / "logs")
 
 
 def wait() -> None:

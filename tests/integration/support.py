@@ -100,6 +100,8 @@ class ServerProcess:
         """End whatever is left of it."""
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
 
     def wait_until_gone(self, timeout_s: float, *, but: tuple[str, ...] = ()) -> None:
         """Wait for the end of all its processes, those called `but` apart."""

@@ -48,9 +48,11 @@ def test_the_load_profile(loaded: ServerProcess, world: World) -> None:
                 client.completions.create(model="absent", prompt="hello")
 
         body = {"model": BACKBONE, "prompt": "hello", "max_tokens": LONG, "ignore_eos": True, "stream": True}
-        running = "vllm:num_requests_running"
+        running, generated = "vllm:num_requests_running", "deltamux_generated_tokens_total"
+        before = gauge(http, generated)
         post_and_leave(loaded.port, body, lambda: wait_for(lambda: gauge(http, running) > 0))
-        wait_for(lambda: gauge(http, running) == 0, timeout_s=2.0)
+        wait_for(lambda: gauge(http, running) == 0)
+        assert gauge(http, generated) - before < LONG / 2
 
         headers = {"x-request-timeout-seconds": "0.001", "x-request-id": "mine-1"}
         answer = http.post("/v1/completions", json={**body, "stream": False}, headers=headers)
