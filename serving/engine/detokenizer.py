@@ -19,13 +19,16 @@ class TextStream:
         self._stream = DecodeStream(ids=list(prompt_token_ids[-CONTEXT_TOKENS:]), skip_special_tokens=True)
         self._stop = tuple(stop)
         self._held = ""
+        self._undecoded: list[int] = []  # tokens since the last text: an incomplete character, special tokens
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; the stop string itself is never part of it."""
         chunk = self._stream.step(self._tokenizer, token_id)
         if chunk is None:
+            self._undecoded.append(token_id)
             return ""
+        self._undecoded.clear()
         if not self._stop:
             return str(chunk)
         self._held += chunk
@@ -40,8 +43,13 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """What was held back, at the end of a request that no stop string ended."""
-        text, self._held = self._held, ""
+        """What was held back, at the end of a request that no stop string ended.
+
+        A character that stays incomplete becomes U+FFFD, as in a decoding of the whole answer.
+        """
+        text = self._held + self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
+        self._held = ""
+        self._undecoded.clear()
         return text
 
 

@@ -47,6 +47,14 @@ def test_no_piece_holds_half_a_character(tokenizer: Tokenizer) -> None:
     assert pieces.count("") >= 5
 
 
+def test_character_that_stays_incomplete_ends_as_in_a_whole_decoding(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(" ok漢").ids[:-1]
+    stream = TextStream(tokenizer, tokenizer.encode("hello").ids, ())
+    text = "".join(stream.push(token) for token in ids) + stream.flush()
+    assert text == tokenizer.decode(ids) == " ok\ufffd"
+    assert stream.flush() == ""
+
+
 def test_special_tokens_make_no_text(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, [5], ())
     assert stream.push(tokenizer.token_to_id("</s>")) == ""
