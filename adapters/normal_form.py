@@ -10,8 +10,9 @@ Sites, in the order in which a pre-LN decoder layer passes them:
 feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` · `ffn.a` (activation, input of down) ·
 `down.out` · `layer.out` · `final.pre` · `final` · `logits`.
 
-Order at one linear site: input scale -> base GEMM -> + parallel LowRanks, each reading the untouched input ->
-output Affine -> base bias (inside the Affine where it `covers_bias`) -> sequential LowRanks.
+Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it (+ WeightDelta, which reads
+what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output Affine -> base bias (inside the
+Affine where it `covers_bias`) -> LinearMap(output), bias included -> replaced Rows -> sequential LowRanks.
 
 Shapes: r rank, d_in and d_out widths of the sites, l virtual tokens, H key-value heads, D head width.
 """
@@ -95,8 +96,10 @@ class Affine:
     `covers_bias=False`: the scale leaves the base module's bias alone.
     `weight_normalized`: `scale` is divided, when the delta is placed, by the row norms of W + s·B·A, where W is the
     base weight and s·B·A the delta's own parallel LowRanks there (DoRA: scale is the magnitude vector).
-    `bias`: replaces the base module's bias (a difference is formed when the delta is placed).
-    Shapes: all [d] of the site. Source: Liu et al. "IA3"; Liu et al. "DoRA" section 4; Ben Zaken et al. "BitFit".
+    `bias`: replaces the base module's bias (a difference is formed when the delta is placed). `weight`: replaces the
+    weight of a norm, which is then computed anew for the delta's rows: exact also where the base weight is 0.
+    Shapes: all [d] of the site. Source: Liu et al. "IA3"; Liu et al. "DoRA" section 4; Ben Zaken et al. "BitFit";
+    Zhao et al. "Tuning LayerNorm in Attention".
     """
 
     kind: ClassVar[OpKind] = OpKind.AFFINE
@@ -105,8 +108,52 @@ class Affine:
     scale: Tensor | None = None
     shift: Tensor | None = None
     bias: Tensor | None = None
+    weight: Tensor | None = None
     covers_bias: bool = True
     weight_normalized: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearMap:
+    """x <- x R before (`side="input"`) or y <- y R after the base module, bias included. One of two forms.
+
+    `blocks`: R is a product of stages, the first one applied first. Stage k takes the columns in the order `order[k]`
+    (as they come without one), cuts them into n = d / b runs, multiplies run i by blocks[k, i], and puts the columns
+    back where they were. A single block is shared by all runs.
+    `reflections`, on the input side only: x <- x - 2 (x·u) u for each row u in turn (Householder).
+    Shapes: blocks [stages, n or 1, b, b], order [stages, d] int32, reflections [r, d] of unit rows.
+    Source: Qiu et al. "OFT"; Liu et al. "BOFT" section 4; Liao and Monz "RoAd"; Yuan et al. "HRA".
+    """
+
+    kind: ClassVar[OpKind] = OpKind.LINEAR_MAP
+    site: Site
+    side: Literal["input", "output"] = "input"
+    blocks: Tensor | None = None
+    order: Tensor | None = None
+    reflections: Tensor | None = None
+
+
+Layout = Literal["dense", "sparse", "kron", "circulant"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightDelta:
+    """y += scaling * ΔW @ x, with ΔW [d_out, d_in] held in one of four layouts.
+
+    `dense`: values is ΔW. `sparse`: ΔW[indices[0], indices[1]] = values, the values of a repeated place added.
+    `kron`: ΔW is the Kronecker product of left and values. `circulant`: blocks of b by b, of which block (m, n) has
+    values[m, n, (i - j) mod b] at row j, column i.
+    Shapes: values [d_out, d_in] | [nnz] | [d_out / a, d_in / c] | [d_out / b, d_in / b, b]; indices [2, nnz] int32;
+    left [a, c]. Source: Bhardwaj et al. "SHiRA"; Yeh et al. "LyCORIS" (LoKr); Chen et al. "C3A".
+    """
+
+    kind: ClassVar[OpKind] = OpKind.WEIGHT_DELTA
+    site: Site
+    layout: Layout
+    values: Tensor
+    indices: Tensor | None = None
+    left: Tensor | None = None
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,10 +181,10 @@ class VirtualTokens:
     embeddings: Tensor
 
 
-Op = LowRank | Affine | AttnPrefix | VirtualTokens
+Op = LowRank | Affine | LinearMap | WeightDelta | AttnPrefix | VirtualTokens
 
 EXECUTED_OPS: Mapping[OpKind, type[Op]] = {
-    cls.kind: cls for cls in (LowRank, Affine, AttnPrefix, VirtualTokens)
+    cls.kind: cls for cls in (LowRank, Affine, LinearMap, WeightDelta, AttnPrefix, VirtualTokens)
 }
 
 

@@ -31,6 +31,7 @@ _PLAUSIBLE_HEADER_BYTES = (
 )
 
 SERVED_DTYPES = frozenset({"F32", "F16", "BF16"})
+INDEX_DTYPE = "I32"
 
 CONVERT = "Convert offline with `deltamux convert`, or save_pretrained(safe_serialization=True)."
 
@@ -164,7 +165,7 @@ def _check_entries(name: str, header: Mapping[str, Any], problems: Problems) -> 
         if len(shape) > MAX_TENSOR_RANK:
             problems.add(f"{where}: {len(shape)} dimensions, at most {MAX_TENSOR_RANK} are read.")
             readable = False
-        if dtype not in SERVED_DTYPES:
+        if dtype not in SERVED_DTYPES and not (dtype == INDEX_DTYPE and _may_be_indices(key)):
             known = quoted(dtype) if dtype in _KNOWN_DTYPES else "an unknown dtype"
             problems.add(
                 f"{where}: {known} is not served; expected {', '.join(sorted(SERVED_DTYPES))}. "
@@ -173,6 +174,11 @@ def _check_entries(name: str, header: Mapping[str, Any], problems: Problems) -> 
             readable &= dtype in _KNOWN_DTYPES
             refused.add(key)
     return refused if readable else None
+
+
+def _may_be_indices(key: str) -> bool:
+    """True for places in a sparse matrix (SHiRA) and the content names of canonical files, which validation checks."""
+    return key.endswith("_indices") or (len(key) == 32 and all(char in "0123456789abcdef" for char in key))
 
 
 _KNOWN_DTYPES = frozenset({"F64", "I64", "I32", "I16", "I8", "U8", "BOOL"})

@@ -14,9 +14,14 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec
 from adapters.formats.base_claim import check_base
 from adapters.formats.files import Upload
+from adapters.formats.peft_hra import read_hra
 from adapters.formats.peft_ia3 import read_ia3
+from adapters.formats.peft_ln_tuning import read_ln_tuning
 from adapters.formats.peft_lora import read_lora
+from adapters.formats.peft_oft import read_boft, read_oft
 from adapters.formats.peft_prompt import read_prefix_tuning, read_prompt_tuning
+from adapters.formats.peft_road import read_road
+from adapters.formats.peft_weight_delta import read_c3a, read_lokr, read_shira
 from adapters.formats.problems import Problems, name_or_kind
 from adapters.normal_form import Delta, Op
 
@@ -27,6 +32,14 @@ READERS: Mapping[str, Reader] = {
     "IA3": read_ia3,
     "PREFIX_TUNING": read_prefix_tuning,
     "PROMPT_TUNING": read_prompt_tuning,
+    "OFT": read_oft,
+    "BOFT": read_boft,
+    "ROAD": read_road,
+    "HRA": read_hra,
+    "SHIRA": read_shira,
+    "LOKR": read_lokr,
+    "C3A": read_c3a,
+    "LN_TUNING": read_ln_tuning,
 }
 
 

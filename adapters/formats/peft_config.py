@@ -26,7 +26,7 @@ from adapters.formats.schema import (
 )
 
 MAX_RANK = 4096
-_MANY = 1 << 30
+MANY = 1 << 30
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -48,7 +48,7 @@ def is_pattern(text: str) -> bool:
     return bool(body) and body.isascii() and all(char.isalnum() or char in "_." for char in body)
 
 
-def _is_pattern_map(of: Check) -> Check:
+def is_pattern_map(of: Check) -> Check:
     return lambda value: (
         isinstance(value, dict) and all(is_pattern(key) and of(item) for key, item in value.items())
     )
@@ -70,7 +70,7 @@ def _explain_task(value: object) -> str | None:
     return None
 
 
-def _explain_pattern(value: object) -> str | None:
+def explain_pattern(value: object) -> str | None:
     bad = [pattern for pattern in value if not is_pattern(pattern)] if isinstance(value, dict) else []
     if not bad:
         return None
@@ -91,7 +91,7 @@ COMMON: Mapping[str, Rule] = {
     "modules_to_save": off(None, [], why="whole modules replaced by trained copies are not served yet"),
 }
 
-_TARGETED: Mapping[str, Rule] = {
+TARGETED: Mapping[str, Rule] = {
     "target_modules": Rule(
         lambda value: is_text(value) or is_names(value), "a list of module names, or a string", used=True
     ),
@@ -106,22 +106,22 @@ _TARGETED: Mapping[str, Rule] = {
 
 LORA: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETED,
+    **TARGETED,
     "r": Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=8),
     "lora_alpha": Rule(is_scale, "a positive number", used=True, default=8),
     "rank_pattern": Rule(
-        _is_pattern_map(is_int(1, MAX_RANK)),
+        is_pattern_map(is_int(1, MAX_RANK)),
         f"an object of module names to integers from 1 to {MAX_RANK}",
         used=True,
         default={},
-        explain=_explain_pattern,
+        explain=explain_pattern,
     ),
     "alpha_pattern": Rule(
-        _is_pattern_map(is_scale),
+        is_pattern_map(is_scale),
         "an object of module names to positive numbers",
         used=True,
         default={},
-        explain=_explain_pattern,
+        explain=explain_pattern,
     ),
     "use_rslora": Rule(is_bool, "true or false", used=True, default=False),
     "use_dora": Rule(is_bool, "true or false", used=True, default=False),
@@ -134,7 +134,7 @@ LORA: Mapping[str, Rule] = {
     ),
     "layers_to_transform": Rule(
         lambda value: (
-            value is None or all(map(is_int(0, _MANY), value if isinstance(value, list) else [value]))
+            value is None or all(map(is_int(0, MANY), value if isinstance(value, list) else [value]))
         ),
         "null, a layer index or a list of them",
         used=True,
@@ -148,7 +148,7 @@ LORA: Mapping[str, Rule] = {
     "lora_dropout": Rule(is_fraction, "a number from 0 up to 1"),
     "eva_config": OBJECT,
     "megatron_core": TEXT,
-    "qalora_group_size": Rule(is_int(1, _MANY), "a positive integer"),
+    "qalora_group_size": Rule(is_int(1, MANY), "a positive integer"),
     "runtime_config": OBJECT,  # PEFT ignores it in files
     "merge_weights": BOOLEAN,
     "megatron_config": off(None, why="Megatron's parallel layers are other modules"),
@@ -171,18 +171,18 @@ LORA: Mapping[str, Rule] = {
 
 IA3: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETED,
+    **TARGETED,
     "feedforward_modules": Rule(
         lambda value: is_text(value) or is_names(value), "a list of module names, or a string", used=True
     ),
     "init_ia3_weights": BOOLEAN,
 }
 
-_SIZE = Rule(or_null(is_int(1, _MANY)), "a positive integer or null", used=True)
+_SIZE = Rule(or_null(is_int(1, MANY)), "a positive integer or null", used=True)
 
 _PROMPT_LEARNING: Mapping[str, Rule] = {
     **COMMON,
-    "num_virtual_tokens": Rule(is_int(1, _MANY), "a positive integer", used=True, required=True),
+    "num_virtual_tokens": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
     "token_dim": _SIZE,
     "num_layers": _SIZE,
     "num_attention_heads": _SIZE,
@@ -191,7 +191,7 @@ _PROMPT_LEARNING: Mapping[str, Rule] = {
 
 PREFIX_TUNING: Mapping[str, Rule] = {
     **_PROMPT_LEARNING,
-    "encoder_hidden_size": Rule(or_null(is_int(1, _MANY)), "a positive integer or null"),
+    "encoder_hidden_size": Rule(or_null(is_int(1, MANY)), "a positive integer or null"),
     "prefix_projection": BOOLEAN,  # PEFT evaluates the projection before it saves
     "init_weights": TEXT,
 }

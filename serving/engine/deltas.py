@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, VirtualTokens
+from adapters.normal_form import AttnPrefix, Delta, LinearMap, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
 from serving.memory.host_cache import HostCache
@@ -107,7 +107,11 @@ class DeltaManager:
         prefixes = [op for op in delta.ops if isinstance(op, AttnPrefix | VirtualTokens)]
         entries = delta.num_virtual_tokens * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
         in_prefixes = sum(t.numel() for i, _, t in delta.tensors() if delta.ops[i] in prefixes)
-        return 4 * (delta.num_parameters - in_prefixes) + (entries * width if prefixes else 0)
+        # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
+        doubled = sum(
+            t.numel() for i, _, t in delta.tensors() if isinstance(delta.ops[i], LinearMap | WeightDelta)
+        )
+        return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
 
     def admit(self, delta: Delta, digest: str) -> AdmissionProof:
         """Place `delta` and measure what it does.

@@ -41,6 +41,63 @@ class AffineWeights:
     stop: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseWeights:
+    """A placed dense WeightDelta: matrix [columns, I]; columns [start, stop) are written."""
+
+    matrix: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseWeights:
+    """A placed sparse WeightDelta: matrix [columns, I], coalesced COO; columns [start, stop) are written."""
+
+    matrix: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KronWeights:
+    """A placed Kronecker product: left [a, c], right [b, d], c·d = I; the a·b columns [start, stop) are written."""
+
+    left: Tensor
+    right: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CirculantWeights:
+    """A placed block-circulant WeightDelta of blocks of b.
+
+    spectrum [columns / b, I / b, b // 2 + 1] complex64 is the conjugated real Fourier transform of the kernels.
+    """
+
+    spectrum: Tensor
+    size: int
+    start: int
+    stop: int
+
+
+WeightDeltaWeights = DenseWeights | SparseWeights | KronWeights | CirculantWeights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearMapWeights:
+    """A placed LinearMap of stages over columns [start, stop).
+
+    Shapes: blocks [stages, n, b, b] fp32 (n may be a broadcast view), order [stages, columns] int64 or None.
+    """
+
+    blocks: Tensor
+    order: Tensor | None
+    start: int
+    stop: int
+
+
 class LowRankSegment(NamedTuple):
     """Tokens [start, stop) go through `weights`."""
 
@@ -55,6 +112,22 @@ class AffineSegment(NamedTuple):
     start: int
     stop: int
     weights: AffineWeights
+
+
+class WeightDeltaSegment(NamedTuple):
+    """Tokens [start, stop) go through `weights`."""
+
+    start: int
+    stop: int
+    weights: WeightDeltaWeights
+
+
+class LinearMapSegment(NamedTuple):
+    """Tokens [start, stop) go through `weights`."""
+
+    start: int
+    stop: int
+    weights: LinearMapWeights
 
 
 class DeltaKernels(Protocol):
@@ -73,5 +146,22 @@ class DeltaKernels(Protocol):
         """Scale and shift each segment's columns in place.
 
         Semantics: y[t, cols] = y[t, cols] * scale + shift. Shapes: y [T, O] fp32. Source: IA3 section 3.3.
+        """
+        ...
+
+    def add_weight_delta(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[WeightDeltaSegment]) -> None:
+        """Add each segment's ΔW x in place.
+
+        Semantics: y[t, cols] += x[t] @ ΔW.T, with ΔW as the weights' class says; a Kronecker product is never formed:
+        with x[t] as X [c, d], ΔW x = left X right.T. Shapes: y [T, O] fp32, x [T, I] fp32.
+        Source: SHiRA; LyCORIS (LoKr); C3A, where ΔW is a product in the Fourier domain.
+        """
+        ...
+
+    def apply_linear_map(self, y_TO: Tensor, segments: Sequence[LinearMapSegment]) -> None:
+        """Multiply each segment's columns by its stages in place, the first stage first.
+
+        Semantics per stage k: z = y[t, cols][order[k]] cut into n runs; z[i] = z[i] @ blocks[k, i];
+        y[t, cols][order[k]] = z. Shapes: y [T, O] fp32. Source: OFT; BOFT section 4; RoAd.
         """
         ...

@@ -12,11 +12,27 @@ from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec, Slice
 from adapters.errors import InvalidDelta
-from adapters.normal_form import Affine, AttnPrefix, Delta, LowRank, Site, VirtualTokens
+from adapters.normal_form import (
+    Affine,
+    AttnPrefix,
+    Delta,
+    LinearMap,
+    LowRank,
+    Site,
+    VirtualTokens,
+    WeightDelta,
+)
 from serving.kernels.ops import AffineWeights, DeltaKernels, LowRankWeights
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
+from serving.model.place_matrices import (
+    Copy,
+    place_blocks,
+    place_reflections,
+    place_replaced_norm,
+    place_weight_delta,
+)
 from serving.model.programs import DeltaSegment, PlacedDelta, PlacedModule, compile_programs
 
 
@@ -39,6 +55,8 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
             placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
         elif isinstance(op, Affine):
             placer.affines[op.site, op.side].append(op)
+        elif isinstance(op, LinearMap | WeightDelta):
+            placer.matrices.append(op)
     modules = placer.modules()
     placed = PlacedDelta(
         digest=digest,
@@ -63,17 +81,19 @@ class _Placer:
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
+        self.matrices: list[LinearMap | WeightDelta] = []
         self.taps: dict[Site, int] = {}
         self.device_bytes = 0
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """An fp32 copy on the device; the same tensor is copied once."""
-        if id(tensor) not in self._copies:
-            copy = tensor.to(self.backbone.device, torch.float32, copy=True).contiguous()
-            self._copies[id(tensor)] = (tensor, copy)  # the source too: a freed tensor's id comes back
+    def to_device(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A copy on the device; the same tensor is copied once."""
+        key = (id(tensor), dtype)
+        if key not in self._copies:
+            copy = tensor.to(self.backbone.device, dtype, copy=True).contiguous()
+            self._copies[key] = (tensor, copy)  # the source too: a freed tensor's id comes back
             self.device_bytes += copy.nbytes
-        return self._copies[id(tensor)][1]
+        return self._copies[key][1]
 
     def modules(self) -> dict[int, PlacedModule]:
         placed: dict[int, PlacedModule] = defaultdict(PlacedModule)
@@ -89,8 +109,41 @@ class _Placer:
                 shift = _sum([op.shift for op in affines])
                 target.inputs.append(self._affine(scale, shift, 0, module.shape.d_in))
             else:
-                target.outputs.append(self._output_affine(affines, module, part))
+                self._place_output_affines(target, affines, module, part)
+        for matrix in self.matrices:
+            module, part = self.spec.writer[matrix.site]
+            self._place_matrix(placed[self.index[module.path]], matrix, part, module)
         return dict(placed)
+
+    def _place_matrix(
+        self, target: PlacedModule, op: LinearMap | WeightDelta, part: Slice, module: ModuleSpec
+    ) -> None:
+        copy: Copy = self.to_device
+        if isinstance(op, WeightDelta):
+            target.weight_deltas.append(
+                place_weight_delta(op, part.start, part.stop, module.shape.d_in, copy)
+            )
+        elif op.reflections is not None:
+            target.reflections.append(place_reflections(op.reflections, copy))
+        elif op.side == "input":
+            target.input_maps.append(place_blocks(op, 0, module.shape.d_in, copy))
+        else:
+            target.output_maps.append(place_blocks(op, part.start, part.stop, copy))
+
+    def _place_output_affines(
+        self, target: PlacedModule, ops: Sequence[Affine], module: ModuleSpec, part: Slice
+    ) -> None:
+        """A replaced norm weight makes the norm itself anew, bias included; the rest acts on its output."""
+        weight = next((op.weight for op in ops if op.weight is not None), None)
+        bias = next((op.bias for op in ops if op.bias is not None), None)
+        if weight is not None:
+            base = self.backbone.model.get_submodule(module.path)
+            target.replacement = place_replaced_norm(base, weight, bias, self.to_device)
+            bias = None if bias is None else bias.float()
+        if weight is None or any(op.scale is not None or op.shift is not None for op in ops):
+            target.outputs.append(
+                self._output_affine(ops, module, part, bias if weight is not None else None)
+            )
 
     def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
         weights = LowRankWeights(
@@ -111,8 +164,13 @@ class _Placer:
             self.taps[op.read] = next(i for i, m in enumerate(self.spec.modules) if m.read == op.read)
             target.remote.append((op.read, weights))
 
-    def _output_affine(self, ops: Sequence[Affine], module: ModuleSpec, part: Slice) -> AffineWeights:
-        """Fold scale, bias replacement and shift of one site into y * scale + shift over the base output W x + b."""
+    def _output_affine(
+        self, ops: Sequence[Affine], module: ModuleSpec, part: Slice, replaced: Tensor | None
+    ) -> AffineWeights:
+        """Fold scale, bias replacement and shift of one site into y * scale + shift over the base output W x + b.
+
+        `replaced`: the bias that a replaced module has in its output already.
+        """
         columns = slice(part.start, part.stop)
         base_module = self.backbone.model.get_submodule(module.path)
         old = (
@@ -121,6 +179,7 @@ class _Placer:
             else torch.zeros(part.stop - part.start)
         )
         new = next((op.bias.float() for op in ops if op.bias is not None), old)
+        old = old if replaced is None else replaced
         scales = [op for op in ops if op.scale is not None]
         shift = _sum([op.shift for op in ops])
         if not scales:

@@ -16,18 +16,40 @@ import torch
 from torch import Tensor
 
 from adapters.normal_form import Site
-from serving.kernels.ops import AffineSegment, AffineWeights, DeltaKernels, LowRankSegment, LowRankWeights
+from serving.kernels.ops import (
+    AffineSegment,
+    AffineWeights,
+    DeltaKernels,
+    LinearMapSegment,
+    LinearMapWeights,
+    LowRankSegment,
+    LowRankWeights,
+    WeightDeltaSegment,
+    WeightDeltaWeights,
+)
 from serving.model.context import ForwardContext
+
+Replacement = Callable[[Tensor], Tensor]
+"""A module's forward with a delta's own parameters, rows [t, I] -> [t, O]."""
 
 
 @dataclass(slots=True)
 class PlacedModule:
-    """One delta's ops at one module. `remote` LowRanks read a site that another module sees."""
+    """One delta's ops at one module. `remote` LowRanks read a site that another module sees.
+
+    `reflections` are LowRanks that act on the module's input, in place. `replacement` takes the place of the base
+    module's own forward.
+    """
 
     inputs: list[AffineWeights] = field(default_factory=list)
+    input_maps: list[LinearMapWeights] = field(default_factory=list)
+    reflections: list[LowRankWeights] = field(default_factory=list)
+    replacement: Replacement | None = None
+    weight_deltas: list[WeightDeltaWeights] = field(default_factory=list)
     parallel: list[LowRankWeights] = field(default_factory=list)
     remote: list[tuple[Site, LowRankWeights]] = field(default_factory=list)
     outputs: list[AffineWeights] = field(default_factory=list)
+    output_maps: list[LinearMapWeights] = field(default_factory=list)
     sequential: list[LowRankWeights] = field(default_factory=list)
 
 
@@ -62,24 +84,48 @@ class DeltaSegment(NamedTuple):
 class ModuleProgram:
     """What the deltas of one batch do at one module."""
 
-    __slots__ = ("capture", "inputs", "kernels", "outputs", "parallel", "remote", "sequential")
+    __slots__ = (
+        "capture",
+        "input_maps",
+        "inputs",
+        "kernels",
+        "output_maps",
+        "outputs",
+        "parallel",
+        "reflections",
+        "remote",
+        "replacements",
+        "sequential",
+        "weight_deltas",
+    )
 
     def __init__(self, kernels: DeltaKernels) -> None:
         self.kernels = kernels
         self.capture: Site | None = None
         self.inputs: list[AffineSegment] = []
+        self.input_maps: list[LinearMapSegment] = []
+        self.reflections: list[LowRankSegment] = []
+        self.replacements: list[tuple[int, int, Replacement]] = []
+        self.weight_deltas: list[WeightDeltaSegment] = []
         self.parallel: list[LowRankSegment] = []
         self.remote: dict[Site, list[LowRankSegment]] = {}
         self.outputs: list[AffineSegment] = []
+        self.output_maps: list[LinearMapSegment] = []
         self.sequential: list[LowRankSegment] = []
 
     def add(self, start: int, stop: int, ops: PlacedModule) -> None:
         """Let tokens [start, stop) run through `ops`."""
         self.inputs += [AffineSegment(start, stop, w) for w in ops.inputs]
+        self.input_maps += [LinearMapSegment(start, stop, w) for w in ops.input_maps]
+        self.reflections += [LowRankSegment(start, stop, w) for w in ops.reflections]
+        if ops.replacement is not None:
+            self.replacements.append((start, stop, ops.replacement))
+        self.weight_deltas += [WeightDeltaSegment(start, stop, w) for w in ops.weight_deltas]
         self.parallel += [LowRankSegment(start, stop, w) for w in ops.parallel]
         for site, w in ops.remote:
             self.remote.setdefault(site, []).append(LowRankSegment(start, stop, w))
         self.outputs += [AffineSegment(start, stop, w) for w in ops.outputs]
+        self.output_maps += [LinearMapSegment(start, stop, w) for w in ops.output_maps]
         self.sequential += [LowRankSegment(start, stop, w) for w in ops.sequential]
 
     def run(
@@ -91,24 +137,52 @@ class ModuleProgram:
         """
         if self.capture is not None:
             context.captured[self.capture] = x
-        base_x = x
-        if self.inputs:
-            scaled = x[0].to(torch.float32, copy=True)
-            self.kernels.apply_affine(scaled, self.inputs)
-            base_x = scaled.to(x.dtype)[None]
+        base_x = self._input(x)
         y: Tensor = base(base_x, *args, **kwargs)
-        if not (self.parallel or self.remote or self.outputs or self.sequential):
+        if not self.changes_output:
             return y
         out = y[0].to(torch.float32)  # y itself where it is fp32 already: modules return fresh tensors
+        for start, stop, replacement in self.replacements:
+            out[start:stop] = replacement(base_x[0, start:stop])
+        if self.weight_deltas:
+            self.kernels.add_weight_delta(out, base_x[0].to(torch.float32), self.weight_deltas)
         if self.parallel:
             self.kernels.add_low_rank(out, x[0].to(torch.float32), self.parallel)
         for site, segments in self.remote.items():
             self.kernels.add_low_rank(out, context.captured[site][0].to(torch.float32), segments)
         if self.outputs:
             self.kernels.apply_affine(out, self.outputs)
+        if self.output_maps:
+            self.kernels.apply_linear_map(out, self.output_maps)
         if self.sequential:
             self.kernels.add_low_rank(out, out, self.sequential)
         return out.to(y.dtype)[None]
+
+    @property
+    def changes_output(self) -> bool:
+        """True where anything happens after the module's input."""
+        return bool(
+            self.replacements
+            or self.weight_deltas
+            or self.parallel
+            or self.remote
+            or self.outputs
+            or self.output_maps
+            or self.sequential
+        )
+
+    def _input(self, x: Tensor) -> Tensor:
+        """What the base module reads: x scaled and mapped, rounded to x's dtype."""
+        if not (self.inputs or self.input_maps or self.reflections):
+            return x
+        changed = x[0].to(torch.float32, copy=True)
+        if self.inputs:
+            self.kernels.apply_affine(changed, self.inputs)
+        if self.input_maps:
+            self.kernels.apply_linear_map(changed, self.input_maps)
+        if self.reflections:
+            self.kernels.add_low_rank(changed, changed, self.reflections)
+        return changed.to(x.dtype)[None]
 
 
 def compile_programs(
