@@ -48,6 +48,7 @@ class BackboneSpec:
 
     `digest` identifies the checkpoint's weights and configuration. `names` are the spellings of
     `base_model_name_or_path` under which uploads may name it. Widths: H `num_kv_heads`, D `head_dim`.
+    `tied_embeddings`: the head's weight is the embedding.
     """
 
     name: str
@@ -62,6 +63,7 @@ class BackboneSpec:
     head_dim: int
     max_positions: int
     modules: tuple[ModuleSpec, ...]
+    tied_embeddings: bool = False
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleSpec]:

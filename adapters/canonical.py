@@ -28,6 +28,7 @@ from adapters.normal_form import (
     LowRank,
     Op,
     OpKind,
+    Rows,
     Site,
     VirtualTokens,
     WeightDelta,
@@ -123,10 +124,12 @@ def typology(delta: Delta) -> dict[str, Any]:
                 forms.add("transformation")
             case WeightDelta():
                 forms.add("parallel")
+            case Rows():
+                forms.add("replacement")
             case AttnPrefix() | VirtualTokens():
                 forms.add("prefix")
     sites = {op.write.name for op in delta.ops if isinstance(op, LowRank)}
-    sites |= {op.site.name for op in delta.ops if isinstance(op, Affine | LinearMap | WeightDelta)}
+    sites |= {op.site.name for op in delta.ops if isinstance(op, Affine | LinearMap | WeightDelta | Rows)}
     return {
         "insertion_form": sorted(forms),
         "workspace": sorted(sites),

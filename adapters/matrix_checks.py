@@ -1,4 +1,4 @@
-"""Checking the ops that hold matrices of the base module's size: LinearMap and WeightDelta."""
+"""Checking the ops that map, add to or replace rows of a module's weight: LinearMap, WeightDelta, Rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from adapters.normal_form import Layout, LinearMap, WeightDelta
+from adapters.normal_form import Layout, LinearMap, Rows, WeightDelta
 from adapters.op_checks import LINEAR_KINDS, OpChecker, width_of
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -99,6 +99,29 @@ def _kron(checker: OpChecker, op: WeightDelta, d_out: int | None, d_in: int | No
     checker.tensor("values", op.values, (None, None))
     if (d_out is not None and a * b != d_out) or (d_in is not None and c * d != d_in):
         checker.add(f"left [{a}, {c}] and values [{b}, {d}] do not make [{d_out}, {d_in}].")
+
+
+ROWS_KINDS = {"embed": ("embedding",), "logits": LINEAR_KINDS}
+
+
+def rows(checker: OpChecker, op: Rows) -> None:
+    """Check one Rows."""
+    if op.site.name not in ROWS_KINDS:
+        checker.add("rows are replaced only at embed and logits.")
+        return
+    target = checker.target(op.site, ROWS_KINDS[op.site.name])
+    if target is not None and target[0].shape.has_bias:
+        checker.add("the module has a bias, which replaced rows would lose.")
+    count = _size(op.rows, 0)
+    if count < 1:
+        checker.add("rows: expected at least one.")
+    checker.tensor("rows", op.rows, (count, checker.spec.hidden_size))
+    if not _indices(checker, "ids", op.ids, (count,)) or count < 1:
+        return
+    if not (int(op.ids.min()) >= 0 and int(op.ids.max()) < checker.spec.vocab_size):
+        checker.add(f"ids: expected 0 to {checker.spec.vocab_size - 1}.")
+    if len(set(op.ids.tolist())) != count:
+        checker.add("ids: each token can be replaced once.")
 
 
 def _indices(checker: OpChecker, name: str, tensor: object, expected: tuple[int | None, ...]) -> bool:

@@ -10,9 +10,10 @@ Sites, in the order in which a pre-LN decoder layer passes them:
 feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` · `ffn.a` (activation, input of down) ·
 `down.out` · `layer.out` · `final.pre` · `final` · `logits`.
 
-Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it (+ WeightDelta, which reads
-what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output Affine -> base bias (inside the
-Affine where it `covers_bias`) -> LinearMap(output), bias included -> replaced Rows -> sequential LowRanks.
+Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it or Rows of it
+(+ WeightDelta, which reads what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output
+Affine -> base bias (inside the Affine where it `covers_bias`) -> LinearMap(output), bias included -> sequential
+LowRanks.
 
 Shapes: r rank, d_in and d_out widths of the sites, l virtual tokens, H key-value heads, D head width.
 """
@@ -181,10 +182,25 @@ class VirtualTokens:
     embeddings: Tensor
 
 
-Op = LowRank | Affine | LinearMap | WeightDelta | AttnPrefix | VirtualTokens
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Rows of the token embedding (site `embed`) or of the language model head (`logits`) that are replaced.
+
+    At `embed`, token ids[i] is embedded as rows[i]; at `logits`, its logit is x · rows[i]. A delta for a backbone whose
+    head is tied to the embedding has both. Shapes: ids [n] int32, distinct, rows [n, d].
+    Source: PEFT `TrainableTokensLayer`.
+    """
+
+    kind: ClassVar[OpKind] = OpKind.ROWS
+    site: Site
+    ids: Tensor
+    rows: Tensor
+
+
+Op = LowRank | Affine | LinearMap | WeightDelta | AttnPrefix | VirtualTokens | Rows
 
 EXECUTED_OPS: Mapping[OpKind, type[Op]] = {
-    cls.kind: cls for cls in (LowRank, Affine, LinearMap, WeightDelta, AttnPrefix, VirtualTokens)
+    cls.kind: cls for cls in (LowRank, Affine, LinearMap, WeightDelta, AttnPrefix, VirtualTokens, Rows)
 }
 
 

@@ -106,6 +106,7 @@ def build_spec(
         head_dim=head_dim,
         max_positions=config["max_position_embeddings"],
         modules=tuple(modules),
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
     )
 
 

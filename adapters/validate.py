@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
-from adapters.matrix_checks import linear_map, weight_delta
+from adapters.matrix_checks import linear_map, rows, weight_delta
 from adapters.normal_form import (
     Affine,
     AttnPrefix,
@@ -20,6 +20,7 @@ from adapters.normal_form import (
     LinearMap,
     LowRank,
     Op,
+    Rows,
     VirtualTokens,
     WeightDelta,
 )
@@ -34,6 +35,7 @@ _CHECKS: Mapping[type[Op], Callable[[OpChecker, Any], None]] = {
     WeightDelta: weight_delta,
     AttnPrefix: OpChecker.attn_prefix,
     VirtualTokens: OpChecker.virtual_tokens,
+    Rows: rows,
 }
 
 
@@ -81,6 +83,8 @@ def _duplicates(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
                 seen[f"Affine ops with a {name} at {place}"] += getattr(op, name) is not None
         elif isinstance(op, AttnPrefix):
             seen[f"AttnPrefix ops in {_place(op)}"] += 1
+        elif isinstance(op, Rows):
+            seen[f"Rows ops at {shown(op.site)}"] += 1
         elif isinstance(op, VirtualTokens):
             seen["VirtualTokens ops"] += 1
     for what, count in seen.items():
@@ -116,7 +120,7 @@ def _place(op: Op) -> str:
     match op:
         case LowRank():
             return shown(op.write)
-        case Affine() | LinearMap() | WeightDelta():
+        case Affine() | LinearMap() | WeightDelta() | Rows():
             return shown(op.site)
         case AttnPrefix():
             return f"layer {op.layer}" if type(op.layer) is int else "an unknown layer"

@@ -34,6 +34,7 @@ from peft import (
     RoadConfig,
     ShiraConfig,
     TaskType,
+    TrainableTokensConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file
@@ -126,6 +127,7 @@ def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) ->
             "hidden_size",
             "vocab_size",
             "max_position_embeddings",
+            "tie_word_embeddings",
         )
     }
     config["num_key_value_heads"] = getattr(model.config, "num_key_value_heads", None)
@@ -320,6 +322,8 @@ PEFT_CASES: tuple[Case, ...] = (
     ),
     Case("ln_tuning", "llama", _of(LNTuningConfig)),
     Case("ln_tuning", "gpt2", _of(LNTuningConfig, target_modules=["ln_1", "ln_f"])),
+    Case("trainable_tokens", "llama", _of(TrainableTokensConfig, token_indices=list(range(40, 0, -2)))),
+    Case("trainable_tokens", "gpt2", _of(TrainableTokensConfig, token_indices=[*range(3, 40), 96])),
 )
 
 # The golden adapters that lower exactly; `tests/unit/adapters/test_formats_adapterhub.py` has the refused rest.

@@ -21,6 +21,7 @@ from adapters.formats.peft_lora import read_lora
 from adapters.formats.peft_oft import read_boft, read_oft
 from adapters.formats.peft_prompt import read_prefix_tuning, read_prompt_tuning
 from adapters.formats.peft_road import read_road
+from adapters.formats.peft_tokens import read_trainable_tokens
 from adapters.formats.peft_weight_delta import read_c3a, read_lokr, read_shira
 from adapters.formats.problems import Problems, name_or_kind
 from adapters.normal_form import Delta, Op
@@ -40,6 +41,7 @@ READERS: Mapping[str, Reader] = {
     "LOKR": read_lokr,
     "C3A": read_c3a,
     "LN_TUNING": read_ln_tuning,
+    "TRAINABLE_TOKENS": read_trainable_tokens,
 }
 
 

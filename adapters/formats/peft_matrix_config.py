@@ -156,4 +156,16 @@ C3A: Mapping[str, Rule] = {
     "block_size_pattern": OBJECT,
 }
 
+TRAINABLE_TOKENS: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETS,
+    **_INIT,
+    "token_indices": Rule(
+        lambda value: isinstance(value, list) and bool(value) and all(map(is_int(0, MANY), value)),
+        "a list of token ids",
+        used=True,
+        required=True,
+    ),
+}
+
 LN_TUNING: Mapping[str, Rule] = {**COMMON, **_TARGETS, **_EXCLUDES}

@@ -93,6 +93,7 @@ _ARTICLES = {
 _KINDS_SHOWN = {
     frozenset({"linear"}): "linear modules (PEFT has no Conv1D with this method)",
     frozenset({"norm"}): "norms",
+    frozenset({"embedding"}): "embeddings",
 }
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, LinearMap, VirtualTokens, WeightDelta
+from adapters.normal_form import AttnPrefix, Delta, LinearMap, Rows, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
 from serving.memory.host_cache import HostCache
@@ -109,7 +109,9 @@ class DeltaManager:
         in_prefixes = sum(t.numel() for i, _, t in delta.tensors() if delta.ops[i] in prefixes)
         # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
         doubled = sum(
-            t.numel() for i, _, t in delta.tensors() if isinstance(delta.ops[i], LinearMap | WeightDelta)
+            t.numel()
+            for i, _, t in delta.tensors()
+            if isinstance(delta.ops[i], LinearMap | WeightDelta | Rows)
         )
         return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
 
@@ -151,6 +153,8 @@ class DeltaManager:
         backbone, prefix = self.runner.backbone, placed.prefix_len
         draw = torch.Generator().manual_seed(0)
         row = torch.randint(0, backbone.spec.vocab_size, (PROBE_TOKENS,), generator=draw)
+        for weights in (w for ops in placed.modules.values() for w in ops.embeddings):
+            row[::2] = weights.ids.cpu()[torch.arange(PROBE_TOKENS // 2) % len(weights.ids)]
         cache = backbone.new_cache(2, prefix + PROBE_TOKENS)
         if placed.prefix is not None:
             cache.write_prefix(1, placed.prefix)

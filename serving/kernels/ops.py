@@ -98,6 +98,22 @@ class LinearMapWeights:
     stop: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsWeights:
+    """Placed Rows: ids [n] int64, ascending, rows [n, d] fp32."""
+
+    ids: Tensor
+    rows: Tensor
+
+
+class RowsSegment(NamedTuple):
+    """Tokens [start, stop) have `weights` in place of rows of the base weight."""
+
+    start: int
+    stop: int
+    weights: RowsWeights
+
+
 class LowRankSegment(NamedTuple):
     """Tokens [start, stop) go through `weights`."""
 
@@ -163,5 +179,19 @@ class DeltaKernels(Protocol):
 
         Semantics per stage k: z = y[t, cols][order[k]] cut into n runs; z[i] = z[i] @ blocks[k, i];
         y[t, cols][order[k]] = z. Shapes: y [T, O] fp32. Source: OFT; BOFT section 4; RoAd.
+        """
+        ...
+
+    def replace_embeddings(self, y_TO: Tensor, ids_T: Tensor, segments: Sequence[RowsSegment]) -> None:
+        """Overwrite the embeddings of the tokens that each segment replaces.
+
+        Semantics: y[t] = rows[i] where ids_T[t] == ids[i]. Shapes: y [T, d] fp32, ids_T [T] integers.
+        """
+        ...
+
+    def replace_logits(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[RowsSegment]) -> None:
+        """Overwrite the logits of the tokens that each segment replaces.
+
+        Semantics: y[t, ids[i]] = x[t] · rows[i]. Shapes: y [T, V] fp32, x [T, d] fp32.
         """
         ...

@@ -16,6 +16,7 @@ from serving.kernels.ops import (
     KronWeights,
     LinearMapSegment,
     LowRankSegment,
+    RowsSegment,
     SparseWeights,
     WeightDeltaSegment,
     WeightDeltaWeights,
@@ -90,3 +91,14 @@ class ReferenceKernels:
                 order = slice(None) if w.order is None else w.order[stage]
                 runs = y[:, order].reshape(-1, count, size).transpose(0, 1)
                 y[:, order] = torch.bmm(runs, blocks).transpose(0, 1).flatten(1)
+
+    def replace_embeddings(self, y_TO: Tensor, ids_T: Tensor, segments: Sequence[RowsSegment]) -> None:
+        for start, stop, w in segments:
+            tokens = ids_T[start:stop]
+            found = torch.searchsorted(w.ids, tokens).clamp_(max=len(w.ids) - 1)
+            hit = (w.ids[found] == tokens)[:, None]
+            y_TO[start:stop] = torch.where(hit, w.rows[found], y_TO[start:stop])
+
+    def replace_logits(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[RowsSegment]) -> None:
+        for start, stop, w in segments:
+            y_TO[start:stop, w.ids] = torch.mm(x_TI[start:stop], w.rows.t())

@@ -1,4 +1,4 @@
-"""Placing LinearMaps, WeightDeltas and replaced norms: from the normal form to what the kernels take."""
+"""Placing LinearMaps, WeightDeltas, Rows and replaced norms: from the normal form to what the kernels take."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from adapters.normal_form import LinearMap, WeightDelta
+from adapters.normal_form import LinearMap, Rows, WeightDelta
 from serving.kernels.ops import (
     CirculantWeights,
     DenseWeights,
     KronWeights,
     LinearMapWeights,
     LowRankWeights,
+    RowsWeights,
     SparseWeights,
     WeightDeltaWeights,
 )
@@ -80,6 +81,12 @@ def place_reflections(reflections: Tensor, to_device: Copy) -> LowRankWeights:
         start=0,
         stop=width,
     )
+
+
+def place_rows(op: Rows, to_device: Copy) -> RowsWeights:
+    """Replaced rows, in the order of their ids."""
+    ids, order = op.ids.long().sort()
+    return RowsWeights(to_device(ids, torch.int64), to_device(op.rows[order]))
 
 
 def place_replaced_norm(base: nn.Module, weight: Tensor, bias: Tensor | None, to_device: Copy) -> Replacement:

@@ -18,6 +18,7 @@ from adapters.normal_form import (
     Delta,
     LinearMap,
     LowRank,
+    Rows,
     Site,
     VirtualTokens,
     WeightDelta,
@@ -31,6 +32,7 @@ from serving.model.place_matrices import (
     place_blocks,
     place_reflections,
     place_replaced_norm,
+    place_rows,
     place_weight_delta,
 )
 from serving.model.programs import DeltaSegment, PlacedDelta, PlacedModule, compile_programs
@@ -55,7 +57,7 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
             placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
         elif isinstance(op, Affine):
             placer.affines[op.site, op.side].append(op)
-        elif isinstance(op, LinearMap | WeightDelta):
+        elif isinstance(op, LinearMap | WeightDelta | Rows):
             placer.matrices.append(op)
     modules = placer.modules()
     placed = PlacedDelta(
@@ -81,7 +83,7 @@ class _Placer:
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
-        self.matrices: list[LinearMap | WeightDelta] = []
+        self.matrices: list[LinearMap | WeightDelta | Rows] = []
         self.taps: dict[Site, int] = {}
         self.device_bytes = 0
         self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -116,13 +118,15 @@ class _Placer:
         return dict(placed)
 
     def _place_matrix(
-        self, target: PlacedModule, op: LinearMap | WeightDelta, part: Slice, module: ModuleSpec
+        self, target: PlacedModule, op: LinearMap | WeightDelta | Rows, part: Slice, module: ModuleSpec
     ) -> None:
         copy: Copy = self.to_device
         if isinstance(op, WeightDelta):
             target.weight_deltas.append(
                 place_weight_delta(op, part.start, part.stop, module.shape.d_in, copy)
             )
+        elif isinstance(op, Rows):
+            (target.logits if op.site.name == "logits" else target.embeddings).append(place_rows(op, copy))
         elif op.reflections is not None:
             target.reflections.append(place_reflections(op.reflections, copy))
         elif op.side == "input":

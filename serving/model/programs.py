@@ -24,6 +24,8 @@ from serving.kernels.ops import (
     LinearMapWeights,
     LowRankSegment,
     LowRankWeights,
+    RowsSegment,
+    RowsWeights,
     WeightDeltaSegment,
     WeightDeltaWeights,
 )
@@ -45,6 +47,8 @@ class PlacedModule:
     input_maps: list[LinearMapWeights] = field(default_factory=list)
     reflections: list[LowRankWeights] = field(default_factory=list)
     replacement: Replacement | None = None
+    embeddings: list[RowsWeights] = field(default_factory=list)
+    logits: list[RowsWeights] = field(default_factory=list)
     weight_deltas: list[WeightDeltaWeights] = field(default_factory=list)
     parallel: list[LowRankWeights] = field(default_factory=list)
     remote: list[tuple[Site, LowRankWeights]] = field(default_factory=list)
@@ -86,9 +90,11 @@ class ModuleProgram:
 
     __slots__ = (
         "capture",
+        "embeddings",
         "input_maps",
         "inputs",
         "kernels",
+        "logits",
         "output_maps",
         "outputs",
         "parallel",
@@ -106,6 +112,8 @@ class ModuleProgram:
         self.input_maps: list[LinearMapSegment] = []
         self.reflections: list[LowRankSegment] = []
         self.replacements: list[tuple[int, int, Replacement]] = []
+        self.embeddings: list[RowsSegment] = []
+        self.logits: list[RowsSegment] = []
         self.weight_deltas: list[WeightDeltaSegment] = []
         self.parallel: list[LowRankSegment] = []
         self.remote: dict[Site, list[LowRankSegment]] = {}
@@ -120,6 +128,8 @@ class ModuleProgram:
         self.reflections += [LowRankSegment(start, stop, w) for w in ops.reflections]
         if ops.replacement is not None:
             self.replacements.append((start, stop, ops.replacement))
+        self.embeddings += [RowsSegment(start, stop, w) for w in ops.embeddings]
+        self.logits += [RowsSegment(start, stop, w) for w in ops.logits]
         self.weight_deltas += [WeightDeltaSegment(start, stop, w) for w in ops.weight_deltas]
         self.parallel += [LowRankSegment(start, stop, w) for w in ops.parallel]
         for site, w in ops.remote:
@@ -144,6 +154,10 @@ class ModuleProgram:
         out = y[0].to(torch.float32)  # y itself where it is fp32 already: modules return fresh tensors
         for start, stop, replacement in self.replacements:
             out[start:stop] = replacement(base_x[0, start:stop])
+        if self.embeddings:
+            self.kernels.replace_embeddings(out, base_x[0], self.embeddings)
+        if self.logits:
+            self.kernels.replace_logits(out, base_x[0].to(torch.float32), self.logits)
         if self.weight_deltas:
             self.kernels.add_weight_delta(out, base_x[0].to(torch.float32), self.weight_deltas)
         if self.parallel:
@@ -163,6 +177,8 @@ class ModuleProgram:
         """True where anything happens after the module's input."""
         return bool(
             self.replacements
+            or self.embeddings
+            or self.logits
             or self.weight_deltas
             or self.parallel
             or self.remote

@@ -18,6 +18,7 @@ from adapters.normal_form import (
     LinearMap,
     LowRank,
     Op,
+    Rows,
     Site,
     VirtualTokens,
     WeightDelta,
@@ -58,6 +59,11 @@ def plus(layout: str, values: Tensor, site: str = "v.out", **changes: Any) -> We
 
 def places(*rows: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32)
+
+
+def new_rows(*ids: int, **changes: Any) -> Rows:
+    values: dict[str, Any] = {"site": Site("embed"), "rows": ones(len(ids), 32), **changes}
+    return Rows(ids=torch.tensor(ids, dtype=torch.int32), **values)
 
 
 SHUFFLED = torch.stack([torch.arange(32), torch.arange(32).flip(0)]).int()
@@ -110,6 +116,13 @@ GOOD: dict[str, tuple[Delta, Any]] = {
     "sparse": (delta(plus("sparse", ones(3), indices=places([0, 15, 15], [31, 0, 0]))), LLAMA),
     "kron": (delta(plus("kron", ones(4, 16), left=ones(4, 2))), LLAMA),
     "circulant": (delta(plus("circulant", ones(4, 8, 4), scaling=0.5)), LLAMA),
+    "rows": (
+        delta(
+            Rows(site=Site("embed"), ids=places([5, 96])[0], rows=ones(2, 32)),
+            Rows(site=Site("logits"), ids=places([5, 96])[0], rows=ones(2, 32)),
+        ),
+        GPT2,
+    ),
     "norm weight": (delta(Affine(site=Site("final"), weight=ones(32))), LLAMA),
     "prompt and LoRA": (delta(low_rank(), VirtualTokens(embeddings=ones(3, 32)), position_offset=3), LLAMA),
 }
@@ -290,6 +303,14 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(plus("kron", ones(4), left=ones(4, 4))), LLAMA, ("values: shape [4]",)),
     (delta(plus("circulant", ones(4, 8, 5))), LLAMA, ("blocks of 5 do not cut 16 by 32",)),
     (delta(plus("circulant", ones(4, 4, 4))), LLAMA, ("values: shape [4, 4, 4], expected [4, 8, 4]",)),
+    (delta(new_rows(97)), LLAMA, ("ids: expected 0 to 96",)),
+    (delta(new_rows(-1)), LLAMA, ("ids: expected 0 to 96",)),
+    (delta(new_rows(5, 5)), LLAMA, ("ids: each token can be replaced once",)),
+    (delta(new_rows()), LLAMA, ("rows: expected at least one",)),
+    (delta(new_rows(5, rows=ones(1, 31))), LLAMA, ("rows: shape [1, 31], expected [1, 32]",)),
+    (delta(new_rows(5, rows=ones(2, 32))), LLAMA, ("ids: shape [1], expected [2]",)),
+    (delta(new_rows(5, site=Site("final"))), LLAMA, ("only at embed and logits",)),
+    (delta(new_rows(5), new_rows(6)), LLAMA, ("2 Rows ops at embed",)),
     (delta(Affine(site=Site("q.out", 0), weight=ones(32))), LLAMA, ("only the weight of a norm",)),
     (delta(Affine(site=Site("final"), weight=ones(31))), LLAMA, ("weight: shape [31], expected [32]",)),
     (
