@@ -159,16 +159,21 @@ class WeightDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttnPrefix:
-    """Extra keys and values that every token of the layer attends to, in one softmax with the real ones (`joint`).
+    """Extra keys and values that every token of the layer attends to: never rotated, never masked.
 
-    Used as stored: never rotated, never masked. Shapes: key, value [l, H, D].
-    Source: Li and Liang "Prefix-Tuning"; He et al. equation 4.
+    `joint`: in one softmax with the real ones. `separate`: in a softmax of their own, whose result times `gate` is
+    added at `ctx`. `projected=False`: key and value are what the layer's k and v projections are given when the delta
+    is placed. Shapes: key, value [l, H, D], not projected [l, d]; gate [1].
+    Source: Li and Liang "Prefix-Tuning"; He et al. equation 4; Zhang et al. "LLaMA-Adapter" section 3.2.
     """
 
     kind: ClassVar[OpKind] = OpKind.ATTN_PREFIX
     layer: int
     key: Tensor
     value: Tensor
+    merge: Literal["joint", "separate"] = "joint"
+    gate: Tensor | None = None
+    projected: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +229,7 @@ class Delta:
     @property
     def num_virtual_tokens(self) -> int:
         """Key-value entries that the delta owns in front of every request."""
-        lengths = [op.key.shape[0] for op in self.ops if isinstance(op, AttnPrefix)]
+        lengths = [op.key.shape[0] for op in self.ops if isinstance(op, AttnPrefix) and op.merge == "joint"]
         lengths += [op.embeddings.shape[0] for op in self.ops if isinstance(op, VirtualTokens)]
         return max(lengths, default=0)
 

@@ -109,7 +109,21 @@ class OpChecker:
         if type(op.layer) is not int or not 0 <= op.layer < self.spec.num_layers:
             self.add(f"layer: expected an integer from 0 to {self.spec.num_layers - 1}.")
         length = op.key.shape[0] if isinstance(op.key, Tensor) and op.key.dim() else 0
-        expected = (length, self.spec.num_kv_heads, self.spec.head_dim)
+        expected: tuple[int, ...] = (length, self.spec.num_kv_heads, self.spec.head_dim)
+        if op.merge not in ("joint", "separate"):
+            self.add("merge: expected 'joint' or 'separate'.")
+        if (op.gate is not None) != (op.merge == "separate"):
+            self.add("gate: belongs to a separate softmax, and only there.")
+        if op.gate is not None:
+            self.tensor("gate", op.gate, (1,))
+        if not isinstance(op.projected, bool):
+            self.add("projected: expected true or false.")  # type: ignore[unreachable]
+        if op.merge == "separate" and not length:
+            self.add("key: expected at least one row.")
+        if op.projected is False:
+            expected = (length, self.spec.hidden_size)
+            if op.merge == "joint":
+                self.add("projected: a joint prefix is stored projected.")
         self.tensor("key", op.key, expected)
         self.tensor("value", op.value, expected)
 

@@ -94,7 +94,11 @@ def _duplicates(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
 
 def _virtual(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     """What prefixes and virtual tokens must satisfy together."""
-    prefixes = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix) and type(op.layer) is int}
+    prefixes = {
+        op.layer: op
+        for op in delta.ops
+        if isinstance(op, AttnPrefix) and op.merge != "separate" and type(op.layer) is int
+    }
     prompts = [op for op in delta.ops if isinstance(op, VirtualTokens)]
     if prefixes and prompts:
         yield "it has both AttnPrefix and VirtualTokens; one set of virtual tokens is served."

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from peft import (
+    AdaptionPromptConfig,
     BOFTConfig,
     C3AConfig,
     HRAConfig,
@@ -324,6 +325,7 @@ PEFT_CASES: tuple[Case, ...] = (
     Case("ln_tuning", "gpt2", _of(LNTuningConfig, target_modules=["ln_1", "ln_f"])),
     Case("trainable_tokens", "llama", _of(TrainableTokensConfig, token_indices=list(range(40, 0, -2)))),
     Case("trainable_tokens", "gpt2", _of(TrainableTokensConfig, token_indices=[*range(3, 40), 96])),
+    Case("adaption_prompt", "llama", _of(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
 )
 
 # The golden adapters that lower exactly; `tests/unit/adapters/test_formats_adapterhub.py` has the refused rest.

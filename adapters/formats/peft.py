@@ -14,6 +14,7 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec
 from adapters.formats.base_claim import check_base
 from adapters.formats.files import Upload
+from adapters.formats.peft_adaption_prompt import read_adaption_prompt
 from adapters.formats.peft_hra import read_hra
 from adapters.formats.peft_ia3 import read_ia3
 from adapters.formats.peft_ln_tuning import read_ln_tuning
@@ -42,6 +43,7 @@ READERS: Mapping[str, Reader] = {
     "C3A": read_c3a,
     "LN_TUNING": read_ln_tuning,
     "TRAINABLE_TOKENS": read_trainable_tokens,
+    "ADAPTION_PROMPT": read_adaption_prompt,
 }
 
 

@@ -168,4 +168,11 @@ TRAINABLE_TOKENS: Mapping[str, Rule] = {
     ),
 }
 
+ADAPTION_PROMPT: Mapping[str, Rule] = {
+    **COMMON,
+    "target_modules": Rule(or_null(lambda value: isinstance(value, str)), "a string or null", used=True),
+    "adapter_len": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
+    "adapter_layers": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
+}
+
 LN_TUNING: Mapping[str, Rule] = {**COMMON, **_TARGETS, **_EXCLUDES}

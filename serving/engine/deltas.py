@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, LinearMap, Rows, VirtualTokens, WeightDelta
+from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, Rows, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
 from serving.memory.host_cache import HostCache
@@ -104,14 +104,14 @@ class DeltaManager:
     def _device_bytes(self, delta: Delta) -> int:
         """What `place` will take: fp32 weights, and keys and values in the backbone's dtype."""
         spec, width = self.runner.backbone.spec, self.runner.backbone.dtype.itemsize
-        prefixes = [op for op in delta.ops if isinstance(op, AttnPrefix | VirtualTokens)]
+        prefixes = [op for op in delta.ops if isinstance(op, VirtualTokens) or _is_joint(op)]
         entries = delta.num_virtual_tokens * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
         in_prefixes = sum(t.numel() for i, _, t in delta.tensors() if delta.ops[i] in prefixes)
         # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
         doubled = sum(
             t.numel()
             for i, _, t in delta.tensors()
-            if isinstance(delta.ops[i], LinearMap | WeightDelta | Rows)
+            if isinstance(delta.ops[i], LinearMap | WeightDelta | Rows | AttnPrefix)
         )
         return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
 
@@ -200,3 +200,7 @@ class DeltaManager:
     def _report(self) -> None:
         self._metrics.adapters_resident.set(len(self.residency))
         self._metrics.adapter_bytes.set(self.residency.used_bytes)
+
+
+def _is_joint(op: Op) -> bool:
+    return isinstance(op, AttnPrefix) and op.merge == "joint"

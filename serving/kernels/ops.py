@@ -106,6 +106,22 @@ class RowsWeights:
     rows: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptWeights:
+    """A placed separate AttnPrefix: key, value [kv_heads, l, D] fp32, value times the gate."""
+
+    key: Tensor
+    value: Tensor
+
+
+class PromptSegment(NamedTuple):
+    """Tokens [start, stop) attend to `weights`."""
+
+    start: int
+    stop: int
+    weights: PromptWeights
+
+
 class RowsSegment(NamedTuple):
     """Tokens [start, stop) have `weights` in place of rows of the base weight."""
 
@@ -193,5 +209,15 @@ class DeltaKernels(Protocol):
         """Overwrite the logits of the tokens that each segment replaces.
 
         Semantics: y[t, ids[i]] = x[t] · rows[i]. Shapes: y [T, V] fp32, x [T, d] fp32.
+        """
+        ...
+
+    def add_prompt_attention(
+        self, y_TO: Tensor, query_HTD: Tensor, scaling: float, segments: Sequence[PromptSegment]
+    ) -> None:
+        """Add each segment's attention to a prompt of its own, in its own softmax, in place.
+
+        Semantics: y[t, h] += softmax(scaling * query[h, t] @ key[g].T) @ value[g], g the key head of h.
+        Shapes: y [T, H * D] fp32, query [H, T, D] after rotary. Source: LLaMA-Adapter section 3.2.
         """
         ...

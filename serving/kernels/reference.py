@@ -16,6 +16,7 @@ from serving.kernels.ops import (
     KronWeights,
     LinearMapSegment,
     LowRankSegment,
+    PromptSegment,
     RowsSegment,
     SparseWeights,
     WeightDeltaSegment,
@@ -102,3 +103,12 @@ class ReferenceKernels:
     def replace_logits(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[RowsSegment]) -> None:
         for start, stop, w in segments:
             y_TO[start:stop, w.ids] = torch.mm(x_TI[start:stop], w.rows.t())
+
+    def add_prompt_attention(
+        self, y_TO: Tensor, query_HTD: Tensor, scaling: float, segments: Sequence[PromptSegment]
+    ) -> None:
+        for start, stop, w in segments:
+            groups = query_HTD.shape[0] // w.key.shape[0]
+            key, value = (x.repeat_interleave(groups, dim=0) for x in (w.key, w.value))
+            scores = torch.bmm(query_HTD[:, start:stop].to(torch.float32), key.mT) * scaling
+            y_TO[start:stop] += torch.bmm(scores.softmax(dim=-1), value).transpose(0, 1).flatten(1)

@@ -49,6 +49,7 @@ def attention(
             f"Attention got {', '.join(unknown) or 'a forward pass outside the engine'}, which it does not execute.",
             param="backbone",
         )
+    context.query, context.scaling = query[0], scaling
     return context.attention.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
 
 

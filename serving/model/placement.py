@@ -20,13 +20,10 @@ from adapters.normal_form import (
     LowRank,
     Rows,
     Site,
-    VirtualTokens,
     WeightDelta,
 )
 from serving.kernels.ops import AffineWeights, DeltaKernels, LowRankWeights
 from serving.model.backbone import Backbone
-from serving.model.context import ForwardContext
-from serving.model.kv_cache import RowSpan
 from serving.model.place_matrices import (
     Copy,
     place_blocks,
@@ -35,7 +32,8 @@ from serving.model.place_matrices import (
     place_rows,
     place_weight_delta,
 )
-from serving.model.programs import DeltaSegment, PlacedDelta, PlacedModule, compile_programs
+from serving.model.place_prefix import base_parameter, place_prefix, place_prompt
+from serving.model.programs import PlacedDelta, PlacedModule
 
 
 def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) -> PlacedDelta:
@@ -57,6 +55,8 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
             placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
         elif isinstance(op, Affine):
             placer.affines[op.site, op.side].append(op)
+        elif isinstance(op, AttnPrefix) and op.merge == "separate":
+            placer.prompts.append(op)
         elif isinstance(op, LinearMap | WeightDelta | Rows):
             placer.matrices.append(op)
     modules = placer.modules()
@@ -68,7 +68,7 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
         position_offset=delta.position_offset,
         device_bytes=placer.device_bytes,
     )
-    if (prefix := _prefix(delta, placed, backbone, kernels)) is not None:
+    if (prefix := place_prefix(delta, placed, backbone, kernels)) is not None:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
     return placed
@@ -84,6 +84,7 @@ class _Placer:
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
         self.matrices: list[LinearMap | WeightDelta | Rows] = []
+        self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
         self.device_bytes = 0
         self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -115,6 +116,11 @@ class _Placer:
         for matrix in self.matrices:
             module, part = self.spec.writer[matrix.site]
             self._place_matrix(placed[self.index[module.path]], matrix, part, module)
+        for prompt in self.prompts:
+            module, _ = self.spec.writer[Site("o.out", prompt.layer)]
+            placed[self.index[module.path]].prompts.append(
+                place_prompt(prompt, self.backbone, self.to_device)
+            )
         return dict(placed)
 
     def _place_matrix(
@@ -201,7 +207,7 @@ class _Placer:
 
     def _row_norms(self, module: ModuleSpec, part: Slice) -> Tensor:
         """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA)."""
-        weight = _parameter(self.backbone, module, "weight")
+        weight = base_parameter(self.backbone, module, "weight")
         rows = (weight.t() if module.shape.kind == "conv1d" else weight)[part.start : part.stop].clone()
         for op in self.low_ranks[module.path]:
             if op.write == part.site and not op.sequential:
@@ -255,12 +261,6 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
     return joined
 
 
-def _parameter(backbone: Backbone, module: ModuleSpec, name: str) -> Tensor:
-    """A parameter of the base module, as served, in fp32 on the host."""
-    parameter: Tensor = backbone.model.get_parameter(f"{module.path}.{name}")
-    return parameter.float().cpu()
-
-
 def _product(factors: Sequence[Tensor | None]) -> Tensor | None:
     given = [factor.float() for factor in factors if factor is not None]
     return torch.stack(given).prod(dim=0) if given else None
@@ -269,32 +269,3 @@ def _product(factors: Sequence[Tensor | None]) -> Tensor | None:
 def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
     given = [term.float() for term in terms if term is not None]
     return torch.stack(given).sum(dim=0) if given else None
-
-
-def _prefix(
-    delta: Delta, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
-) -> list[tuple[Tensor, Tensor]] | None:
-    """The keys and values that the delta owns, per layer, or None."""
-    layers = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix)}
-    virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
-    if virtual is not None:
-        return _run_virtual_tokens(virtual, placed, backbone, kernels)
-    if not layers:
-        return None
-    device, dtype = backbone.device, backbone.dtype
-    ordered = [layers[layer] for layer in range(backbone.spec.num_layers)]
-    return [(op.key.to(device, dtype), op.value.to(device, dtype)) for op in ordered]
-
-
-def _run_virtual_tokens(
-    op: VirtualTokens, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
-) -> list[tuple[Tensor, Tensor]]:
-    length = op.embeddings.shape[0]
-    cache = backbone.new_cache(num_slots=1, max_len=length)
-    spec = backbone.spec
-    segments = [DeltaSegment(0, length, placed)]
-    programs = compile_programs(len(spec.modules), kernels, segments, [], backbone.logit_modules)
-    context = ForwardContext(programs, cache.plan([RowSpan(0, length, slot=0, past=0)]))
-    positions = torch.arange(length, device=backbone.device)
-    backbone.forward(op.embeddings.to(backbone.device, backbone.dtype), positions, context, logits_rows=None)
-    return cache.read(0, length)

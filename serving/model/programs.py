@@ -24,6 +24,8 @@ from serving.kernels.ops import (
     LinearMapWeights,
     LowRankSegment,
     LowRankWeights,
+    PromptSegment,
+    PromptWeights,
     RowsSegment,
     RowsWeights,
     WeightDeltaSegment,
@@ -39,10 +41,11 @@ Replacement = Callable[[Tensor], Tensor]
 class PlacedModule:
     """One delta's ops at one module. `remote` LowRanks read a site that another module sees.
 
-    `reflections` are LowRanks that act on the module's input, in place. `replacement` takes the place of the base
-    module's own forward.
+    `prompts` are attended to by the attention whose heads (`ctx`) the module reads. `reflections` are LowRanks that act
+    on the module's input, in place. `replacement` takes the place of the base module's own forward.
     """
 
+    prompts: list[PromptWeights] = field(default_factory=list)
     inputs: list[AffineWeights] = field(default_factory=list)
     input_maps: list[LinearMapWeights] = field(default_factory=list)
     reflections: list[LowRankWeights] = field(default_factory=list)
@@ -98,6 +101,7 @@ class ModuleProgram:
         "output_maps",
         "outputs",
         "parallel",
+        "prompts",
         "reflections",
         "remote",
         "replacements",
@@ -108,6 +112,7 @@ class ModuleProgram:
     def __init__(self, kernels: DeltaKernels) -> None:
         self.kernels = kernels
         self.capture: Site | None = None
+        self.prompts: list[PromptSegment] = []
         self.inputs: list[AffineSegment] = []
         self.input_maps: list[LinearMapSegment] = []
         self.reflections: list[LowRankSegment] = []
@@ -123,6 +128,7 @@ class ModuleProgram:
 
     def add(self, start: int, stop: int, ops: PlacedModule) -> None:
         """Let tokens [start, stop) run through `ops`."""
+        self.prompts += [PromptSegment(start, stop, w) for w in ops.prompts]
         self.inputs += [AffineSegment(start, stop, w) for w in ops.inputs]
         self.input_maps += [LinearMapSegment(start, stop, w) for w in ops.input_maps]
         self.reflections += [LowRankSegment(start, stop, w) for w in ops.reflections]
@@ -147,7 +153,7 @@ class ModuleProgram:
         """
         if self.capture is not None:
             context.captured[self.capture] = x
-        base_x = self._input(x)
+        base_x = self._input(context, x)
         y: Tensor = base(base_x, *args, **kwargs)
         if not self.changes_output:
             return y
@@ -187,11 +193,14 @@ class ModuleProgram:
             or self.sequential
         )
 
-    def _input(self, x: Tensor) -> Tensor:
-        """What the base module reads: x scaled and mapped, rounded to x's dtype."""
-        if not (self.inputs or self.input_maps or self.reflections):
+    def _input(self, context: ForwardContext, x: Tensor) -> Tensor:
+        """What the base module reads: x with attention to prompts added, scaled and mapped, rounded to x's dtype."""
+        if not (self.prompts or self.inputs or self.input_maps or self.reflections):
             return x
         changed = x[0].to(torch.float32, copy=True)
+        if self.prompts:
+            assert context.query is not None, "no attention ran before its heads are read"
+            self.kernels.add_prompt_attention(changed, context.query, context.scaling, self.prompts)
         if self.inputs:
             self.kernels.apply_affine(changed, self.inputs)
         if self.input_maps:

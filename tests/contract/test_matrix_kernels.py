@@ -1,4 +1,4 @@
-"""WeightDelta and LinearMap kernels against their formula in float64, placed as the server places them."""
+"""Kernels of WeightDelta, LinearMap, Rows and prompts against their formulas, placed as the server places them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.normal_form import LinearMap, Site, WeightDelta
+from adapters.normal_form import LinearMap, Rows, Site, WeightDelta
 from serving.kernels.ops import (
     DeltaKernels,
     LinearMapSegment,
     LowRankSegment,
+    PromptSegment,
+    PromptWeights,
+    RowsSegment,
     WeightDeltaSegment,
 )
 from serving.kernels.reference import ReferenceKernels
-from serving.model.place_matrices import place_blocks, place_reflections, place_weight_delta
+from serving.model.place_matrices import place_blocks, place_reflections, place_rows, place_weight_delta
 
 EXECUTORS: Sequence[DeltaKernels] = (ReferenceKernels(),)
 SITE = Site("q.out", 0)
@@ -102,3 +105,38 @@ def test_reflections_run_in_turn(kernels: DeltaKernels) -> None:
         expected[3:6] -= 2 * (expected[3:6] @ u)[:, None] * u
     kernels.add_low_rank(x, x, [LowRankSegment(3, 6, place_reflections(rows, to_device))])
     assert torch.allclose(x.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", EXECUTORS, ids=lambda k: type(k).__name__)
+def test_rows_replace_embeddings_and_logits(kernels: DeltaKernels) -> None:
+    torch.manual_seed(9)
+    ids, rows = [11, 3, 7], random(3, D_IN)
+    weights = place_rows(Rows(site=Site("embed"), ids=torch.tensor(ids).int(), rows=rows), to_device)
+    tokens = torch.tensor([3, 3, 12, 0, 11, 7])
+    y = random(6, D_IN)
+    expected = y.clone()
+    for at in (1, 4):  # of tokens 1 to 4; the first and the last belong to others
+        expected[at] = rows[ids.index(int(tokens[at]))]
+    kernels.replace_embeddings(y, tokens, [RowsSegment(1, 5, weights)])
+    assert torch.equal(y, expected)
+
+    x, logits = random(6, D_IN), random(6, 13)
+    expected = logits.clone()
+    expected[1:5, ids] = x[1:5] @ rows.T
+    kernels.replace_logits(logits, x, [RowsSegment(1, 5, weights)])
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", EXECUTORS, ids=lambda k: type(k).__name__)
+def test_prompt_attention_equals_its_formula(kernels: DeltaKernels) -> None:
+    torch.manual_seed(10)
+    heads, kv_heads, width = 6, 2, 4
+    y, query = random(5, heads * width), random(heads, 5, width)
+    weights = PromptWeights(random(kv_heads, 3, width), random(kv_heads, 3, width))
+    expected = y.double()
+    for head in range(heads):
+        key, value = (x[head // 3].double() for x in (weights.key, weights.value))
+        mixed = torch.softmax(0.5 * query[head, 2:4].double() @ key.T, dim=-1) @ value
+        expected[2:4, head * width : (head + 1) * width] += mixed
+    kernels.add_prompt_attention(y, query, 0.5, [PromptSegment(2, 4, weights)])
+    assert torch.allclose(y.double(), expected, atol=1e-5)

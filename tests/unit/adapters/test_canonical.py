@@ -25,6 +25,7 @@ from adapters.normal_form import (
     LinearMap,
     LowRank,
     Op,
+    Rows,
     Site,
     VirtualTokens,
     WeightDelta,
@@ -84,6 +85,7 @@ def sample() -> Delta:
             scaling=2.0,
         ),
         WeightDelta(site=Site("v.out", 1), layout="kron", values=random(4, 8), left=random(4, 4)),
+        Rows(site=Site("embed"), ids=torch.tensor([3, 1], dtype=torch.int32), rows=random(2, 32)),
         *(AttnPrefix(layer=layer, key=random(5, 2, 8), value=random(5, 2, 8)) for layer in range(3)),
     )
     return Delta(
@@ -210,9 +212,17 @@ def test_the_digest_knows_where_one_file_ends() -> None:
 
 def test_typology_follows_from_the_ops() -> None:
     assert typology(sample()) == {
-        "insertion_form": ["addition", "parallel", "prefix", "scaling", "sequential", "transformation"],
-        "workspace": ["down.out", "final", "k.out", "layer.out", "o.out", "q.out", "v.out"],
-        "op_kinds": ["affine", "attn_prefix", "linear_map", "low_rank", "weight_delta"],
+        "insertion_form": [
+            "addition",
+            "parallel",
+            "prefix",
+            "replacement",
+            "scaling",
+            "sequential",
+            "transformation",
+        ],
+        "workspace": ["down.out", "embed", "final", "k.out", "layer.out", "o.out", "q.out", "v.out"],
+        "op_kinds": ["affine", "attn_prefix", "linear_map", "low_rank", "rows", "weight_delta"],
     }
 
 

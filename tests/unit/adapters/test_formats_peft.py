@@ -40,7 +40,7 @@ from tests.cases import DIGEST, PEFT_CASES, Case, Family, case_id, quiet, spec_o
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BY_ID = {case_id(case): case for case in PEFT_CASES}
-LINEAR_CASES = [case for case in PEFT_CASES if not case.name.startswith(("pr", "trainable"))]
+LINEAR_CASES = [case for case in PEFT_CASES if not case.name.startswith(("pr", "trainable", "adaption"))]
 
 
 @lru_cache

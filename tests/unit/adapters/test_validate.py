@@ -66,6 +66,11 @@ def new_rows(*ids: int, **changes: Any) -> Rows:
     return Rows(ids=torch.tensor(ids, dtype=torch.int32), **values)
 
 
+def prompted(layer: int = 1, **changes: Any) -> AttnPrefix:
+    values: dict[str, Any] = {"key": ones(4, 32), "value": ones(4, 32), "gate": ones(1), **changes}
+    return AttnPrefix(layer=layer, merge=values.pop("merge", "separate"), **{"projected": False, **values})
+
+
 SHUFFLED = torch.stack([torch.arange(32), torch.arange(32).flip(0)]).int()
 
 GOOD: dict[str, tuple[Delta, Any]] = {
@@ -123,6 +128,8 @@ GOOD: dict[str, tuple[Delta, Any]] = {
         ),
         GPT2,
     ),
+    "prompts of their own": (delta(prompted(1), prompted(2)), LLAMA),
+    "projected prompt": (delta(prompted(key=ones(4, 2, 8), value=ones(4, 2, 8), projected=True)), LLAMA),
     "norm weight": (delta(Affine(site=Site("final"), weight=ones(32))), LLAMA),
     "prompt and LoRA": (delta(low_rank(), VirtualTokens(embeddings=ones(3, 32)), position_offset=3), LLAMA),
 }
@@ -303,6 +310,16 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(plus("kron", ones(4), left=ones(4, 4))), LLAMA, ("values: shape [4]",)),
     (delta(plus("circulant", ones(4, 8, 5))), LLAMA, ("blocks of 5 do not cut 16 by 32",)),
     (delta(plus("circulant", ones(4, 4, 4))), LLAMA, ("values: shape [4, 4, 4], expected [4, 8, 4]",)),
+    (delta(prompted(key=ones(4, 31))), LLAMA, ("key: shape [4, 31], expected [4, 32]",)),
+    (delta(prompted(value=ones(3, 32))), LLAMA, ("value: shape [3, 32], expected [4, 32]",)),
+    (delta(prompted(key=ones(0, 32), value=ones(0, 32))), LLAMA, ("key: expected at least one row",)),
+    (delta(prompted(gate=None)), LLAMA, ("gate: belongs to a separate softmax",)),
+    (delta(prompted(gate=ones(2))), LLAMA, ("gate: shape [2], expected [1]",)),
+    (delta(prompted(merge="added")), LLAMA, ("merge",)),
+    (delta(prompted(merge="joint", gate=None)), LLAMA, ("projected: a joint prefix",)),
+    (delta(prompted(projected=1)), LLAMA, ("projected: expected true or false",)),
+    (delta(prompted(), prompted()), LLAMA, ("2 AttnPrefix ops in layer 1",)),
+    (delta(prompted(layer=3)), LLAMA, ("layer: expected", "0 to 2")),
     (delta(new_rows(97)), LLAMA, ("ids: expected 0 to 96",)),
     (delta(new_rows(-1)), LLAMA, ("ids: expected 0 to 96",)),
     (delta(new_rows(5, 5)), LLAMA, ("ids: each token can be replaced once",)),
