@@ -49,6 +49,7 @@ class BackboneSpec:
     `digest` identifies the checkpoint's weights and configuration. `names` are the spellings of
     `base_model_name_or_path` under which uploads may name it. `max_positions`: entries of the longest row that is
     served exactly. Widths: H `num_kv_heads`, D `head_dim`.
+    `tied_embeddings`: the head's weight is the embedding.
     """
 
     name: str
@@ -63,6 +64,7 @@ class BackboneSpec:
     head_dim: int
     max_positions: int
     modules: tuple[ModuleSpec, ...]
+    tied_embeddings: bool = False
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleSpec]:

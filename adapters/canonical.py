@@ -24,11 +24,14 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    LinearMap,
     LowRank,
     Op,
     OpKind,
+    Rows,
     Site,
     VirtualTokens,
+    WeightDelta,
 )
 
 FORMAT = "deltamux/1"
@@ -117,10 +120,16 @@ def typology(delta: Delta) -> dict[str, Any]:
                 forms.add("sequential" if op.sequential else "parallel")
             case Affine():
                 forms.add("scaling" if op.scale is not None else "addition")
+            case LinearMap():
+                forms.add("transformation")
+            case WeightDelta():
+                forms.add("parallel")
+            case Rows():
+                forms.add("replacement")
             case AttnPrefix() | VirtualTokens():
                 forms.add("prefix")
     sites = {op.write.name for op in delta.ops if isinstance(op, LowRank)}
-    sites |= {op.site.name for op in delta.ops if isinstance(op, Affine)}
+    sites |= {op.site.name for op in delta.ops if isinstance(op, Affine | LinearMap | WeightDelta | Rows)}
     return {
         "insertion_form": sorted(forms),
         "workspace": sorted(sites),

@@ -11,8 +11,10 @@ Sites, in the order in which a pre-LN decoder layer passes them:
 `ffn.x` (what it reads) · `gate.out` `up.out` · `ffn.a` (activation, input of down) · `down.out` · `ffn.post` (its
 norm, where one follows) · `layer.out` · `final.pre` · `final` · `logits`.
 
-Order at one linear site: input scale -> base GEMM -> + parallel LowRanks, each reading the untouched input ->
-output Affine -> base bias (inside the Affine where it `covers_bias`) -> sequential LowRanks.
+Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it or Rows of it
+(+ WeightDelta, which reads what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output
+Affine -> base bias (inside the Affine where it `covers_bias`) -> LinearMap(output), bias included -> sequential
+LowRanks.
 
 Shapes: r rank, d_in and d_out widths of the sites, l virtual tokens, H key-value heads, D head width.
 """
@@ -96,8 +98,10 @@ class Affine:
     `covers_bias=False`: the scale leaves the base module's bias alone.
     `weight_normalized`: `scale` is divided, when the delta is placed, by the row norms of W + s·B·A, where W is the
     base weight and s·B·A the delta's own parallel LowRanks there (DoRA: scale is the magnitude vector).
-    `bias`: replaces the base module's bias (a difference is formed when the delta is placed).
-    Shapes: all [d] of the site. Source: Liu et al. "IA3"; Liu et al. "DoRA" section 4; Ben Zaken et al. "BitFit".
+    `bias`: replaces the base module's bias (a difference is formed when the delta is placed). `weight`: replaces the
+    weight of a norm, which is then computed anew for the delta's rows: exact also where the base weight is 0.
+    Shapes: all [d] of the site. Source: Liu et al. "IA3"; Liu et al. "DoRA" section 4; Ben Zaken et al. "BitFit";
+    Zhao et al. "Tuning LayerNorm in Attention".
     """
 
     kind: ClassVar[OpKind] = OpKind.AFFINE
@@ -106,23 +110,72 @@ class Affine:
     scale: Tensor | None = None
     shift: Tensor | None = None
     bias: Tensor | None = None
+    weight: Tensor | None = None
     covers_bias: bool = True
     weight_normalized: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttnPrefix:
-    """Extra keys and values that every token of the layer attends to, in one softmax with the real ones (`joint`).
+class LinearMap:
+    """x <- x R before (`side="input"`) or y <- y R after the base module, bias included. One of two forms.
 
-    Used as stored, never rotated. They are the cache's first l entries: every token sees them, but in layers with a
-    sliding window of w entries only until w - 1 others have followed. Shapes: key, value [l, H, D].
-    Source: Li and Liang "Prefix-Tuning"; He et al. equation 4.
+    `blocks`: R is a product of stages, the first one applied first. Stage k takes the columns in the order `order[k]`
+    (as they come without one), cuts them into n = d / b runs, multiplies run i by blocks[k, i], and puts the columns
+    back where they were. A single block is shared by all runs.
+    `reflections`, on the input side only: x <- x - 2 (x·u) u for each row u in turn (Householder).
+    Shapes: blocks [stages, n or 1, b, b], order [stages, d] int32, reflections [r, d] of unit rows.
+    Source: Qiu et al. "OFT"; Liu et al. "BOFT" section 4; Liao and Monz "RoAd"; Yuan et al. "HRA".
+    """
+
+    kind: ClassVar[OpKind] = OpKind.LINEAR_MAP
+    site: Site
+    side: Literal["input", "output"] = "input"
+    blocks: Tensor | None = None
+    order: Tensor | None = None
+    reflections: Tensor | None = None
+
+
+Layout = Literal["dense", "sparse", "kron", "circulant"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightDelta:
+    """y += scaling * ΔW @ x, with ΔW [d_out, d_in] held in one of four layouts.
+
+    `dense`: values is ΔW. `sparse`: ΔW[indices[0], indices[1]] = values, the values of a repeated place added.
+    `kron`: ΔW is the Kronecker product of left and values. `circulant`: blocks of b by b, of which block (m, n) has
+    values[m, n, (i - j) mod b] at row j, column i.
+    Shapes: values [d_out, d_in] | [nnz] | [d_out / a, d_in / c] | [d_out / b, d_in / b, b]; indices [2, nnz] int32;
+    left [a, c]. Source: Bhardwaj et al. "SHiRA"; Yeh et al. "LyCORIS" (LoKr); Chen et al. "C3A".
+    """
+
+    kind: ClassVar[OpKind] = OpKind.WEIGHT_DELTA
+    site: Site
+    layout: Layout
+    values: Tensor
+    indices: Tensor | None = None
+    left: Tensor | None = None
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttnPrefix:
+    """Extra keys and values that every token of the layer attends to: never rotated.
+
+    `joint`: in one softmax with the real ones, of which they are the first l: in layers with a sliding window of w
+    entries they are seen only until w - 1 others have followed. `separate`: in a softmax of their own, whose result
+    times `gate` is added at `ctx`. `projected=False`: key and value are what the layer's k and v projections are given
+    when the delta is placed. Shapes: key, value [l, H, D], not projected [l, d]; gate [1].
+    Source: Li and Liang "Prefix-Tuning"; He et al. equation 4; Zhang et al. "LLaMA-Adapter" section 3.2.
     """
 
     kind: ClassVar[OpKind] = OpKind.ATTN_PREFIX
     layer: int
     key: Tensor
     value: Tensor
+    merge: Literal["joint", "separate"] = "joint"
+    gate: Tensor | None = None
+    projected: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,10 +189,25 @@ class VirtualTokens:
     embeddings: Tensor
 
 
-Op = LowRank | Affine | AttnPrefix | VirtualTokens
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Rows of the token embedding (site `embed`) or of the language model head (`logits`) that are replaced.
+
+    At `embed`, token ids[i] is embedded as rows[i]; at `logits`, its logit is x · rows[i]. A delta for a backbone whose
+    head is tied to the embedding has both. Shapes: ids [n] int32, distinct, rows [n, d].
+    Source: PEFT `TrainableTokensLayer`.
+    """
+
+    kind: ClassVar[OpKind] = OpKind.ROWS
+    site: Site
+    ids: Tensor
+    rows: Tensor
+
+
+Op = LowRank | Affine | LinearMap | WeightDelta | AttnPrefix | VirtualTokens | Rows
 
 EXECUTED_OPS: Mapping[OpKind, type[Op]] = {
-    cls.kind: cls for cls in (LowRank, Affine, AttnPrefix, VirtualTokens)
+    cls.kind: cls for cls in (LowRank, Affine, LinearMap, WeightDelta, AttnPrefix, VirtualTokens, Rows)
 }
 
 
@@ -163,7 +231,7 @@ class Delta:
     @property
     def num_virtual_tokens(self) -> int:
         """Key-value entries that the delta owns in front of every request."""
-        lengths = [op.key.shape[0] for op in self.ops if isinstance(op, AttnPrefix)]
+        lengths = [op.key.shape[0] for op in self.ops if isinstance(op, AttnPrefix) and op.merge == "joint"]
         lengths += [op.embeddings.shape[0] for op in self.ops if isinstance(op, VirtualTokens)]
         return max(lengths, default=0)
 

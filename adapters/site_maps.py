@@ -207,6 +207,7 @@ def build_spec(
         head_dim=head_dim,
         max_positions=_max_positions(config),
         modules=tuple(modules),
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
     )
 
 

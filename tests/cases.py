@@ -20,16 +20,23 @@ from typing import Any, Literal
 import torch
 from peft import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     BeftConfig,
+    BOFTConfig,
+    C3AConfig,
     CartridgeConfig,
     CPTConfig,
     DeloraConfig,
     GraloraConfig,
+    HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MissConfig,
     MultitaskPromptTuningConfig,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     PolyConfig,
@@ -38,7 +45,10 @@ from peft import (
     PromptTuningConfig,
     PveraConfig,
     RandLoraConfig,
+    RoadConfig,
+    ShiraConfig,
     TaskType,
+    TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -127,12 +137,13 @@ class Case:
     seed: int = 1
     prepare: Callable[[PeftModel], None] = lambda _: None
     forward: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    sigma: float = 0.4
 
     def build(self, model: PreTrainedModel) -> PeftModel:
         """Adapt `model` in place and redraw all that training would change."""
         with quiet():
             adapted = get_peft_model(model, self.config())
-        randomise(adapted, self.seed)
+        randomise(adapted, self.seed, self.sigma)
         self.prepare(adapted)
         return adapted.eval()
 
@@ -181,9 +192,9 @@ def randomise(adapted: PeftModel, seed: int, sigma: float = 0.4) -> None:
         if not parameter.requires_grad:
             continue
         noise = torch.randn(parameter.shape, generator=generator) * sigma
-        if any(part in name for part in ("magnitude", "ia3_l", "delora_lambda")):
+        if any(part in name for part in ("magnitude", "ia3_l", "delora_lambda", "boft_s")):
             parameter.data = parameter.data * (1 + noise)
-        elif name.endswith("bias"):
+        elif name.endswith("bias") or "road_alpha" in name or "ln_tuning_layers" in name:
             parameter.data = parameter.data + noise
         else:
             parameter.data = noise
@@ -381,6 +392,7 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
         forward=_FIRST_TASK,
     ),
 )
+ROTATED = ["q_proj", "v_proj", "down_proj"]  # widths 32, 16 and 64 to 32
 
 PEFT_CASES: tuple[Case, ...] = (
     Case("lora_qv", "llama", _lora(target_modules=["q_proj", "v_proj"])),
@@ -436,6 +448,64 @@ PEFT_CASES: tuple[Case, ...] = (
     *_standard("gemma2", ["q_proj", "up_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
     *_standard("gemma3_text", ["k_proj", "o_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
     *LOW_RANK_FAMILY_CASES,
+    Case("oft", "llama", _of(OFTConfig, target_modules=ROTATED, oft_block_size=8), sigma=0.1),
+    Case(
+        "oft_terms",
+        "llama",
+        _of(OFTConfig, target_modules=["o_proj"], r=4, oft_block_size=0, num_cayley_neumann_terms=3),
+        sigma=0.1,
+    ),
+    Case(
+        "oft_cayley_shared",
+        "llama",
+        _of(
+            OFTConfig,
+            target_modules="all-linear",
+            oft_block_size=4,
+            block_share=True,
+            use_cayley_neumann=False,
+        ),
+    ),
+    Case("boft", "llama", _of(BOFTConfig, target_modules=ROTATED, boft_block_size=8)),
+    Case(
+        "boft_num", "llama", _of(BOFTConfig, target_modules=["up_proj"], boft_block_size=0, boft_block_num=2)
+    ),
+    *(
+        Case(variant, "llama", _of(RoadConfig, target_modules=ROTATED, variant=variant, group_size=8))
+        for variant in ("road_1", "road_2", "road_4")
+    ),
+    Case("hra", "llama", _of(HRAConfig, target_modules=ROTATED, r=5)),
+    Case("hra_gs", "llama", _of(HRAConfig, target_modules=["k_proj"], r=4, apply_GS=True)),
+    Case("shira", "llama", _of(ShiraConfig, target_modules=ROTATED, r=3)),
+    Case("lokr", "llama", _of(LoKrConfig, target_modules=ROTATED, r=2, alpha=3)),
+    Case(
+        "lokr_both",
+        "llama",
+        _of(
+            LoKrConfig,
+            target_modules=["q_proj", "gate_proj"],
+            r=1,
+            alpha=2,
+            decompose_both=True,
+            decompose_factor=4,
+            rank_pattern={"gate_proj": 40},
+            alpha_pattern={"gate_proj": 7},
+        ),
+    ),
+    Case("c3a", "llama", _of(C3AConfig, target_modules=ROTATED, block_size=8), sigma=4.0),
+    Case(
+        "c3a_pattern",
+        "llama",
+        _of(
+            C3AConfig, target_modules=["gate_proj"], block_size=16, block_size_pattern={"1.mlp.gate_proj": 32}
+        ),
+        sigma=4.0,
+    ),
+    Case("ln_tuning", "llama", _of(LNTuningConfig)),
+    Case("ln_tuning", "gpt2", _of(LNTuningConfig, target_modules=["ln_1", "ln_f"])),
+    Case("trainable_tokens", "llama", _of(TrainableTokensConfig, token_indices=list(range(40, 0, -2)))),
+    Case("trainable_tokens", "gpt2", _of(TrainableTokensConfig, token_indices=[*range(3, 40), 96])),
+    Case("adaption_prompt", "llama", _of(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
 )
 
 # The golden adapters that lower exactly; `tests/unit/adapters/test_formats_adapterhub.py` has the refused rest.

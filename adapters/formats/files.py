@@ -31,7 +31,6 @@ _PLAUSIBLE_HEADER_BYTES = (
 )
 
 SERVED_DTYPES = frozenset({"F32", "F16", "BF16"})
-
 # Tensors that hold positions, not values: only these may be integers.
 INDEX_DTYPES = frozenset({"U8", "I16", "I32", "I64"})
 INDEX_ENDINGS = ("_topk_indices", ".unilora_indices_A", ".unilora_indices_B")
@@ -168,7 +167,7 @@ def _check_entries(name: str, header: Mapping[str, Any], problems: Problems) -> 
         if len(shape) > MAX_TENSOR_RANK:
             problems.add(f"{where}: {len(shape)} dimensions, at most {MAX_TENSOR_RANK} are read.")
             readable = False
-        served = SERVED_DTYPES | INDEX_DTYPES if key.endswith(INDEX_ENDINGS) else SERVED_DTYPES
+        served = SERVED_DTYPES | _index_dtypes(key)
         if dtype not in served:
             known = quoted(dtype) if dtype in _KNOWN_DTYPES else "an unknown dtype"
             problems.add(
@@ -178,6 +177,17 @@ def _check_entries(name: str, header: Mapping[str, Any], problems: Problems) -> 
             readable &= dtype in _KNOWN_DTYPES
             refused.add(key)
     return refused if readable else None
+
+
+def _index_dtypes(key: str) -> frozenset[str]:
+    """The integer dtypes that a tensor of this name may have; validation checks what they point at.
+
+    Beside the methods' own names: places in a sparse matrix (SHiRA) and the content names of canonical files.
+    """
+    if key.endswith(INDEX_ENDINGS):
+        return INDEX_DTYPES
+    is_content_name = len(key) == 32 and all(char in "0123456789abcdef" for char in key)
+    return frozenset({"I32"}) if key.endswith("_indices") or is_content_name else frozenset()
 
 
 _KNOWN_DTYPES = frozenset({"F64", "I64", "I32", "I16", "I8", "U8", "BOOL"})

@@ -15,13 +15,17 @@ from adapters.backbone_spec import BackboneSpec
 from adapters.formats.base_claim import check_base
 from adapters.formats.files import Upload
 from adapters.formats.peft_adalora import read_adalora
+from adapters.formats.peft_adaption_prompt import read_adaption_prompt
 from adapters.formats.peft_beft import read_beft
 from adapters.formats.peft_delora import read_delora
 from adapters.formats.peft_gralora import read_gralora
+from adapters.formats.peft_hra import read_hra
 from adapters.formats.peft_ia3 import read_ia3
+from adapters.formats.peft_ln_tuning import read_ln_tuning
 from adapters.formats.peft_loha import read_loha
 from adapters.formats.peft_lora import read_lora
 from adapters.formats.peft_miss import read_miss
+from adapters.formats.peft_oft import read_boft, read_oft
 from adapters.formats.peft_poly import read_poly
 from adapters.formats.peft_prompt import (
     read_cartridge,
@@ -33,9 +37,12 @@ from adapters.formats.peft_prompt import (
 )
 from adapters.formats.peft_randlora import read_randlora
 from adapters.formats.peft_refused import REFUSED_METHODS
+from adapters.formats.peft_road import read_road
+from adapters.formats.peft_tokens import read_trainable_tokens
 from adapters.formats.peft_unilora import read_unilora
 from adapters.formats.peft_vblora import read_vblora
 from adapters.formats.peft_vera import read_pvera, read_vera
+from adapters.formats.peft_weight_delta import read_c3a, read_lokr, read_shira
 from adapters.formats.problems import Problems, name_or_kind
 from adapters.normal_form import Delta, Op
 
@@ -62,6 +69,16 @@ READERS: Mapping[str, Reader] = {
     "UNILORA": read_unilora,
     "VBLORA": read_vblora,
     "VERA": read_vera,
+    "OFT": read_oft,
+    "BOFT": read_boft,
+    "ROAD": read_road,
+    "HRA": read_hra,
+    "SHIRA": read_shira,
+    "LOKR": read_lokr,
+    "C3A": read_c3a,
+    "LN_TUNING": read_ln_tuning,
+    "TRAINABLE_TOKENS": read_trainable_tokens,
+    "ADAPTION_PROMPT": read_adaption_prompt,
 }
 
 

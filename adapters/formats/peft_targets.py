@@ -38,50 +38,67 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
 
 
 def expected_paths(
-    config: Mapping[str, Any], spec: BackboneSpec, adapted: Collection[str], problems: Problems
+    config: Mapping[str, Any],
+    spec: BackboneSpec,
+    adapted: Collection[str],
+    problems: Problems,
+    kinds: Collection[str] = LINEAR_KINDS,
 ) -> set[str]:
     """Paths of the modules that must have tensors.
 
-    `config`: the checked `target_modules` and, where the method has them, `exclude_modules` and
-    `layers_to_transform`.
+    `config`: the checked `target_modules` and, where the method has them, `exclude_modules`, `layers_to_transform`.
     `adapted`: the paths that have tensors; they decide where the config holds a regular expression or nothing.
+    `kinds`: the kinds of modules that the method adapts.
     """
     targets = config["target_modules"]
     excluded = config.get("exclude_modules") or ()
     if isinstance(targets, list):
         return {
             module.path
-            for module in _named(targets, spec, problems)
+            for module in _named(targets, spec, problems, kinds)
             if not matches(module.path, excluded)
             and _in_layers(module, config.get("layers_to_transform"), targets)
         }
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        linear = (module for module in _linear(spec) if _layer(module) is not None)
-        return {module.path for module in linear if not matches(module.path, excluded)}
-    return _same_in_every_layer(spec, adapted)
+        inside = (module for module in _of_kinds(spec, kinds) if _layer(module) is not None)
+        return {module.path for module in inside if not matches(module.path, excluded)}
+    return _same_in_every_layer(spec, adapted, kinds)
 
 
-def _named(targets: Sequence[str], spec: BackboneSpec, problems: Problems) -> list[ModuleSpec]:
-    linear = []
+def _named(
+    targets: Sequence[str], spec: BackboneSpec, problems: Problems, kinds: Collection[str]
+) -> list[ModuleSpec]:
+    named = []
     for module in spec.modules:
         if not matches(module.path, targets):
             continue
-        if module.shape.kind in LINEAR_KINDS:
-            linear.append(module)
+        if module.shape.kind in kinds:
+            named.append(module)
         else:
             problems.add(
-                f"target_modules: {quoted(module.path)} is {_ARTICLES[module.shape.kind]}; only linear modules can be "
-                "adapted here at present.",
+                f"target_modules: {quoted(module.path)} is {_ARTICLES[module.shape.kind]}; only "
+                f"{_KINDS_SHOWN.get(frozenset(kinds), 'linear modules')} can be adapted here at present.",
                 param="target_modules",
             )
-    return linear
+    return named
 
 
-_ARTICLES = {"norm": "a norm", "embedding": "an embedding", "layer": "a whole layer"}
+_ARTICLES = {
+    "linear": "a linear module",
+    "conv1d": "a Conv1D",
+    "norm": "a norm",
+    "embedding": "an embedding",
+    "layer": "a whole layer",
+}
+_KINDS_SHOWN = {
+    frozenset({"linear"}): "linear modules (PEFT has no Conv1D with this method)",
+    frozenset({"norm"}): "norms",
+    frozenset({"embedding"}): "embeddings",
+}
 
 
-def _linear(spec: BackboneSpec) -> list[ModuleSpec]:
-    return [module for module in spec.modules if module.shape.kind in LINEAR_KINDS]
+def _of_kinds(spec: BackboneSpec, kinds: Collection[str]) -> list[ModuleSpec]:
+    return [module for module in spec.modules if module.shape.kind in kinds]
 
 
 def _layer(module: ModuleSpec) -> int | None:
@@ -97,12 +114,12 @@ def _in_layers(module: ModuleSpec, layers: int | Sequence[int] | None, targets: 
     return _layer(module) in ([layers] if isinstance(layers, int) else layers)
 
 
-def _same_in_every_layer(spec: BackboneSpec, adapted: Collection[str]) -> set[str]:
+def _same_in_every_layer(spec: BackboneSpec, adapted: Collection[str], kinds: Collection[str]) -> set[str]:
     """The adapted modules, completed so that every layer has the kinds of modules that any layer has."""
-    present = [module for module in _linear(spec) if module.path in adapted]
-    kinds = {frozenset(part.site.name for part in module.writes) for module in present}
+    present = [module for module in _of_kinds(spec, kinds) if module.path in adapted]
+    sites = {frozenset(part.site.name for part in module.writes) for module in present}
     return {
         module.path
-        for module in _linear(spec)
-        if frozenset(part.site.name for part in module.writes) in kinds
+        for module in _of_kinds(spec, kinds)
+        if frozenset(part.site.name for part in module.writes) in sites
     }

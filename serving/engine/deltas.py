@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, VirtualTokens
+from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, Rows, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
 from serving.memory.host_cache import HostCache
@@ -108,10 +108,16 @@ class DeltaManager:
     def _device_bytes(self, delta: Delta) -> int:
         """What `place` will take: fp32 weights, and keys and values in the backbone's dtype."""
         spec, width = self.runner.backbone.spec, self.runner.backbone.dtype.itemsize
-        prefixes = [op for op in delta.ops if isinstance(op, AttnPrefix | VirtualTokens)]
+        prefixes = [op for op in delta.ops if isinstance(op, VirtualTokens) or _is_joint(op)]
         entries = delta.num_virtual_tokens * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
         in_prefixes = sum(t.numel() for i, _, t in delta.tensors() if delta.ops[i] in prefixes)
-        return 4 * (delta.num_parameters - in_prefixes) + (entries * width if prefixes else 0)
+        # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
+        doubled = sum(
+            t.numel()
+            for i, _, t in delta.tensors()
+            if isinstance(delta.ops[i], LinearMap | WeightDelta | Rows | AttnPrefix)
+        )
+        return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
 
     def admit(self, delta: Delta, digest: str) -> AdmissionProof:
         """Place `delta` and measure what it does.
@@ -151,6 +157,8 @@ class DeltaManager:
         backbone, prefix = self.runner.backbone, placed.prefix_len
         draw = torch.Generator().manual_seed(0)
         row = torch.randint(0, backbone.spec.vocab_size, (PROBE_TOKENS,), generator=draw)
+        for weights in (w for ops in placed.modules.values() for w in ops.embeddings):
+            row[::2] = weights.ids.cpu()[torch.arange(PROBE_TOKENS // 2) % len(weights.ids)]
         cache = backbone.new_cache(2, prefix + PROBE_TOKENS)
         if placed.prefix is not None:
             cache.write_prefix(1, placed.prefix)
@@ -196,3 +204,7 @@ class DeltaManager:
     def _report(self) -> None:
         self._metrics.adapters_resident.set(len(self.residency))
         self._metrics.adapter_bytes.set(self.residency.used_bytes)
+
+
+def _is_joint(op: Op) -> bool:
+    return isinstance(op, AttnPrefix) and op.merge == "joint"

@@ -41,6 +41,95 @@ class AffineWeights:
     stop: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseWeights:
+    """A placed dense WeightDelta: matrix [columns, I]; columns [start, stop) are written."""
+
+    matrix: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseWeights:
+    """A placed sparse WeightDelta: matrix [columns, I], coalesced COO; columns [start, stop) are written."""
+
+    matrix: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KronWeights:
+    """A placed Kronecker product: left [a, c], right [b, d], c·d = I; the a·b columns [start, stop) are written."""
+
+    left: Tensor
+    right: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CirculantWeights:
+    """A placed block-circulant WeightDelta of blocks of b.
+
+    spectrum [columns / b, I / b, b // 2 + 1] complex64 is the conjugated real Fourier transform of the kernels.
+    """
+
+    spectrum: Tensor
+    size: int
+    start: int
+    stop: int
+
+
+WeightDeltaWeights = DenseWeights | SparseWeights | KronWeights | CirculantWeights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearMapWeights:
+    """A placed LinearMap of stages over columns [start, stop).
+
+    Shapes: blocks [stages, n, b, b] fp32 (n may be a broadcast view), order [stages, columns] int64 or None.
+    """
+
+    blocks: Tensor
+    order: Tensor | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsWeights:
+    """Placed Rows: ids [n] int64, ascending, rows [n, d] fp32."""
+
+    ids: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptWeights:
+    """A placed separate AttnPrefix: key, value [kv_heads, l, D] fp32, value times the gate."""
+
+    key: Tensor
+    value: Tensor
+
+
+class PromptSegment(NamedTuple):
+    """Tokens [start, stop) attend to `weights`."""
+
+    start: int
+    stop: int
+    weights: PromptWeights
+
+
+class RowsSegment(NamedTuple):
+    """Tokens [start, stop) have `weights` in place of rows of the base weight."""
+
+    start: int
+    stop: int
+    weights: RowsWeights
+
+
 class LowRankSegment(NamedTuple):
     """Tokens [start, stop) go through `weights`."""
 
@@ -55,6 +144,22 @@ class AffineSegment(NamedTuple):
     start: int
     stop: int
     weights: AffineWeights
+
+
+class WeightDeltaSegment(NamedTuple):
+    """Tokens [start, stop) go through `weights`."""
+
+    start: int
+    stop: int
+    weights: WeightDeltaWeights
+
+
+class LinearMapSegment(NamedTuple):
+    """Tokens [start, stop) go through `weights`."""
+
+    start: int
+    stop: int
+    weights: LinearMapWeights
 
 
 class DeltaKernels(Protocol):
@@ -73,5 +178,46 @@ class DeltaKernels(Protocol):
         """Scale and shift each segment's columns in place.
 
         Semantics: y[t, cols] = y[t, cols] * scale + shift. Shapes: y [T, O] fp32. Source: IA3 section 3.3.
+        """
+        ...
+
+    def add_weight_delta(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[WeightDeltaSegment]) -> None:
+        """Add each segment's ΔW x in place.
+
+        Semantics: y[t, cols] += x[t] @ ΔW.T, with ΔW as the weights' class says; a Kronecker product is never formed:
+        with x[t] as X [c, d], ΔW x = left X right.T. Shapes: y [T, O] fp32, x [T, I] fp32.
+        Source: SHiRA; LyCORIS (LoKr); C3A, where ΔW is a product in the Fourier domain.
+        """
+        ...
+
+    def apply_linear_map(self, y_TO: Tensor, segments: Sequence[LinearMapSegment]) -> None:
+        """Multiply each segment's columns by its stages in place, the first stage first.
+
+        Semantics per stage k: z = y[t, cols][order[k]] cut into n runs; z[i] = z[i] @ blocks[k, i];
+        y[t, cols][order[k]] = z. Shapes: y [T, O] fp32. Source: OFT; BOFT section 4; RoAd.
+        """
+        ...
+
+    def replace_embeddings(self, y_TO: Tensor, ids_T: Tensor, segments: Sequence[RowsSegment]) -> None:
+        """Overwrite the embeddings of the tokens that each segment replaces.
+
+        Semantics: y[t] = rows[i] where ids_T[t] == ids[i]. Shapes: y [T, d] fp32, ids_T [T] integers.
+        """
+        ...
+
+    def replace_logits(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[RowsSegment]) -> None:
+        """Overwrite the logits of the tokens that each segment replaces.
+
+        Semantics: y[t, ids[i]] = x[t] · rows[i]. Shapes: y [T, V] fp32, x [T, d] fp32.
+        """
+        ...
+
+    def add_prompt_attention(
+        self, y_TO: Tensor, query_HTD: Tensor, scaling: float, segments: Sequence[PromptSegment]
+    ) -> None:
+        """Add each segment's attention to a prompt of its own, in its own softmax, in place.
+
+        Semantics: y[t, h] += softmax(scaling * query[h, t] @ key[g].T) @ value[g], g the key head of h.
+        Shapes: y [T, H * D] fp32, query [H, T, D] after rotary. Source: LLaMA-Adapter section 3.2.
         """
         ...

@@ -9,7 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.normal_form import Activation
-from serving.kernels.ops import AffineSegment, LowRankSegment
+from serving.kernels.ops import (
+    AffineSegment,
+    CirculantWeights,
+    DenseWeights,
+    KronWeights,
+    LinearMapSegment,
+    LowRankSegment,
+    PromptSegment,
+    RowsSegment,
+    SparseWeights,
+    WeightDeltaSegment,
+    WeightDeltaWeights,
+)
 
 
 def _gelu_new(x: Tensor) -> Tensor:
@@ -25,6 +37,25 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "sigmoid": torch.sigmoid,
 }
+
+
+def _weight_delta(x: Tensor, w: WeightDeltaWeights) -> Tensor:
+    """x @ ΔW.T, [tokens, columns]."""
+    tokens = x.shape[0]
+    match w:
+        case DenseWeights():
+            return torch.mm(x, w.matrix.t())
+        case SparseWeights():
+            product: Tensor = torch.sparse.mm(w.matrix, x.t())
+            return product.t()
+        case KronWeights():
+            (_, c), (_, d) = w.left.shape, w.right.shape
+            return torch.matmul(w.left, x.reshape(tokens, c, d) @ w.right.t()).flatten(1)
+        case CirculantWeights():
+            spectrum = torch.fft.rfft(x.reshape(tokens, -1, w.size))
+            turned = torch.einsum("tnf,mnf->tmf", spectrum, w.spectrum)
+            rows: Tensor = torch.fft.irfft(turned, n=w.size)
+            return rows.flatten(1)
 
 
 class ReferenceKernels:
@@ -48,3 +79,36 @@ class ReferenceKernels:
                 y.mul_(w.scale)
             if w.shift is not None:
                 y.add_(w.shift)
+
+    def add_weight_delta(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[WeightDeltaSegment]) -> None:
+        for start, stop, w in segments:
+            y_TO[start:stop, w.start : w.stop] += _weight_delta(x_TI[start:stop], w)
+
+    def apply_linear_map(self, y_TO: Tensor, segments: Sequence[LinearMapSegment]) -> None:
+        for start, stop, w in segments:
+            y = y_TO[start:stop, w.start : w.stop]
+            for stage, blocks in enumerate(w.blocks):
+                count, size, _ = blocks.shape
+                order = slice(None) if w.order is None else w.order[stage]
+                runs = y[:, order].reshape(-1, count, size).transpose(0, 1)
+                y[:, order] = torch.bmm(runs, blocks).transpose(0, 1).flatten(1)
+
+    def replace_embeddings(self, y_TO: Tensor, ids_T: Tensor, segments: Sequence[RowsSegment]) -> None:
+        for start, stop, w in segments:
+            tokens = ids_T[start:stop]
+            found = torch.searchsorted(w.ids, tokens).clamp_(max=len(w.ids) - 1)
+            hit = (w.ids[found] == tokens)[:, None]
+            y_TO[start:stop] = torch.where(hit, w.rows[found], y_TO[start:stop])
+
+    def replace_logits(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[RowsSegment]) -> None:
+        for start, stop, w in segments:
+            y_TO[start:stop, w.ids] = torch.mm(x_TI[start:stop], w.rows.t())
+
+    def add_prompt_attention(
+        self, y_TO: Tensor, query_HTD: Tensor, scaling: float, segments: Sequence[PromptSegment]
+    ) -> None:
+        for start, stop, w in segments:
+            groups = query_HTD.shape[0] // w.key.shape[0]
+            key, value = (x.repeat_interleave(groups, dim=0) for x in (w.key, w.value))
+            scores = torch.bmm(query_HTD[:, start:stop].to(torch.float32), key.mT) * scaling
+            y_TO[start:stop] += torch.bmm(scores.softmax(dim=-1), value).transpose(0, 1).flatten(1)

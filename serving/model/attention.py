@@ -52,6 +52,7 @@ def attention(
             f"Attention got {', '.join(unknown) or 'a forward pass outside the engine'}, which it does not execute.",
             param="backbone",
         )
+    context.query, context.scaling = query[0], scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     return context.attention.attend(layer, query, key, value, scaling, sliding_window, softcap), None
 

@@ -50,12 +50,15 @@ class AttentionPlan(Protocol):
 class ForwardContext:
     """One batch's view. `programs[i]` is what module i does beside its base forward, None for nothing.
 
-    `captured` holds the sites that other modules read, filled by the modules that see them.
+    `captured` holds the sites that other modules read, filled by the modules that see them. `query` [heads, T, D]
+    after rotary and `scaling` are those of the attention that ran last, filled by the attention function.
     """
 
     programs: Sequence[ModuleProgram | None]
     attention: AttentionPlan
     captured: dict[Site, Tensor] = field(default_factory=dict)
+    query: Tensor | None = None
+    scaling: float = 1.0
 
 
 class _Active(threading.local):

@@ -12,12 +12,28 @@ from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec, Slice
 from adapters.errors import InvalidDelta
-from adapters.normal_form import Affine, AttnPrefix, Delta, LowRank, Site, VirtualTokens
+from adapters.normal_form import (
+    Affine,
+    AttnPrefix,
+    Delta,
+    LinearMap,
+    LowRank,
+    Rows,
+    Site,
+    WeightDelta,
+)
 from serving.kernels.ops import AffineWeights, DeltaKernels, LowRankWeights
 from serving.model.backbone import Backbone
-from serving.model.context import ForwardContext
-from serving.model.kv_cache import RowSpan
-from serving.model.programs import DeltaSegment, PlacedDelta, PlacedModule, compile_programs
+from serving.model.place_matrices import (
+    Copy,
+    place_blocks,
+    place_reflections,
+    place_replaced_norm,
+    place_rows,
+    place_weight_delta,
+)
+from serving.model.place_prefix import base_parameter, place_prefix, place_prompt
+from serving.model.programs import PlacedDelta, PlacedModule
 
 
 def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) -> PlacedDelta:
@@ -39,6 +55,10 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
             placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
         elif isinstance(op, Affine):
             placer.affines[op.site, op.side].append(op)
+        elif isinstance(op, AttnPrefix) and op.merge == "separate":
+            placer.prompts.append(op)
+        elif isinstance(op, LinearMap | WeightDelta | Rows):
+            placer.matrices.append(op)
     modules = placer.modules()
     placed = PlacedDelta(
         digest=digest,
@@ -48,7 +68,7 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
         position_offset=delta.position_offset,
         device_bytes=placer.device_bytes,
     )
-    if (prefix := _prefix(delta, placed, backbone, kernels)) is not None:
+    if (prefix := place_prefix(delta, placed, backbone, kernels)) is not None:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
     return placed
@@ -63,17 +83,20 @@ class _Placer:
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
+        self.matrices: list[LinearMap | WeightDelta | Rows] = []
+        self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
         self.device_bytes = 0
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """An fp32 copy on the device; the same tensor is copied once."""
-        if id(tensor) not in self._copies:
-            copy = tensor.to(self.backbone.device, torch.float32, copy=True).contiguous()
-            self._copies[id(tensor)] = (tensor, copy)  # the source too: a freed tensor's id comes back
+    def to_device(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A copy on the device; the same tensor is copied once."""
+        key = (id(tensor), dtype)
+        if key not in self._copies:
+            copy = tensor.to(self.backbone.device, dtype, copy=True).contiguous()
+            self._copies[key] = (tensor, copy)  # the source too: a freed tensor's id comes back
             self.device_bytes += copy.nbytes
-        return self._copies[id(tensor)][1]
+        return self._copies[key][1]
 
     def modules(self) -> dict[int, PlacedModule]:
         placed: dict[int, PlacedModule] = defaultdict(PlacedModule)
@@ -89,8 +112,48 @@ class _Placer:
                 shift = _sum([op.shift for op in affines])
                 target.inputs.append(self._affine(scale, shift, 0, module.shape.d_in))
             else:
-                target.outputs.append(self._output_affine(affines, module, part))
+                self._place_output_affines(target, affines, module, part)
+        for matrix in self.matrices:
+            module, part = self.spec.writer[matrix.site]
+            self._place_matrix(placed[self.index[module.path]], matrix, part, module)
+        for prompt in self.prompts:
+            module, _ = self.spec.writer[Site("o.out", prompt.layer)]
+            placed[self.index[module.path]].prompts.append(
+                place_prompt(prompt, self.backbone, self.to_device)
+            )
         return dict(placed)
+
+    def _place_matrix(
+        self, target: PlacedModule, op: LinearMap | WeightDelta | Rows, part: Slice, module: ModuleSpec
+    ) -> None:
+        copy: Copy = self.to_device
+        if isinstance(op, WeightDelta):
+            target.weight_deltas.append(
+                place_weight_delta(op, part.start, part.stop, module.shape.d_in, copy)
+            )
+        elif isinstance(op, Rows):
+            (target.logits if op.site.name == "logits" else target.embeddings).append(place_rows(op, copy))
+        elif op.reflections is not None:
+            target.reflections.append(place_reflections(op.reflections, copy))
+        elif op.side == "input":
+            target.input_maps.append(place_blocks(op, 0, module.shape.d_in, copy))
+        else:
+            target.output_maps.append(place_blocks(op, part.start, part.stop, copy))
+
+    def _place_output_affines(
+        self, target: PlacedModule, ops: Sequence[Affine], module: ModuleSpec, part: Slice
+    ) -> None:
+        """A replaced norm weight makes the norm itself anew, bias included; the rest acts on its output."""
+        weight = next((op.weight for op in ops if op.weight is not None), None)
+        bias = next((op.bias for op in ops if op.bias is not None), None)
+        if weight is not None:
+            base = self.backbone.model.get_submodule(module.path)
+            target.replacement = place_replaced_norm(base, weight, bias, self.to_device)
+            bias = None if bias is None else bias.float()
+        if weight is None or any(op.scale is not None or op.shift is not None for op in ops):
+            target.outputs.append(
+                self._output_affine(ops, module, part, bias if weight is not None else None)
+            )
 
     def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
         weights = LowRankWeights(
@@ -111,8 +174,13 @@ class _Placer:
             self.taps[op.read] = next(i for i, m in enumerate(self.spec.modules) if m.read == op.read)
             target.remote.append((op.read, weights))
 
-    def _output_affine(self, ops: Sequence[Affine], module: ModuleSpec, part: Slice) -> AffineWeights:
-        """Fold scale, bias replacement and shift of one site into y * scale + shift over the base output W x + b."""
+    def _output_affine(
+        self, ops: Sequence[Affine], module: ModuleSpec, part: Slice, replaced: Tensor | None
+    ) -> AffineWeights:
+        """Fold scale, bias replacement and shift of one site into y * scale + shift over the base output W x + b.
+
+        `replaced`: the bias that a replaced module has in its output already.
+        """
         columns = slice(part.start, part.stop)
         base_module = self.backbone.model.get_submodule(module.path)
         old = (
@@ -121,6 +189,7 @@ class _Placer:
             else torch.zeros(part.stop - part.start)
         )
         new = next((op.bias.float() for op in ops if op.bias is not None), old)
+        old = old if replaced is None else replaced
         scales = [op for op in ops if op.scale is not None]
         shift = _sum([op.shift for op in ops])
         if not scales:
@@ -138,7 +207,7 @@ class _Placer:
 
     def _row_norms(self, module: ModuleSpec, part: Slice) -> Tensor:
         """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA)."""
-        weight = _parameter(self.backbone, module, "weight")
+        weight = base_parameter(self.backbone, module, "weight")
         rows = (weight.t() if module.shape.kind == "conv1d" else weight)[part.start : part.stop].clone()
         for op in self.low_ranks[module.path]:
             if op.write == part.site and not op.sequential:
@@ -192,12 +261,6 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
     return joined
 
 
-def _parameter(backbone: Backbone, module: ModuleSpec, name: str) -> Tensor:
-    """A parameter of the base module, as served, in fp32 on the host."""
-    parameter: Tensor = backbone.model.get_parameter(f"{module.path}.{name}")
-    return parameter.float().cpu()
-
-
 def _product(factors: Sequence[Tensor | None]) -> Tensor | None:
     given = [factor.float() for factor in factors if factor is not None]
     return torch.stack(given).prod(dim=0) if given else None
@@ -206,32 +269,3 @@ def _product(factors: Sequence[Tensor | None]) -> Tensor | None:
 def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
     given = [term.float() for term in terms if term is not None]
     return torch.stack(given).sum(dim=0) if given else None
-
-
-def _prefix(
-    delta: Delta, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
-) -> list[tuple[Tensor, Tensor]] | None:
-    """The keys and values that the delta owns, per layer, or None."""
-    layers = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix)}
-    virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
-    if virtual is not None:
-        return _run_virtual_tokens(virtual, placed, backbone, kernels)
-    if not layers:
-        return None
-    device, dtype = backbone.device, backbone.dtype
-    ordered = [layers[layer] for layer in range(backbone.spec.num_layers)]
-    return [(op.key.to(device, dtype), op.value.to(device, dtype)) for op in ordered]
-
-
-def _run_virtual_tokens(
-    op: VirtualTokens, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
-) -> list[tuple[Tensor, Tensor]]:
-    length = op.embeddings.shape[0]
-    cache = backbone.new_cache(num_slots=1, max_len=length)
-    spec = backbone.spec
-    segments = [DeltaSegment(0, length, placed)]
-    programs = compile_programs(len(spec.modules), kernels, segments, [], backbone.logit_modules)
-    context = ForwardContext(programs, cache.plan([RowSpan(0, length, slot=0, past=0)]))
-    positions = torch.arange(length, device=backbone.device)
-    backbone.forward(op.embeddings.to(backbone.device, backbone.dtype), positions, context, logits_rows=None)
-    return cache.read(0, length)

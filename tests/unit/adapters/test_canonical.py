@@ -18,7 +18,18 @@ from torch import Tensor
 from adapters.canonical import Canonical, digest_of, from_canonical, to_canonical, typology
 from adapters.errors import InvalidDelta
 from adapters.formats import read_directory, read_upload
-from adapters.normal_form import Affine, AttnPrefix, Delta, LowRank, Op, Site, VirtualTokens
+from adapters.normal_form import (
+    Affine,
+    AttnPrefix,
+    Delta,
+    LinearMap,
+    LowRank,
+    Op,
+    Rows,
+    Site,
+    VirtualTokens,
+    WeightDelta,
+)
 from tests.cases import (
     DIGEST,
     GOLDEN_CASES,
@@ -58,6 +69,23 @@ def sample() -> Delta:
         Affine(site=Site("down.out", 2), side="input", scale=random(64)),
         Affine(site=Site("q.out", 0), scale=random(32), covers_bias=False, weight_normalized=True),
         Affine(site=Site("o.out", 0), shift=random(32).half()),
+        Affine(site=Site("final"), weight=random(32)),
+        LinearMap(
+            site=Site("q.out", 0),
+            side="output",
+            blocks=random(1, 4, 8, 8),
+            order=torch.arange(32).int()[None],
+        ),
+        LinearMap(site=Site("k.out", 0), reflections=torch.eye(32)[:2]),
+        WeightDelta(
+            site=Site("v.out", 0),
+            layout="sparse",
+            values=random(3),
+            indices=torch.tensor([[0, 1, 2], [5, 4, 3]], dtype=torch.int32),
+            scaling=2.0,
+        ),
+        WeightDelta(site=Site("v.out", 1), layout="kron", values=random(4, 8), left=random(4, 4)),
+        Rows(site=Site("embed"), ids=torch.tensor([3, 1], dtype=torch.int32), rows=random(2, 32)),
         *(AttnPrefix(layer=layer, key=random(5, 2, 8), value=random(5, 2, 8)) for layer in range(3)),
     )
     return Delta(
@@ -184,9 +212,17 @@ def test_the_digest_knows_where_one_file_ends() -> None:
 
 def test_typology_follows_from_the_ops() -> None:
     assert typology(sample()) == {
-        "insertion_form": ["addition", "parallel", "prefix", "scaling", "sequential"],
-        "workspace": ["down.out", "k.out", "layer.out", "o.out", "q.out"],
-        "op_kinds": ["affine", "attn_prefix", "low_rank"],
+        "insertion_form": [
+            "addition",
+            "parallel",
+            "prefix",
+            "replacement",
+            "scaling",
+            "sequential",
+            "transformation",
+        ],
+        "workspace": ["down.out", "embed", "final", "k.out", "layer.out", "o.out", "q.out", "v.out"],
+        "op_kinds": ["affine", "attn_prefix", "linear_map", "low_rank", "rows", "weight_delta"],
     }
     stored = json.loads(to_canonical(sample()).manifest)["typology"]
     assert stored == typology(sample()) | {"num_parameters": sample().num_parameters}
@@ -269,7 +305,7 @@ def test_bad_files_are_refused() -> None:
     assert "truncated" in str(refusal((pair.manifest, pair.tensors[:40])))
     assert "appears twice" in str(refusal((b'{"format": 1, "format": 1}', pair.tensors)))
     spoiled = load(pair.tensors)
-    name = next(iter(spoiled))
+    name = next(key for key, tensor in spoiled.items() if tensor.is_floating_point())
     spoiled[name].view(-1)[0] = math.nan
     assert f"'{name}' has 1 non-finite value" in str(refusal((pair.manifest, save(spoiled))))
 

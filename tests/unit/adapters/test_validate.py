@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.normal_form import Affine, AttnPrefix, Delta, LowRank, Op, Site, VirtualTokens
+from adapters.normal_form import (
+    Affine,
+    AttnPrefix,
+    Delta,
+    LinearMap,
+    LowRank,
+    Op,
+    Rows,
+    Site,
+    VirtualTokens,
+    WeightDelta,
+)
 from adapters.validate import check
 from tests.cases import DIGEST, spec_of, tiny_backbone
 
@@ -36,6 +47,31 @@ def prefixes(length: int = 5, **changes: Any) -> list[AttnPrefix]:
 def delta(*ops: Op, **changes: Any) -> Delta:
     return Delta(method="test", ops=ops, **{"backbone_digest": DIGEST, **changes})
 
+
+def blocks(site: str = "q.out", **changes: Any) -> LinearMap:
+    values: dict[str, Any] = {"blocks": ones(2, 4, 8, 8), **changes}
+    return LinearMap(site=Site(site, 0), **values)
+
+
+def plus(layout: str, values: Tensor, site: str = "v.out", **changes: Any) -> WeightDelta:
+    return WeightDelta(site=Site(site, 0), layout=layout, values=values, **changes)  # type: ignore[arg-type]
+
+
+def places(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def new_rows(*ids: int, **changes: Any) -> Rows:
+    values: dict[str, Any] = {"site": Site("embed"), "rows": ones(len(ids), 32), **changes}
+    return Rows(ids=torch.tensor(ids, dtype=torch.int32), **values)
+
+
+def prompted(layer: int = 1, **changes: Any) -> AttnPrefix:
+    values: dict[str, Any] = {"key": ones(4, 32), "value": ones(4, 32), "gate": ones(1), **changes}
+    return AttnPrefix(layer=layer, merge=values.pop("merge", "separate"), **{"projected": False, **values})
+
+
+SHUFFLED = torch.stack([torch.arange(32), torch.arange(32).flip(0)]).int()
 
 GOOD: dict[str, tuple[Delta, Any]] = {
     "parallel": (delta(low_rank()), LLAMA),
@@ -75,6 +111,26 @@ GOOD: dict[str, tuple[Delta, Any]] = {
     "prefix at position 0": (delta(*prefixes(), position_offset=0), LLAMA),
     "longest prefix": (delta(*prefixes(255)), LLAMA),
     "prompt": (delta(VirtualTokens(embeddings=ones(3, 32)), position_offset=3), LLAMA),
+    "rotation": (delta(blocks()), LLAMA),
+    "shuffled rotation": (delta(blocks(order=SHUFFLED)), LLAMA),
+    "shared block": (delta(blocks(blocks=ones(1, 1, 2, 2))), GPT2),
+    "rotations on both sides": (delta(blocks(), blocks(side="output")), LLAMA),
+    "rotation of a slice": (delta(blocks("v.out", side="output")), GPT2),
+    "reflections": (delta(blocks(blocks=None, reflections=torch.eye(32)[:3])), LLAMA),
+    "dense": (delta(plus("dense", ones(16, 32)), plus("dense", ones(16, 32))), LLAMA),
+    "sparse": (delta(plus("sparse", ones(3), indices=places([0, 15, 15], [31, 0, 0]))), LLAMA),
+    "kron": (delta(plus("kron", ones(4, 16), left=ones(4, 2))), LLAMA),
+    "circulant": (delta(plus("circulant", ones(4, 8, 4), scaling=0.5)), LLAMA),
+    "rows": (
+        delta(
+            Rows(site=Site("embed"), ids=places([5, 96])[0], rows=ones(2, 32)),
+            Rows(site=Site("logits"), ids=places([5, 96])[0], rows=ones(2, 32)),
+        ),
+        GPT2,
+    ),
+    "prompts of their own": (delta(prompted(1), prompted(2)), LLAMA),
+    "projected prompt": (delta(prompted(key=ones(4, 2, 8), value=ones(4, 2, 8), projected=True)), LLAMA),
+    "norm weight": (delta(Affine(site=Site("final"), weight=ones(32))), LLAMA),
     "prompt and LoRA": (delta(low_rank(), VirtualTokens(embeddings=ones(3, 32)), position_offset=3), LLAMA),
 }
 
@@ -220,6 +276,65 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(VirtualTokens(embeddings=ones(3, 31)), position_offset=3), LLAMA, ("embeddings: shape [3, 31]",)),
     (delta(VirtualTokens(embeddings=torch.ones(())), position_offset=0), LLAMA, ("embeddings: shape []",)),
     (delta(low_rank(), position_offset=1), LLAMA, ("position_offset: 1, expected 0",)),
+    (delta(blocks(blocks=None)), LLAMA, ("either blocks or reflections",)),
+    (delta(blocks(reflections=torch.eye(32)[:1])), LLAMA, ("either blocks or reflections",)),
+    (delta(blocks(blocks=ones(1, 4, 8, 7))), LLAMA, ("blocks: shape [1, 4, 8, 7]",)),
+    (delta(blocks(blocks=ones(1, 3, 8, 8))), LLAMA, ("3 of size 8 do not cut 32 columns",)),
+    (delta(blocks(blocks=ones(1, 6, 5, 5))), LLAMA, ("6 of size 5 do not cut 32 columns",)),
+    (delta(blocks(blocks=ones(33, 1, 2, 2))), LLAMA, ("33 stages",)),
+    (delta(blocks(blocks="x")), LLAMA, ("blocks: expected a tensor",)),
+    (delta(blocks(order=SHUFFLED[:1])), LLAMA, ("order: shape [1, 32], expected [2, 32]",)),
+    (delta(blocks(order=SHUFFLED * 0)), LLAMA, ("order: each row must name every column once",)),
+    (delta(blocks(order=SHUFFLED.float())), LLAMA, ("order: expected an int32 tensor",)),
+    (delta(blocks(order=SHUFFLED, blocks=None)), LLAMA, ("order: only blocks",)),
+    (delta(blocks(side="left")), LLAMA, ("side",)),
+    (delta(blocks(), blocks()), LLAMA, ("2 LinearMap ops at model.layers.0.self_attn.q_proj, input side",)),
+    (delta(blocks(), blocks("k.out")), GPT2, ("2 LinearMap ops at transformer.h.0.attn.c_attn, input side",)),
+    (delta(blocks("attn.x")), LLAMA, ("kind norm",)),
+    (delta(blocks(blocks=None, reflections=ones(2, 32))), LLAMA, ("rows of norm 1",)),
+    (delta(blocks(blocks=None, reflections=torch.eye(32)[:, :31])), LLAMA, ("reflections: shape",)),
+    (delta(blocks(blocks=None, reflections=ones(0, 32))), LLAMA, ("reflections: 0 rows",)),
+    (delta(blocks(blocks=None, reflections=torch.eye(32), side="output")), LLAMA, ("only on the input",)),
+    (delta(plus("dense", ones(32, 16))), LLAMA, ("values: shape [32, 16], expected [16, 32]",)),
+    (delta(plus("dense", ones(16, 32), "attn.x")), LLAMA, ("kind norm",)),
+    (delta(plus("dense", ones(16, 32), scaling=math.nan)), LLAMA, ("scaling",)),
+    (delta(plus("band", ones(16, 32))), LLAMA, ("layout", "circulant")),
+    (delta(plus("dense", ones(16, 32), left=ones(1, 1))), LLAMA, ("left: belongs to the layout kron",)),
+    (delta(plus("sparse", ones(1))), LLAMA, ("indices: belongs to the layout sparse",)),
+    (delta(plus("sparse", ones(1), indices=places([16], [0]))), LLAMA, ("indices: expected 0 to 15",)),
+    (delta(plus("sparse", ones(1), indices=places([0], [32]))), LLAMA, ("indices: expected 0 to 31",)),
+    (delta(plus("sparse", ones(1), indices=places([-1], [0]))), LLAMA, ("indices: expected 0 to 15",)),
+    (delta(plus("sparse", ones(1), indices=ones(2, 1))), LLAMA, ("indices: expected an int32 tensor",)),
+    (delta(plus("sparse", ones(2), indices=places([0], [0]))), LLAMA, ("indices: shape [2, 1]",)),
+    (delta(plus("kron", ones(4, 16), left=ones(4, 4))), LLAMA, ("do not make [16, 32]",)),
+    (delta(plus("kron", ones(4), left=ones(4, 4))), LLAMA, ("values: shape [4]",)),
+    (delta(plus("circulant", ones(4, 8, 5))), LLAMA, ("blocks of 5 do not cut 16 by 32",)),
+    (delta(plus("circulant", ones(4, 4, 4))), LLAMA, ("values: shape [4, 4, 4], expected [4, 8, 4]",)),
+    (delta(prompted(key=ones(4, 31))), LLAMA, ("key: shape [4, 31], expected [4, 32]",)),
+    (delta(prompted(value=ones(3, 32))), LLAMA, ("value: shape [3, 32], expected [4, 32]",)),
+    (delta(prompted(key=ones(0, 32), value=ones(0, 32))), LLAMA, ("key: expected at least one row",)),
+    (delta(prompted(gate=None)), LLAMA, ("gate: belongs to a separate softmax",)),
+    (delta(prompted(gate=ones(2))), LLAMA, ("gate: shape [2], expected [1]",)),
+    (delta(prompted(merge="added")), LLAMA, ("merge",)),
+    (delta(prompted(merge="joint", gate=None)), LLAMA, ("projected: a joint prefix",)),
+    (delta(prompted(projected=1)), LLAMA, ("projected: expected true or false",)),
+    (delta(prompted(), prompted()), LLAMA, ("2 AttnPrefix ops in layer 1",)),
+    (delta(prompted(layer=3)), LLAMA, ("layer: expected", "0 to 2")),
+    (delta(new_rows(97)), LLAMA, ("ids: expected 0 to 96",)),
+    (delta(new_rows(-1)), LLAMA, ("ids: expected 0 to 96",)),
+    (delta(new_rows(5, 5)), LLAMA, ("ids: each token can be replaced once",)),
+    (delta(new_rows()), LLAMA, ("rows: expected at least one",)),
+    (delta(new_rows(5, rows=ones(1, 31))), LLAMA, ("rows: shape [1, 31], expected [1, 32]",)),
+    (delta(new_rows(5, rows=ones(2, 32))), LLAMA, ("ids: shape [1], expected [2]",)),
+    (delta(new_rows(5, site=Site("final"))), LLAMA, ("only at embed and logits",)),
+    (delta(new_rows(5), new_rows(6)), LLAMA, ("2 Rows ops at embed",)),
+    (delta(Affine(site=Site("q.out", 0), weight=ones(32))), LLAMA, ("only the weight of a norm",)),
+    (delta(Affine(site=Site("final"), weight=ones(31))), LLAMA, ("weight: shape [31], expected [32]",)),
+    (
+        delta(Affine(site=Site("final"), weight=ones(32)), Affine(site=Site("final"), weight=ones(32))),
+        LLAMA,
+        ("2 Affine ops with a weight at final",),
+    ),
 ]
 
 

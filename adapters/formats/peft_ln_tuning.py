@@ -1,0 +1,43 @@
+"""PEFT LN tuning -> Affine that replaces a norm's parameters.
+
+Format: PEFT 0.21.2, `ln_tuning_layers.weight` [d] and, where the norm has one, `ln_tuning_layers.bias` [d].
+Source: Zhao et al. "Tuning LayerNorm in attention"; PEFT `LNTuningLayer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from adapters.backbone_spec import BackboneSpec, ModuleSpec
+from adapters.formats.peft_keys import Placed, check_shape
+from adapters.formats.peft_matrix_config import LN_TUNING
+from adapters.formats.peft_modules import lower_modules
+from adapters.formats.problems import Problems, quoted
+from adapters.formats.schema import check_config
+from adapters.normal_form import Affine, Op
+
+KEY = "ln_tuning_layers"
+
+
+def read_ln_tuning(
+    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BackboneSpec, problems: Problems
+) -> tuple[Op, ...]:
+    """The ops of an LN tuning adapter; what does not fit is added to `problems`."""
+    config = check_config(raw, LN_TUNING, problems)
+
+    def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
+        if ("bias" in found) != module.shape.has_bias:
+            wrong = "a bias that the norm does not have" if "bias" in found else f"no {KEY}.bias"
+            problems.add(f"A site without a tensor: {quoted(module.path)} has {wrong}.")
+            return []
+        fits = [check_shape(placed, (module.shape.d_out,), problems) for placed in found.values()]
+        if not all(fits):
+            return []
+        bias = found["bias"].tensor if "bias" in found else None
+        return [Affine(site=module.writes[0].site, weight=found["weight"].tensor, bias=bias)]
+
+    required, optional = {f"{KEY}.weight": "weight"}, {f"{KEY}.bias": "bias"}
+    return lower_modules(config, tensors, required, lower, spec, problems, optional=optional, kinds=("norm",))

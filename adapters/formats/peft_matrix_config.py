@@ -1,0 +1,178 @@
+"""The schema of PEFT's adapter_config.json for the methods that rotate, add matrices or replace parameters.
+
+Source: the config classes of PEFT 0.21.2. Block sizes and ranks that the tensors' shapes tell are only checked. A key
+that is not listed is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adapters.formats.peft_config import (
+    COMMON,
+    LORA,
+    MANY,
+    MAX_RANK,
+    TARGETED,
+    explain_pattern,
+    is_pattern_map,
+)
+from adapters.formats.schema import (
+    ANYTHING,
+    BOOLEAN,
+    OBJECT,
+    TEXT,
+    Rule,
+    is_bool,
+    is_fraction,
+    is_int,
+    is_number,
+    is_scale,
+    off,
+    or_null,
+)
+
+_SIZE = Rule(is_int(0, MANY), "an integer from 0 up")
+_DROPOUT = Rule(is_fraction, "a number from 0 up to 1")
+_TARGETS = {"target_modules": TARGETED["target_modules"]}
+_EXCLUDES = {"exclude_modules": TARGETED["exclude_modules"]}
+_FAN = {"fan_in_fan_out": BOOLEAN}  # PEFT overwrites it with the base module's own layout
+_LAYERS = {key: LORA[key] for key in ("layers_to_transform", "layers_pattern")}
+_INIT = {"init_weights": ANYTHING}  # the start of training
+_BIAS = {"bias": off("none", why="trained biases are not read with this method yet")}
+
+OFT: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETS,
+    **_EXCLUDES,
+    **_FAN,
+    **_LAYERS,
+    **_INIT,
+    **_BIAS,
+    "r": _SIZE,
+    "oft_block_size": _SIZE,
+    "module_dropout": _DROPOUT,
+    "eps": Rule(is_number, "a number"),
+    "coft": off(False, why="constrained OFT projects its parameters again at every forward pass"),
+    "block_share": Rule(is_bool, "true or false", used=True, default=False),
+    # before PEFT 0.18 the series was another one, and the key was absent or the version was not stored
+    "use_cayley_neumann": Rule(is_bool, "true or false", used=True, required=True),
+    "num_cayley_neumann_terms": Rule(is_int(1, 64), "an integer from 1 to 64", used=True, default=5),
+    "peft_version": Rule(lambda value: isinstance(value, str), "a string", used=True, default=""),
+}
+
+BOFT: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETS,
+    **_EXCLUDES,
+    **_FAN,
+    **_LAYERS,
+    **_INIT,
+    **_BIAS,
+    "boft_block_size": _SIZE,
+    "boft_block_num": _SIZE,
+    "boft_n_butterfly_factor": Rule(is_int(1, 32), "an integer from 1 to 32"),
+    "boft_dropout": _DROPOUT,
+}
+
+ROAD_VARIANTS = ("road_1", "road_2", "road_4")
+
+ROAD: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETS,
+    **_INIT,
+    "variant": Rule(
+        lambda value: value in ROAD_VARIANTS,
+        f"one of {', '.join(ROAD_VARIANTS)}",
+        used=True,
+        default="road_1",
+    ),
+    "group_size": Rule(
+        lambda value: is_int(2, MANY)(value) and value % 2 == 0,
+        "an even number from 2 up",
+        used=True,
+        default=64,
+    ),
+}
+
+HRA: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETS,
+    **_EXCLUDES,
+    **_LAYERS,
+    **_INIT,
+    **_BIAS,
+    "r": Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=8),
+    "apply_GS": Rule(is_bool, "true or false", used=True, default=False),
+}
+
+SHIRA: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETS,
+    **_FAN,
+    **_INIT,
+    "r": Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=32),
+    "mask_type": TEXT,  # the file holds the indices that it chose
+    "random_seed": Rule(or_null(is_int(-MANY, MANY)), "an integer or null"),
+}
+
+LOKR: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETS,
+    **_EXCLUDES,
+    **_LAYERS,
+    **_INIT,
+    "r": Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=8),
+    "alpha": Rule(is_scale, "a positive number", used=True, default=8),
+    "rank_pattern": Rule(
+        is_pattern_map(is_int(1, MAX_RANK)),
+        f"an object of module names to integers from 1 to {MAX_RANK}",
+        used=True,
+        default={},
+        explain=explain_pattern,
+    ),
+    "alpha_pattern": Rule(
+        is_pattern_map(is_scale),
+        "an object of module names to positive numbers",
+        used=True,
+        default={},
+        explain=explain_pattern,
+    ),
+    "rank_dropout": _DROPOUT,
+    "module_dropout": _DROPOUT,
+    "rank_dropout_scale": BOOLEAN,
+    "use_effective_conv2d": BOOLEAN,  # only convolutions
+    "decompose_both": BOOLEAN,
+    "decompose_factor": Rule(is_int(-1, MANY), "an integer from -1 up"),
+}
+
+C3A: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETS,
+    **_LAYERS,
+    **_INIT,
+    **_BIAS,
+    "block_size": _SIZE,
+    "block_size_pattern": OBJECT,
+}
+
+TRAINABLE_TOKENS: Mapping[str, Rule] = {
+    **COMMON,
+    **_TARGETS,
+    **_INIT,
+    "token_indices": Rule(
+        lambda value: isinstance(value, list) and bool(value) and all(map(is_int(0, MANY), value)),
+        "a list of token ids",
+        used=True,
+        required=True,
+    ),
+}
+
+ADAPTION_PROMPT: Mapping[str, Rule] = {
+    **COMMON,
+    "target_modules": Rule(or_null(lambda value: isinstance(value, str)), "a string or null", used=True),
+    "adapter_len": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
+    "adapter_layers": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
+}
+
+LN_TUNING: Mapping[str, Rule] = {**COMMON, **_TARGETS, **_EXCLUDES}
