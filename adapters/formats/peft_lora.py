@@ -20,6 +20,7 @@ from adapters.backbone_spec import BackboneSpec, ModuleSpec
 from adapters.formats.peft_config import LORA
 from adapters.formats.peft_keys import Placed, check_shape, place
 from adapters.formats.peft_targets import expected_paths, pattern_value
+from adapters.formats.peft_tokens import read_lora_tokens
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import Affine, LowRank, Op
@@ -42,11 +43,11 @@ def read_lora(
     config = check_config(raw, LORA, problems)
     if config["use_dora"] and config["lora_bias"]:
         problems.add("adapter_config.json: lora_bias: PEFT has no DoRA with lora_bias.", param="lora_bias")
+    ops, tensors = read_lora_tokens(config["trainable_token_indices"], tensors, spec, problems)
     placed = place(tensors, FIELDS, spec, problems)
     adapted = {path for path, found in placed.items() if found.keys() - {"bias"}}
     expected = expected_paths(config, spec, adapted, problems)
     biased = _biased_paths(config["bias"], spec, expected | adapted)
-    ops: list[Op] = []
     for module in spec.modules:
         found = placed.get(module.path, {})
         wanted = _wanted_fields(config) if module.path in expected else set()
