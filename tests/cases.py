@@ -505,6 +505,16 @@ PEFT_CASES: tuple[Case, ...] = (
     Case("ln_tuning", "gpt2", _of(LNTuningConfig, target_modules=["ln_1", "ln_f"])),
     Case("trainable_tokens", "llama", _of(TrainableTokensConfig, token_indices=list(range(40, 0, -2)))),
     Case("trainable_tokens", "gpt2", _of(TrainableTokensConfig, token_indices=[*range(3, 40), 96])),
+    Case(
+        "trainable_tokens_lora",
+        "llama",
+        _lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 1, *range(60, 80)]}),
+    ),
+    Case(
+        "trainable_tokens_lora",
+        "gpt2",
+        _lora(target_modules=["c_attn"], trainable_token_indices=list(range(2, 30)), lora_alpha=2),
+    ),
     Case("adaption_prompt", "llama", _of(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
 )
 

@@ -80,6 +80,12 @@ def explain_pattern(value: object) -> str | None:
     )
 
 
+def _is_token_indices(value: object) -> bool:
+    if isinstance(value, dict):
+        return len(value) <= 1 and all(map(_is_token_indices, value.values()))
+    return value is None or (isinstance(value, list) and all(map(is_int(0, MANY), value)))
+
+
 COMMON: Mapping[str, Rule] = {
     "peft_type": TEXT,  # the reader table has looked at it
     "base_model_name_or_path": TEXT,  # so has the base check
@@ -175,7 +181,11 @@ LORA: Mapping[str, Rule] = {
     "merge_weights": BOOLEAN,
     "megatron_config": off(None, why="Megatron's parallel layers are other modules"),
     "enable_lora": off(None, why="it adapts parts of a fused projection"),
-    "trainable_token_indices": off(None, [], {}, why="replaced token rows are not served yet"),
+    "trainable_token_indices": Rule(
+        _is_token_indices,
+        "null, a list of token ids, or an object of one embedding's name to such a list",
+        used=True,
+    ),
     "loftq_config": off(None, {}, why=BASE_CHANGING_INITS["loftq"]),
     "corda_config": off(None, why=BASE_CHANGING_INITS["corda"]),
     "lora_ga_config": off(None, why=BASE_CHANGING_INITS["lora_ga"]),

@@ -21,7 +21,7 @@ REFUSED_PARTS: Mapping[str, str] = {
     ".lora_embedding_": "LoRA on an embedding is not executed yet. Train without it",
     ".base_layer.weight": "a copy of a base weight. Save with `save_pretrained(save_embedding_layers=False)`",
     ".modules_to_save.": "a whole module replaced by a trained copy is not served yet",
-    ".token_adapter.": "replaced token rows are not served yet",
+    ".token_adapter.": "the config names no such token rows",
     ".lora_diag": "KaSA drops singular directions of each base weight",
     ".lora_velora_": "a tensor that only VeLoRA's training reads. Save the adapter without velora_config",
 }

@@ -23,6 +23,7 @@ from adapters.formats.peft_config import BDLORA, LORA
 from adapters.formats.peft_keys import Placed
 from adapters.formats.peft_linear import Layout, fits, read_modules
 from adapters.formats.peft_targets import pattern_value
+from adapters.formats.peft_tokens import read_lora_tokens
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import Affine, LowRank, Op
@@ -48,11 +49,12 @@ def read_lora(
         blocks = check_config(config["use_bdlora"], BDLORA, problems, prefix="use_bdlora.")
         if config["use_dora"]:
             problems.add("adapter_config.json: use_bdlora: PEFT has no DoRA with it.", param="use_bdlora")
+    ops, tensors = read_lora_tokens(config["trainable_token_indices"], tensors, spec, problems)
     wanted = {"A", "B"}
     wanted |= {"b_bias"} if config["lora_bias"] else set()
     wanted |= {"magnitude"} if config["use_dora"] else set()
     lower = partial(_lower_linear, config=config, blocks=blocks, problems=problems)
-    return read_modules(Layout(FIELDS, frozenset(wanted)), lower, config, tensors, spec, problems)
+    return (*ops, *read_modules(Layout(FIELDS, frozenset(wanted)), lower, config, tensors, spec, problems))
 
 
 def _lower_linear(

@@ -1,8 +1,8 @@
-"""PEFT trainable tokens -> Rows.
+"""PEFT trainable tokens, by themselves and beside LoRA -> Rows.
 
 Format: PEFT 0.21.2, `<embedding>.trainable_tokens_delta` [n, d]: the new rows themselves, not differences, for the
 tokens `token_indices` of the config. Where the head is tied to the embedding, its rows are replaced too, and the file
-holds them twice.
+holds them twice. Beside LoRA the key is `<embedding>.token_adapter.trainable_tokens_delta`, there once.
 Source: PEFT `TrainableTokensLayer`, `TrainableTokensModel.inject_adapter`.
 """
 
@@ -18,6 +18,7 @@ from adapters.backbone_spec import BackboneSpec, ModuleSpec
 from adapters.formats.peft_keys import PREFIX, Placed, check_shape
 from adapters.formats.peft_matrix_config import TRAINABLE_TOKENS
 from adapters.formats.peft_modules import lower_modules
+from adapters.formats.peft_targets import matches
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import Op, Rows, Site
@@ -37,12 +38,46 @@ def read_trainable_tokens(
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
         if indices is None or not check_shape(found["rows"], (len(indices), module.shape.d_out), problems):
             return []
-        ids, rows = torch.tensor(indices, dtype=torch.int32), found["rows"].tensor
-        sites = [module.writes[0].site, *([Site("logits")] if spec.tied_embeddings else [])]
-        return [Rows(site=site, ids=ids, rows=rows) for site in sites]
+        return _rows(indices, found["rows"].tensor, spec)
 
     required = {FIELD: "rows"}
     return lower_modules(config, tensors, required, lower, spec, problems, kinds=("embedding",))
+
+
+def read_lora_tokens(
+    indices: list[int] | Mapping[str, list[int]] | None,
+    tensors: Mapping[str, Tensor],
+    spec: BackboneSpec,
+    problems: Problems,
+) -> tuple[list[Op], Mapping[str, Tensor]]:
+    """The Rows of a LoRA adapter with `trainable_token_indices`, and the tensors that are left for LoRA."""
+    if not indices:
+        return [], tensors
+    module, _ = spec.writer[Site("embed")]
+    if isinstance(indices, Mapping):
+        ((name, ids),) = indices.items()
+    else:
+        name, ids = module.path, indices
+    key = f"{PREFIX}{module.path}.token_adapter.{FIELD}"
+    if not matches(module.path, [name]):
+        problems.add(
+            f"trainable_token_indices: {quoted(name)} is not the token embedding.",
+            param="trainable_token_indices",
+        )
+    elif key not in tensors:
+        problems.add(
+            f"A site without a tensor: trainable_token_indices is set, but the file has no {quoted(key)}.",
+            param="trainable_token_indices",
+        )
+    elif check_shape(Placed(key, tensors[key]), (len(ids), module.shape.d_out), problems):
+        return _rows(ids, tensors[key], spec), {k: tensor for k, tensor in tensors.items() if k != key}
+    return [], {k: tensor for k, tensor in tensors.items() if k != key}
+
+
+def _rows(indices: list[int], rows: Tensor, spec: BackboneSpec) -> list[Op]:
+    ids = torch.tensor(indices, dtype=torch.int32)
+    sites = [Site("embed"), *([Site("logits")] if spec.tied_embeddings else [])]
+    return [Rows(site=site, ids=ids, rows=rows) for site in sites]
 
 
 def _without_tied_copy(

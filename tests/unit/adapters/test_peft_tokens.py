@@ -23,8 +23,8 @@ EMBED, HEAD = (f"base_model.model.{path}.trainable_tokens_delta" for path in ("t
 
 
 @lru_cache
-def files(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    case = next(case for case in PEFT_CASES if case_id(case) == f"{family}-trainable_tokens")
+def files(family: Family, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    case = next(case for case in PEFT_CASES if case_id(case) == f"{family}-{name}")
     with TemporaryDirectory() as directory:
         case.save(Path(directory))
         config = json.loads((Path(directory) / "adapter_config.json").read_text())
@@ -32,9 +32,11 @@ def files(family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read(
-    family: Family, change: Callable[[dict[str, Any], dict[str, Tensor]], object] = lambda _c, _t: None
+    family: Family,
+    change: Callable[[dict[str, Any], dict[str, Tensor]], object] = lambda _c, _t: None,
+    name: str = "trainable_tokens",
 ) -> Delta:
-    config, tensors = files(family)
+    config, tensors = files(family, name)
     config, tensors = dict(config), {key: tensor.clone() for key, tensor in tensors.items()}
     change(config, tensors)
     upload = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors)}
@@ -65,3 +67,29 @@ def test_what_is_refused(change: Callable[[dict[str, Any], dict[str, Tensor]], o
     with pytest.raises(InvalidDelta) as caught:
         read("gpt2", change)
     assert named in str(caught.value)
+
+
+def test_beside_lora_the_config_names_the_embedding() -> None:
+    def rename(config: dict[str, Any], _t: object) -> None:
+        config["trainable_token_indices"] = {"wpe": list(range(2, 30))}
+
+    def shorten(config: dict[str, Any], _t: object) -> None:
+        config["trainable_token_indices"] = [2, 3]
+
+    def forget(config: dict[str, Any], _t: object) -> None:
+        config["trainable_token_indices"] = None
+
+    assert [
+        str(op.site) for op in read("gpt2", name="trainable_tokens_lora").ops if isinstance(op, Rows)
+    ] == [
+        "embed",
+        "logits",
+    ]
+    for change, named in (
+        (rename, "'wpe' is not the token embedding"),
+        (shorten, "expected [2, 32]"),
+        (forget, "the config names no such token rows"),
+    ):
+        with pytest.raises(InvalidDelta) as caught:
+            read("gpt2", change, name="trainable_tokens_lora")
+        assert named in str(caught.value)

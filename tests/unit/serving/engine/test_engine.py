@@ -15,12 +15,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adapters.errors import ContextLengthExceeded, InvalidDelta, NotFound, Overloaded
-from adapters.normal_form import Affine, AttnPrefix, Delta, LowRank, Site, VirtualTokens
+from adapters.normal_form import (
+    Affine,
+    AttnPrefix,
+    Delta,
+    LinearMap,
+    LowRank,
+    Op,
+    Rows,
+    Site,
+    VirtualTokens,
+    WeightDelta,
+)
 from serving.config import Engine as EngineSettings
 from serving.core import Event, FinishReason, PromptEvent, Request, SamplingParams, TokenEvent
 from serving.engine.engine import Engine
 from serving.metrics import EngineMetrics
 from serving.model.backbone import Backbone, adopt_backbone
+from serving.model.placement import place
 from tests.cases import tiny_backbone
 
 EOS = 2
@@ -244,6 +256,56 @@ def test_admission_measures_the_effect_and_refuses_a_delta_without_one(backbone:
         result_of(bench.engine.admit(bad, "inf"), bench)
     assert "inf" not in bench.engine.deltas.residency
     bench.assert_nothing_held("d")
+
+
+def test_the_probe_uses_the_tokens_that_a_delta_replaces(backbone: Backbone) -> None:
+    bench = Bench(backbone, {})
+    for token in range(0, 97, 8):  # a fixed probe has at most sixteen of them
+        op = Rows(site=Site("embed"), ids=torch.tensor([token], dtype=torch.int32), rows=torch.ones(1, 32))
+        delta = Delta(method="TRAINABLE_TOKENS", ops=(op,), backbone_digest=backbone.spec.digest)
+        assert result_of(bench.engine.admit(delta, f"token {token}"), bench).effect > 0.05
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        WeightDelta(
+            site=Site("q.out", 0),
+            layout="sparse",
+            values=torch.ones(9),
+            indices=torch.arange(18).view(2, 9).int(),
+        ),
+        WeightDelta(site=Site("q.out", 0), layout="circulant", values=torch.randn(16, 16, 2)),
+        WeightDelta(
+            site=Site("q.out", 0),
+            layout="kron",
+            values=torch.randn(8, 8),
+            left=torch.randn(4, 4),
+            scaling=2.0,
+        ),
+        LinearMap(site=Site("q.out", 0), reflections=torch.eye(32)[:7] * -1),
+        LinearMap(
+            site=Site("q.out", 0),
+            blocks=torch.randn(2, 1, 2, 2),
+            order=torch.arange(64).view(2, 32).int() % 32,
+        ),
+        Rows(site=Site("embed"), ids=torch.tensor([3], dtype=torch.int32), rows=torch.ones(1, 32)),
+        AttnPrefix(
+            layer=1,
+            key=torch.randn(9, 32),
+            value=torch.randn(9, 32),
+            merge="separate",
+            gate=torch.ones(1),
+            projected=False,
+        ),
+    ],
+    ids=lambda op: f"{op.kind.value} {getattr(op, 'layout', '')}",
+)
+def test_room_is_made_for_all_that_an_op_takes(backbone: Backbone, op: Op) -> None:
+    delta = Delta(method="test", ops=(op,), backbone_digest=backbone.spec.digest)
+    deltas = Bench(backbone, {}).engine.deltas
+    placed = place(delta, "d", backbone, deltas.runner.kernels)
+    assert 0 < placed.device_bytes <= deltas._device_bytes(delta)
 
 
 def test_release_drains_then_frees_and_says_how_much(backbone: Backbone) -> None:
