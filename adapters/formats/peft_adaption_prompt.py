@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
+from adapters.formats.peft_config_prompt import ADAPTION_PROMPT
 from adapters.formats.peft_keys import PREFIX, Placed, check_shape
-from adapters.formats.peft_matrix_config import ADAPTION_PROMPT
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import AttnPrefix, Op, Site

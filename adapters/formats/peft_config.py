@@ -48,7 +48,7 @@ def is_pattern(text: str) -> bool:
     return bool(body) and body.isascii() and all(char.isalnum() or char in "_." for char in body)
 
 
-def is_pattern_map(of: Check) -> Check:
+def _is_pattern_map(of: Check) -> Check:
     return lambda value: (
         isinstance(value, dict) and all(is_pattern(key) and of(item) for key, item in value.items())
     )
@@ -70,7 +70,7 @@ def _explain_task(value: object) -> str | None:
     return None
 
 
-def explain_pattern(value: object) -> str | None:
+def _explain_pattern(value: object) -> str | None:
     bad = [pattern for pattern in value if not is_pattern(pattern)] if isinstance(value, dict) else []
     if not bad:
         return None
@@ -132,18 +132,18 @@ RANK = Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, 
 SCALE = Rule(is_scale, "a positive number", used=True, default=8)
 
 RANK_PATTERN = Rule(
-    is_pattern_map(is_int(1, MAX_RANK)),
+    _is_pattern_map(is_int(1, MAX_RANK)),
     f"an object of module names to integers from 1 to {MAX_RANK}",
     used=True,
     default={},
-    explain=explain_pattern,
+    explain=_explain_pattern,
 )
 SCALE_PATTERN = Rule(
-    is_pattern_map(is_scale),
+    _is_pattern_map(is_scale),
     "an object of module names to positive numbers",
     used=True,
     default={},
-    explain=explain_pattern,
+    explain=_explain_pattern,
 )
 
 

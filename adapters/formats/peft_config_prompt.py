@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adapters.formats.peft_config import DROPOUT, MANY, PROMPT_LEARNING, PROMPT_TUNING
+from adapters.formats.peft_config import COMMON, DROPOUT, MANY, PROMPT_LEARNING, PROMPT_TUNING
 from adapters.formats.schema import TEXT, Rule, is_bool, is_int, is_number, or_null
 
 _COUNT = Rule(or_null(is_int(1, MANY)), "a positive integer or null")
@@ -59,4 +59,11 @@ MULTITASK_PROMPT_TUNING: Mapping[str, Rule] = {
             else None
         ),
     ),
+}
+
+ADAPTION_PROMPT: Mapping[str, Rule] = {
+    **COMMON,
+    "target_modules": Rule(or_null(lambda value: isinstance(value, str)), "a string or null", used=True),
+    "adapter_len": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
+    "adapter_layers": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
 }

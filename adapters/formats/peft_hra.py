@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
-from adapters.formats.peft_keys import Placed, check_shape
-from adapters.formats.peft_matrix_config import HRA
-from adapters.formats.peft_modules import LINEAR, lower_modules
+from adapters.formats.peft_config_matrix import HRA
+from adapters.formats.peft_keys import Placed
+from adapters.formats.peft_modules import LINEAR_ONLY, Layout, fits, read_modules
 from adapters.formats.problems import Problems
 from adapters.formats.schema import check_config
 from adapters.normal_form import LinearMap, Op
+
+LAYOUT = Layout.of("hra_u", kinds=LINEAR_ONLY)
 
 
 def read_hra(
@@ -30,15 +32,15 @@ def read_hra(
     config = check_config(raw, HRA, problems)
 
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
-        if config["r"] is None or not check_shape(found["u"], (module.shape.d_in, config["r"]), problems):
+        if config["r"] is None or not fits(found, {"hra_u": (module.shape.d_in, config["r"])}, problems):
             return []
-        rows = found["u"].tensor.double().t()
+        rows = found["hra_u"].tensor.double().t()
         if config["apply_GS"]:
             rows = _orthogonal(rows)
         rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         return [LinearMap(site=module.writes[0].site, reflections=rows.flip(0).float())]
 
-    return lower_modules(config, tensors, {"hra_u": "u"}, lower, spec, problems, kinds=LINEAR)
+    return read_modules(LAYOUT, lower, config, tensors, spec, problems)
 
 
 def _orthogonal(rows: Tensor) -> Tensor:

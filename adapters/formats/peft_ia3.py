@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
 from adapters.formats.peft_config import IA3
 from adapters.formats.peft_keys import Placed
-from adapters.formats.peft_linear import Layout, fits, read_modules
+from adapters.formats.peft_modules import Layout, fits, read_modules
 from adapters.formats.problems import Problems
 from adapters.formats.schema import check_config
 from adapters.normal_form import Affine, Op

@@ -12,14 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
-from adapters.formats.peft_keys import Placed, check_shape
-from adapters.formats.peft_matrix_config import LN_TUNING
-from adapters.formats.peft_modules import lower_modules
+from adapters.formats.peft_config_matrix import LN_TUNING
+from adapters.formats.peft_keys import Placed
+from adapters.formats.peft_modules import Layout, fits, read_modules
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import Affine, Op
 
-KEY = "ln_tuning_layers"
+WEIGHT, BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
+LAYOUT = Layout.of(WEIGHT, optional=(BIAS,), kinds=("norm",))
 
 
 def read_ln_tuning(
@@ -29,15 +30,13 @@ def read_ln_tuning(
     config = check_config(raw, LN_TUNING, problems)
 
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
-        if ("bias" in found) != module.shape.has_bias:
-            wrong = "a bias that the norm does not have" if "bias" in found else f"no {KEY}.bias"
+        if (BIAS in found) != module.shape.has_bias:
+            wrong = "a bias that the norm does not have" if BIAS in found else f"no {BIAS}"
             problems.add(f"A site without a tensor: {quoted(module.path)} has {wrong}.")
             return []
-        fits = [check_shape(placed, (module.shape.d_out,), problems) for placed in found.values()]
-        if not all(fits):
+        if not fits(found, dict.fromkeys(LAYOUT.fields, (module.shape.d_out,)), problems):
             return []
-        bias = found["bias"].tensor if "bias" in found else None
-        return [Affine(site=module.writes[0].site, weight=found["weight"].tensor, bias=bias)]
+        bias = found[BIAS].tensor if BIAS in found else None
+        return [Affine(site=module.writes[0].site, weight=found[WEIGHT].tensor, bias=bias)]
 
-    required, optional = {f"{KEY}.weight": "weight"}, {f"{KEY}.bias": "bias"}
-    return lower_modules(config, tensors, required, lower, spec, problems, optional=optional, kinds=("norm",))
+    return read_modules(LAYOUT, lower, config, tensors, spec, problems)

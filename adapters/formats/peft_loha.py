@@ -20,7 +20,7 @@ from adapters.backbone_spec import BackboneSpec, ModuleSpec
 from adapters.formats.peft_config import MAX_RANK
 from adapters.formats.peft_config_linear import LOHA
 from adapters.formats.peft_keys import Placed
-from adapters.formats.peft_linear import LINEAR_ONLY, Layout, fits, parallel, read_modules
+from adapters.formats.peft_modules import LINEAR_ONLY, Layout, fits, parallel, read_modules
 from adapters.formats.peft_targets import pattern_value
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config

@@ -21,7 +21,7 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
 from adapters.formats.peft_config import BDLORA, LORA
 from adapters.formats.peft_keys import Placed
-from adapters.formats.peft_linear import Layout, fits, read_modules
+from adapters.formats.peft_modules import Layout, fits, read_modules
 from adapters.formats.peft_targets import pattern_value
 from adapters.formats.peft_tokens import read_lora_tokens
 from adapters.formats.problems import Problems, quoted

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
+from adapters.formats.peft_config_matrix import BOFT, OFT
 from adapters.formats.peft_keys import Placed, check_shape
-from adapters.formats.peft_matrix_config import BOFT, OFT
-from adapters.formats.peft_modules import LINEAR, lower_modules
+from adapters.formats.peft_modules import LINEAR_ONLY, Layout, fits, read_modules
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import Affine, LinearMap, Op
+
+OFT_LAYOUT = Layout.of("oft_R.weight", kinds=LINEAR_ONLY)
+BOFT_LAYOUT = Layout.of("boft_R", "boft_s", kinds=LINEAR_ONLY)
 
 
 def read_oft(
@@ -43,7 +46,7 @@ def read_oft(
             )
 
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
-        placed, d_in = found["R"], module.shape.d_in
+        placed, d_in = found["oft_R.weight"], module.shape.d_in
         elements = placed.tensor.shape[1] if placed.tensor.dim() == 2 else 0
         size = (1 + math.isqrt(1 + 8 * elements)) // 2  # elements = size (size - 1) / 2
         if d_in % size:
@@ -62,7 +65,7 @@ def read_oft(
             blocks = _cayley(skew)
         return [LinearMap(site=module.writes[0].site, blocks=blocks.float()[None])]
 
-    return lower_modules(config, tensors, {"oft_R.weight": "R"}, lower, spec, problems, kinds=LINEAR)
+    return read_modules(OFT_LAYOUT, lower, config, tensors, spec, problems)
 
 
 def read_boft(
@@ -72,23 +75,20 @@ def read_boft(
     config = check_config(raw, BOFT, problems)
 
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
-        d_in, stored = module.shape.d_in, found["R"]
+        d_in, stored = module.shape.d_in, found["boft_R"]
         stages, count, size = stored.tensor.shape[:3] if stored.tensor.dim() == 4 else (1, 1, d_in)
         if stages > 1 and (size % 2 or count % 2 ** (stages - 1)):
             problems.add(f"{quoted(stored.key)}: {count} blocks of {size} have no {stages} butterfly stages.")
             return []
-        fits = [
-            check_shape(stored, (stages, d_in // max(size, 1), size, size), problems),
-            check_shape(found["s"], (module.shape.d_out, 1), problems),
-        ]
-        if not all(fits) or count * size != d_in:
+        shapes = {"boft_R": (stages, d_in // max(size, 1), size, size), "boft_s": (module.shape.d_out, 1)}
+        if not fits(found, shapes, problems) or count * size != d_in:
             return []
         data = stored.tensor.double()
         blocks = _cayley(0.5 * (data - data.mT)).flip(0)  # x meets the last factor first
         order = None
         if stages > 1:
             order = torch.stack([_butterfly(d_in, size, stage) for stage in reversed(range(stages))])
-        scale = found["s"].tensor.reshape(-1)
+        scale = found["boft_s"].tensor.reshape(-1)
         return [
             LinearMap(site=module.writes[0].site, blocks=blocks.float(), order=order),
             *(
@@ -97,8 +97,7 @@ def read_boft(
             ),
         ]
 
-    required = {"boft_R": "R", "boft_s": "s"}
-    return lower_modules(config, tensors, required, lower, spec, problems, kinds=LINEAR)
+    return read_modules(BOFT_LAYOUT, lower, config, tensors, spec, problems)
 
 
 def _cayley(skew: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from adapters.backbone_spec import BackboneSpec
 from adapters.formats.peft_config import PREFIX_TUNING, PROMPT_TUNING
 from adapters.formats.peft_config_prompt import CARTRIDGE, CPT, MULTITASK_PROMPT_TUNING, P_TUNING
 from adapters.formats.peft_keys import Placed, check_shape
-from adapters.formats.peft_linear import fits
+from adapters.formats.peft_modules import fits
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import Rule, check_config
 from adapters.normal_form import AttnPrefix, Op, VirtualTokens

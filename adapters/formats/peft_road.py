@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
-from adapters.formats.peft_keys import Placed, check_shape
-from adapters.formats.peft_matrix_config import ROAD
-from adapters.formats.peft_modules import LINEAR, is_whole, lower_modules
+from adapters.formats.peft_config_matrix import ROAD
+from adapters.formats.peft_keys import Placed
+from adapters.formats.peft_modules import LINEAR_ONLY, Layout, fits, is_whole, read_modules
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import LinearMap, Op
 
+LAYOUT = Layout.of("road_theta", "road_alpha", kinds=LINEAR_ONLY)
 HALVES = {"road_1": 1, "road_2": 2, "road_4": 4}
 """Stored parameters per plane."""
 
@@ -41,14 +42,12 @@ def read_road(
             problems.add(f"group_size: {group} does not divide the {width} columns of {quoted(module.path)}.")
             return []
         shape = (width // 2 * HALVES[variant],)
-        fits = [check_shape(found[name], shape, problems) for name in ("theta", "alpha")]
-        if not all(fits):
+        if not fits(found, dict.fromkeys(LAYOUT.fields, shape), problems):
             return []
-        theta, alpha = (found[name].tensor.double() for name in ("theta", "alpha"))
+        theta, alpha = (found[name].tensor.double() for name in LAYOUT.fields)
         return [_rotation(module, variant, group, theta, alpha)]
 
-    required = {"road_theta": "theta", "road_alpha": "alpha"}
-    return lower_modules(config, tensors, required, lower, spec, problems, kinds=LINEAR)
+    return read_modules(LAYOUT, lower, config, tensors, spec, problems)
 
 
 def _rotation(module: ModuleSpec, variant: str, group: int, theta: Tensor, alpha: Tensor) -> LinearMap:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-from adapters.backbone_spec import BackboneSpec, ModuleSpec
+from adapters.backbone_spec import BackboneSpec, ModuleKind, ModuleSpec
 from adapters.formats.problems import Problems, quoted
 
 ALL_LINEAR = "all-linear"
-LINEAR_KINDS = ("linear", "conv1d")
+LINEAR_KINDS: tuple[ModuleKind, ...] = ("linear", "conv1d")
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def expected_paths(
     spec: BackboneSpec,
     adapted: Collection[str],
     problems: Problems,
-    kinds: Collection[str] = LINEAR_KINDS,
+    kinds: Collection[str],
 ) -> set[str]:
     """Paths of the modules that must have tensors.
 
@@ -91,7 +91,6 @@ _ARTICLES = {
     "layer": "a whole layer",
 }
 _KINDS_SHOWN = {
-    frozenset({"linear"}): "linear modules (PEFT has no Conv1D with this method)",
     frozenset({"norm"}): "norms",
     frozenset({"embedding"}): "embeddings",
 }

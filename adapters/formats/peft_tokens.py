@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
+from adapters.formats.peft_config_matrix import TRAINABLE_TOKENS
 from adapters.formats.peft_keys import PREFIX, Placed, check_shape
-from adapters.formats.peft_matrix_config import TRAINABLE_TOKENS
-from adapters.formats.peft_modules import lower_modules
+from adapters.formats.peft_modules import Layout, fits, read_modules
 from adapters.formats.peft_targets import matches
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
 from adapters.normal_form import Op, Rows, Site
 
 FIELD = "trainable_tokens_delta"
+LAYOUT = Layout.of(FIELD, kinds=("embedding",))
 
 
 def read_trainable_tokens(
@@ -36,12 +37,11 @@ def read_trainable_tokens(
         tensors = _without_tied_copy(tensors, spec, problems)
 
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
-        if indices is None or not check_shape(found["rows"], (len(indices), module.shape.d_out), problems):
+        if indices is None or not fits(found, {FIELD: (len(indices), module.shape.d_out)}, problems):
             return []
-        return _rows(indices, found["rows"].tensor, spec)
+        return _rows(indices, found[FIELD].tensor, spec)
 
-    required = {FIELD: "rows"}
-    return lower_modules(config, tensors, required, lower, spec, problems, kinds=("embedding",))
+    return read_modules(LAYOUT, lower, config, tensors, spec, problems)
 
 
 def read_lora_tokens(

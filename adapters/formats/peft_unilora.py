@@ -18,7 +18,7 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec, ModuleSpec
 from adapters.formats.peft_config_linear import UNILORA
 from adapters.formats.peft_keys import Placed, check_indices, check_shape, take_shared
-from adapters.formats.peft_linear import Layout, fits, parallel, read_modules
+from adapters.formats.peft_modules import Layout, fits, parallel, read_modules
 from adapters.formats.problems import Problems
 from adapters.formats.schema import check_config
 from adapters.normal_form import Op

@@ -27,7 +27,7 @@ from adapters.formats import read_directory, read_upload
 from adapters.formats.peft import READERS
 from adapters.formats.peft_config import BDLORA
 from adapters.formats.peft_keys import Placed
-from adapters.formats.peft_linear import Layout, parallel, read_modules
+from adapters.formats.peft_modules import Layout, parallel, read_modules
 from adapters.formats.peft_refused import REFUSED_METHODS
 from adapters.formats.problems import Problems
 from adapters.formats.schema import Rule

@@ -1,7 +1,6 @@
-"""The schema of PEFT's adapter_config.json for the methods that rotate, add matrices or replace parameters.
+"""The schemas of PEFT's methods that rotate, add matrices or replace parameters.
 
-Source: the config classes of PEFT 0.21.2. Block sizes and ranks that the tensors' shapes tell are only checked. A key
-that is not listed is refused by name.
+Source: the config classes of PEFT 0.21.2. Block sizes and ranks that the tensors' shapes tell are only checked.
 """
 
 from __future__ import annotations
@@ -10,12 +9,18 @@ from collections.abc import Mapping
 
 from adapters.formats.peft_config import (
     COMMON,
-    LORA,
+    DROPOUT,
+    EXCLUDES,
+    LAYERS,
+    LAYOUT,
     MANY,
     MAX_RANK,
+    RANK,
+    RANK_PATTERN,
+    SCALE,
+    SCALE_PATTERN,
     TARGETED,
-    explain_pattern,
-    is_pattern_map,
+    TARGETS,
 )
 from adapters.formats.schema import (
     ANYTHING,
@@ -24,34 +29,25 @@ from adapters.formats.schema import (
     TEXT,
     Rule,
     is_bool,
-    is_fraction,
     is_int,
     is_number,
-    is_scale,
     off,
     or_null,
 )
 
 _SIZE = Rule(is_int(0, MANY), "an integer from 0 up")
-_DROPOUT = Rule(is_fraction, "a number from 0 up to 1")
-_TARGETS = {"target_modules": TARGETED["target_modules"]}
-_EXCLUDES = {"exclude_modules": TARGETED["exclude_modules"]}
-_FAN = {"fan_in_fan_out": BOOLEAN}  # PEFT overwrites it with the base module's own layout
-_LAYERS = {key: LORA[key] for key in ("layers_to_transform", "layers_pattern")}
 _INIT = {"init_weights": ANYTHING}  # the start of training
 _BIAS = {"bias": off("none", why="trained biases are not read with this method yet")}
 
 OFT: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETS,
-    **_EXCLUDES,
-    **_FAN,
-    **_LAYERS,
+    **TARGETED,
+    **LAYERS,
     **_INIT,
     **_BIAS,
     "r": _SIZE,
     "oft_block_size": _SIZE,
-    "module_dropout": _DROPOUT,
+    "module_dropout": DROPOUT,
     "eps": Rule(is_number, "a number"),
     "coft": off(False, why="constrained OFT projects its parameters again at every forward pass"),
     "block_share": Rule(is_bool, "true or false", used=True, default=False),
@@ -63,23 +59,21 @@ OFT: Mapping[str, Rule] = {
 
 BOFT: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETS,
-    **_EXCLUDES,
-    **_FAN,
-    **_LAYERS,
+    **TARGETED,
+    **LAYERS,
     **_INIT,
     **_BIAS,
     "boft_block_size": _SIZE,
     "boft_block_num": _SIZE,
     "boft_n_butterfly_factor": Rule(is_int(1, 32), "an integer from 1 to 32"),
-    "boft_dropout": _DROPOUT,
+    "boft_dropout": DROPOUT,
 }
 
 ROAD_VARIANTS = ("road_1", "road_2", "road_4")
 
 ROAD: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETS,
+    **TARGETS,
     **_INIT,
     "variant": Rule(
         lambda value: value in ROAD_VARIANTS,
@@ -97,19 +91,19 @@ ROAD: Mapping[str, Rule] = {
 
 HRA: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETS,
-    **_EXCLUDES,
-    **_LAYERS,
+    **TARGETS,
+    **EXCLUDES,
+    **LAYERS,
     **_INIT,
     **_BIAS,
-    "r": Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=8),
+    "r": RANK,
     "apply_GS": Rule(is_bool, "true or false", used=True, default=False),
 }
 
 SHIRA: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETS,
-    **_FAN,
+    **TARGETS,
+    **LAYOUT,
     **_INIT,
     "r": Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=32),
     "mask_type": TEXT,  # the file holds the indices that it chose
@@ -118,28 +112,16 @@ SHIRA: Mapping[str, Rule] = {
 
 LOKR: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETS,
-    **_EXCLUDES,
-    **_LAYERS,
+    **TARGETS,
+    **EXCLUDES,
+    **LAYERS,
     **_INIT,
-    "r": Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, default=8),
-    "alpha": Rule(is_scale, "a positive number", used=True, default=8),
-    "rank_pattern": Rule(
-        is_pattern_map(is_int(1, MAX_RANK)),
-        f"an object of module names to integers from 1 to {MAX_RANK}",
-        used=True,
-        default={},
-        explain=explain_pattern,
-    ),
-    "alpha_pattern": Rule(
-        is_pattern_map(is_scale),
-        "an object of module names to positive numbers",
-        used=True,
-        default={},
-        explain=explain_pattern,
-    ),
-    "rank_dropout": _DROPOUT,
-    "module_dropout": _DROPOUT,
+    "r": RANK,
+    "alpha": SCALE,
+    "rank_pattern": RANK_PATTERN,
+    "alpha_pattern": SCALE_PATTERN,
+    "rank_dropout": DROPOUT,
+    "module_dropout": DROPOUT,
     "rank_dropout_scale": BOOLEAN,
     "use_effective_conv2d": BOOLEAN,  # only convolutions
     "decompose_both": BOOLEAN,
@@ -148,8 +130,8 @@ LOKR: Mapping[str, Rule] = {
 
 C3A: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETS,
-    **_LAYERS,
+    **TARGETS,
+    **LAYERS,
     **_INIT,
     **_BIAS,
     "block_size": _SIZE,
@@ -158,7 +140,7 @@ C3A: Mapping[str, Rule] = {
 
 TRAINABLE_TOKENS: Mapping[str, Rule] = {
     **COMMON,
-    **_TARGETS,
+    **TARGETS,
     **_INIT,
     "token_indices": Rule(
         lambda value: isinstance(value, list) and bool(value) and all(map(is_int(0, MANY), value)),
@@ -168,11 +150,4 @@ TRAINABLE_TOKENS: Mapping[str, Rule] = {
     ),
 }
 
-ADAPTION_PROMPT: Mapping[str, Rule] = {
-    **COMMON,
-    "target_modules": Rule(or_null(lambda value: isinstance(value, str)), "a string or null", used=True),
-    "adapter_len": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
-    "adapter_layers": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
-}
-
-LN_TUNING: Mapping[str, Rule] = {**COMMON, **_TARGETS, **_EXCLUDES}
+LN_TUNING: Mapping[str, Rule] = {**COMMON, **TARGETS, **EXCLUDES}
