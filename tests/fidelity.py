@@ -87,8 +87,8 @@ class Blocked(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The error's class and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    """The error's class and the first line of its message that is not empty."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0].strip()}"
 
 
 def candidates(family: Family, wanted: Sequence[str]) -> list[Case | Bottleneck]:
