@@ -137,13 +137,19 @@ def typology(delta: Delta) -> dict[str, Any]:
     }
 
 
+def _apart(tensor: Tensor) -> Tensor:
+    """`tensor` in storage of its own: safetensors refuses two that overlap, as slices of one shared base do."""
+    whole = tensor.detach().contiguous().cpu()
+    return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+
+
 def _op_to_json(op: Op, stored: dict[str, Tensor]) -> dict[str, Any]:
     item: dict[str, Any] = {"kind": op.kind.value}
     for spec in fields(op):
         value = getattr(op, spec.name)
         if isinstance(value, Tensor):
             name = _content_name(value)
-            stored[name] = value.detach().contiguous().cpu()
+            stored[name] = _apart(value)
             item[spec.name] = name
         elif isinstance(value, Site):
             item[spec.name] = str(value)

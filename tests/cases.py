@@ -504,6 +504,9 @@ PEFT_CASES: tuple[Case, ...] = (
     Case("ln_tuning", "llama", _of(LNTuningConfig)),
     Case("ln_tuning", "gpt2", _of(LNTuningConfig, target_modules=["ln_1", "ln_f"])),
     Case("trainable_tokens", "llama", _of(TrainableTokensConfig, token_indices=list(range(40, 0, -2)))),
+    # their embeddings scale what they look up; gemma's head is tied to the unscaled rows
+    Case("trainable_tokens", "gemma", _of(TrainableTokensConfig, token_indices=list(range(3, 40)))),
+    Case("trainable_tokens", "gemma3_text", _of(TrainableTokensConfig, token_indices=list(range(3, 40)))),
     Case("trainable_tokens", "gpt2", _of(TrainableTokensConfig, token_indices=[*range(3, 40), 96])),
     Case(
         "trainable_tokens_lora",

@@ -83,10 +83,11 @@ def place_reflections(reflections: Tensor, to_device: Copy) -> LowRankWeights:
     )
 
 
-def place_rows(op: Rows, to_device: Copy) -> RowsWeights:
-    """Replaced rows, in the order of their ids."""
+def place_rows(op: Rows, base: nn.Module, to_device: Copy) -> RowsWeights:
+    """Replaced rows of `base`, in the order of their ids, as it puts them out: Gemma's embedding scales its rows."""
     ids, order = op.ids.long().sort()
-    return RowsWeights(to_device(ids, torch.int64), to_device(op.rows[order]))
+    rows = op.rows[order].float() * float(getattr(base, "embed_scale", 1.0))
+    return RowsWeights(to_device(ids, torch.int64), to_device(rows))
 
 
 def place_replaced_norm(base: nn.Module, weight: Tensor, bias: Tensor | None, to_device: Copy) -> Replacement:

@@ -132,7 +132,8 @@ class _Placer:
                 place_weight_delta(op, part.start, part.stop, module.shape.d_in, copy)
             )
         elif isinstance(op, Rows):
-            (target.logits if op.site.name == "logits" else target.embeddings).append(place_rows(op, copy))
+            rows = place_rows(op, self.backbone.model.get_submodule(module.path), copy)
+            (target.logits if op.site.name == "logits" else target.embeddings).append(rows)
         elif op.reflections is not None:
             target.reflections.append(place_reflections(op.reflections, copy))
         elif op.side == "input":

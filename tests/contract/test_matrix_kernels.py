@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters.normal_form import LinearMap, Rows, Site, WeightDelta
 from serving.kernels.ops import (
@@ -111,7 +111,9 @@ def test_reflections_run_in_turn(kernels: DeltaKernels) -> None:
 def test_rows_replace_embeddings_and_logits(kernels: DeltaKernels) -> None:
     torch.manual_seed(9)
     ids, rows = [11, 3, 7], random(3, D_IN)
-    weights = place_rows(Rows(site=Site("embed"), ids=torch.tensor(ids).int(), rows=rows), to_device)
+    weights = place_rows(
+        Rows(site=Site("embed"), ids=torch.tensor(ids).int(), rows=rows), nn.Identity(), to_device
+    )
     tokens = torch.tensor([3, 3, 12, 0, 11, 7])
     y = random(6, D_IN)
     expected = y.clone()

@@ -327,3 +327,16 @@ def test_a_pair_without_a_backbone_is_bound_to_this_one() -> None:
 
 def test_an_explicit_digest_must_agree_too() -> None:
     assert refusal(to_canonical(sample()), backbone_digest="0" * 64).param == "backbone_digest"
+
+
+def test_tensors_that_overlap_in_one_storage_are_stored_apart() -> None:
+    """RandLoRA slices one base for modules of different width; safetensors refuses overlapping tensors."""
+    base = torch.arange(24.0)
+    sites = (Site("up.out", 0), Site("up.out", 1))
+    slices = (base.view(6, 4), base[:16].view(4, 4))
+    ops = tuple(WeightDelta(site=s, layout="dense", values=v) for s, v in zip(sites, slices, strict=True))
+    stored = to_canonical(Delta(method="RANDLORA", ops=ops, backbone_digest=DIGEST))
+    back = from_canonical(stored.manifest, stored.tensors)
+    assert [op.values.tolist() for op in back.ops if isinstance(op, WeightDelta)] == [
+        v.tolist() for v in slices
+    ]

@@ -1,0 +1,211 @@
+"""Every PEFT method on every family: one row per method, one row per family, the cases between them made by code.
+
+`tests/cases.py` has the options of each method on a few families; here each method has one typical config, put on
+whatever modules the family has. A new method is a row in `METHODS`, a new family a row in `TARGETS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    BeftConfig,
+    BOFTConfig,
+    C3AConfig,
+    CartridgeConfig,
+    CPTConfig,
+    DeftConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    FrodConfig,
+    GloraConfig,
+    GraloraConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LilyConfig,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    MultitaskPromptTuningConfig,
+    OFTConfig,
+    PeanutConfig,
+    PeftConfig,
+    PolyConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    PsoftConfig,
+    PveraConfig,
+    RandLoraConfig,
+    RoadConfig,
+    ShiraConfig,
+    TaskType,
+    TinyLoraConfig,
+    TrainableTokensConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    WaveFTConfig,
+)
+
+from tests.cases import Case, Tolerance
+from tests.families import Family
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The modules of one family, as PEFT matches them: by the end of their path.
+
+    `feedforward` is the linear whose input IA3 scales; a mixture of experts has none that is a module.
+    """
+
+    attention: tuple[str, ...]
+    feedforward: tuple[str, ...]
+    norms: tuple[str, ...]
+
+    @property
+    def linears(self) -> list[str]:
+        """What methods on linear modules are put on: all that are named."""
+        return [*self.attention, *self.feedforward]
+
+
+_TWO_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+_FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_GATED = Targets(("q_proj", "v_proj"), ("down_proj",), _TWO_NORMS)  # square, narrower, wider input
+_EXPERTS = Targets(("q_proj", "v_proj"), (), _TWO_NORMS)
+_SANDWICHED = Targets(("q_proj", "v_proj"), ("down_proj",), _FOUR_NORMS)
+
+TARGETS: Mapping[Family, Targets] = {
+    "llama": _GATED,
+    "gpt2": Targets(("c_attn",), ("mlp.c_proj",), ("ln_1", "ln_2", "ln_f")),  # fused, and Conv1D
+    "qwen2": _GATED,
+    "mistral": _GATED,
+    "qwen3": _GATED,
+    "gemma": _GATED,
+    "starcoder2": Targets(("q_proj", "v_proj"), ("c_proj",), _TWO_NORMS),
+    "phi3": Targets(("qkv_proj",), ("down_proj",), _TWO_NORMS),  # fused
+    "opt": Targets(("q_proj", "v_proj"), ("fc2",), ("self_attn_layer_norm", "final_layer_norm")),
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "gpt_neox": Targets(  # q, k and v alternate head by head
+        ("query_key_value",),
+        ("dense_4h_to_h",),
+        ("input_layernorm", "post_attention_layernorm", "final_layer_norm"),
+    ),
+    "gemma2": _SANDWICHED,
+    "gemma3_text": _SANDWICHED,
+}
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method: its config for a family's targets; the other fields are those of `Case`."""
+
+    name: str
+    config: Callable[[Targets], PeftConfig]
+    tolerance: Tolerance = "T1"
+    sigma: float = 0.4
+    forward: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def case(self, family: Family) -> Case:
+        """This method on `family`."""
+        return Case(
+            self.name,
+            family,
+            lambda: self.config(TARGETS[family]),
+            self.tolerance,
+            forward=self.forward,
+            sigma=self.sigma,
+        )
+
+
+def _linear(config: type[PeftConfig], **values: Any) -> Callable[[Targets], PeftConfig]:
+    return lambda targets: config(task_type=TaskType.CAUSAL_LM, target_modules=targets.linears, **values)
+
+
+def _whole(config: type[PeftConfig], **values: Any) -> Callable[[Targets], PeftConfig]:
+    """Of a method that names no modules."""
+    return lambda _: config(task_type=TaskType.CAUSAL_LM, **values)
+
+
+def _ia3(targets: Targets) -> PeftConfig:
+    return IA3Config(
+        task_type=TaskType.CAUSAL_LM,
+        target_modules=targets.linears,
+        feedforward_modules=list(targets.feedforward),
+    )
+
+
+def _ln_tuning(targets: Targets) -> PeftConfig:
+    return LNTuningConfig(task_type=TaskType.CAUSAL_LM, target_modules=list(targets.norms))
+
+
+_FIRST_TASK = {"task_ids": torch.tensor([0])}
+_CPT = {
+    "cpt_token_ids": [3, 4, 5, 6],
+    "cpt_tokens_type_mask": [1, 2, 3, 4],
+    "cpt_mask": [1, 1, 1, 1],
+    "opt_projection_epsilon": 8.0,
+    "opt_projection_format_epsilon": 9.0,
+}
+
+# Methods that `adapters/formats/peft_refused.py` names: their cells say why.
+_WITHOUT_READER: Mapping[str, Callable[[Targets], PeftConfig]] = {
+    "deft": _linear(DeftConfig),
+    "fourierft": _linear(FourierFTConfig, n_frequency=50),
+    "frod": _linear(FrodConfig),
+    "glora": _linear(GloraConfig),
+    "hira": _linear(HiraConfig, r=4),
+    "lily": _linear(LilyConfig, r=4),
+    "peanut": _linear(PeanutConfig, r=4),
+    "psoft": _linear(PsoftConfig, r=4),
+    "tinylora": _linear(TinyLoraConfig),
+    "waveft": _linear(WaveFTConfig, n_frequency=50),
+}
+
+METHODS: tuple[MethodRow, ...] = (
+    MethodRow("lora", _linear(LoraConfig, r=4, lora_alpha=6)),
+    MethodRow("dora", _linear(LoraConfig, r=4, lora_alpha=6, use_dora=True), "T2"),
+    MethodRow("adalora", _linear(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9)),
+    MethodRow("adaption_prompt", _whole(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
+    MethodRow("beft", _linear(BeftConfig)),
+    MethodRow("boft", _linear(BOFTConfig, boft_block_size=8)),
+    MethodRow("c3a", _linear(C3AConfig, block_size=8), sigma=4.0),
+    MethodRow("cartridge", _whole(CartridgeConfig, num_virtual_tokens=5, num_frozen_tokens=2)),
+    MethodRow("cpt", _whole(CPTConfig, **_CPT)),
+    MethodRow("delora", _linear(DeloraConfig, r=3, delora_lambda=2), "T2"),
+    MethodRow("gralora", _linear(GraloraConfig, r=4, alpha=3), "T2"),
+    MethodRow("hra", _linear(HRAConfig, r=5)),
+    MethodRow("ia3", _ia3),
+    MethodRow("ln_tuning", _ln_tuning),
+    MethodRow("loha", _linear(LoHaConfig, r=3, alpha=5), "T2"),
+    MethodRow("lokr", _linear(LoKrConfig, r=2, alpha=3)),
+    MethodRow("miss", _linear(MissConfig, r=6), "T2"),
+    MethodRow(
+        "multitask_prompt_tuning",
+        _whole(MultitaskPromptTuningConfig, num_virtual_tokens=4, num_tasks=1, num_ranks=2),
+        forward=_FIRST_TASK,
+    ),
+    MethodRow("oft", _linear(OFTConfig, oft_block_size=8), sigma=0.1),
+    MethodRow("p_tuning", _whole(PromptEncoderConfig, num_virtual_tokens=4, encoder_hidden_size=16)),
+    MethodRow("poly", _linear(PolyConfig, r=4, n_skills=3, n_splits=2), "T2", forward=_FIRST_TASK),
+    MethodRow("prefix_tuning", _whole(PrefixTuningConfig, num_virtual_tokens=5)),
+    MethodRow("prompt_tuning", _whole(PromptTuningConfig, num_virtual_tokens=6)),
+    MethodRow("pvera", _linear(PveraConfig, r=5), "T2"),
+    MethodRow("randlora", _linear(RandLoraConfig, r=5, randlora_alpha=1), "T2"),
+    MethodRow("road", _linear(RoadConfig, variant="road_2", group_size=8)),
+    MethodRow("shira", _linear(ShiraConfig, r=3)),
+    MethodRow("trainable_tokens", _whole(TrainableTokensConfig, token_indices=list(range(40, 0, -2)))),
+    MethodRow("unilora", _linear(UniLoraConfig, r=3, theta_d_length=60, save_indices=True), "T2"),
+    MethodRow("vblora", _linear(VBLoRAConfig, r=3, num_vectors=12, vector_length=8, topk=3), "T2"),
+    MethodRow("vera", _linear(VeraConfig, r=6), "T2"),
+    *(MethodRow(name, config) for name, config in _WITHOUT_READER.items()),
+)
