@@ -162,13 +162,16 @@ def test_cli_push_promote_rollback_delete(server: ServerProcess, world: World) -
 
 
 def test_a_replicas_death_ends_its_streams_with_an_error_and_no_others(server: ServerProcess) -> None:
+    victim = min(p for p, name in server.processes().items() if name.startswith(REPLICA))
+
     async def streams_around_a_kill() -> list[str]:
         ended: list[str] = []
+        speaking: set[int] = set()
         killed = asyncio.Event()
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
-            async def one() -> str:
-                reason, begun = "nothing", False
+            async def one(worker: int) -> str:
+                reason = "nothing"
                 try:
                     stream = await client.completions.create(
                         model=BACKBONE,
@@ -178,26 +181,25 @@ def test_a_replicas_death_ends_its_streams_with_an_error_and_no_others(server: S
                         extra_body={"ignore_eos": True},
                     )
                     async for chunk in stream:
-                        begun = True
+                        speaking.add(worker)
                         reason = chunk.choices[0].finish_reason or reason
                 except openai.APIError as error:
-                    return f"{error.code} after the first token" if begun else f"{error.code} at once"
+                    reason = f"{error.code} {'after the first token' if worker in speaking else 'at once'}"
+                speaking.discard(worker)
                 return reason
 
-            async def one_after_another() -> None:
-                while (
-                    not killed.is_set()
-                ):  # so that streams are under way on both replicas, however fast they are
-                    ended.append(await one())
+            async def one_after_another(worker: int) -> None:
+                while not killed.is_set():
+                    ended.append(await one(worker))
 
             async def kill_one() -> None:
-                while len(ended) < 8:
-                    await asyncio.sleep(0.01)
-                replicas = [p for p, name in server.processes().items() if name.startswith(REPLICA)]
-                os.kill(min(replicas), signal.SIGKILL)
+                # Most streams speak and none is about to end: some are on the replica that dies. They run in step.
+                while len(speaking) < 10:
+                    await asyncio.sleep(0.001)
+                os.kill(victim, signal.SIGKILL)
                 killed.set()
 
-            await asyncio.gather(*(one_after_another() for _ in range(12)), kill_one())
+            await asyncio.gather(*(one_after_another(worker) for worker in range(12)), kill_one())
             again = await client.completions.create(model=BACKBONE, prompt="hello", max_tokens=4)
             assert again.choices[0].finish_reason
         return ended
