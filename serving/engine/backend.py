@@ -35,7 +35,7 @@ from serving.model.backbone import Backbone
 def load_from(store: BlobStore, digest: str) -> Delta:
     """Read a delta from the store and check that its bytes are what the digest says.
 
-    Raises NotFound, StoreError, InvalidDelta.
+    Raises StoreError, InvalidDelta.
     """
     paths = store.get(digest)
     manifest, tensors = paths.manifest.read_bytes(), paths.tensors.read_bytes()

@@ -1,5 +1,6 @@
-"""Placing a delta: from the normal form on the host to weights on the device, folds done (deltas.md A.8 in spirit:
-whatever depends on the base weights is computed here, in fp32, from the weights that are served).
+"""Placing a delta: from the normal form on the host to weights on the device, folds done.
+
+Whatever depends on the base weights is computed here, in fp32, from the weights that are served.
 """
 
 from __future__ import annotations
