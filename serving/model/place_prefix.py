@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec
 from adapters.normal_form import AttnPrefix, Delta, Site, VirtualTokens
-from serving.kernels.ops import DeltaKernels, PromptWeights
+from serving.kernels.ops import Kernels, PromptWeights
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
@@ -43,7 +43,7 @@ def _projected(rows: Tensor, site: str, op: AttnPrefix, backbone: Backbone) -> T
 
 
 def place_prefix(
-    delta: Delta, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
+    delta: Delta, placed: PlacedDelta, backbone: Backbone, kernels: Kernels
 ) -> list[tuple[Tensor, Tensor]] | None:
     """The keys and values that the delta owns, per layer, or None."""
     layers = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix) and op.merge == "joint"}
@@ -58,7 +58,7 @@ def place_prefix(
 
 
 def _run_virtual_tokens(
-    op: VirtualTokens, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
+    op: VirtualTokens, placed: PlacedDelta, backbone: Backbone, kernels: Kernels
 ) -> list[tuple[Tensor, Tensor]]:
     length = op.embeddings.shape[0]
     cache = backbone.new_cache(num_slots=1, max_len=length)
