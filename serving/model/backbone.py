@@ -26,6 +26,7 @@ from adapters.site_maps import COMMON_NAMES, build_spec
 from serving.model.attention import ATTENTION_NAME
 from serving.model.context import ForwardContext, forward_context
 from serving.model.kv_cache import SlotKVCache
+from serving.model.packed import pack_linears
 from serving.model.parity import parity_error, stock_probe
 from serving.model.sites import install_sites
 
@@ -140,6 +141,8 @@ def adopt_backbone(
     )
     stock = stock_probe(model, spec)
     model.set_attn_implementation(ATTENTION_NAME)
+    if place.type == "cpu":
+        pack_linears(model)
     install_sites(model, spec)
     backbone = Backbone(model, spec, tokenizer, _eos_ids(model), place, served, parity_error=0.0)
     backbone.parity_error = parity_error(backbone, stock)

@@ -11,13 +11,15 @@ from serving.kernels.ops import Kernels, PromptWeights
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
+from serving.model.packed import plain_weight
 from serving.model.place_matrices import Copy
 from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 
 
 def base_parameter(backbone: Backbone, module: ModuleSpec, name: str) -> Tensor:
     """A parameter of the base module, as served, in fp32 on the host."""
-    parameter: Tensor = backbone.model.get_parameter(f"{module.path}.{name}")
+    base = backbone.model.get_submodule(module.path)
+    parameter: Tensor = plain_weight(base) if name == "weight" else base.get_parameter(name)
     return parameter.float().cpu()
 
 
