@@ -4,19 +4,18 @@
 // stream through contiguous rows; activations are fp32 or bf16, computed in fp32 and rounded once.
 // The structs mirror OP_DTYPE and SEGMENT_DTYPE of cpu.py, which builds them. Semantics: kernels/ops.py.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "cpu_types.h"
+
 namespace {
 
 enum Kind : int32_t { ADD_FROM_INPUT, ADD_FROM_TAP, ADD_FROM_OUTPUT, AFFINE, BLOCKS };
 enum Activation : int32_t { IDENTITY, RELU, GELU, GELU_NEW, SILU, TANH, LEAKY_RELU, SIGMOID };
-enum Dtype : int32_t { FLOAT32, BFLOAT16 };
 
 struct Op {
   const float* a;        // LowRank: A [rank, width]; affine: scale or null; blocks: [stages, rank or 1, block, block]
@@ -42,20 +41,6 @@ struct Matrix {  // rows of `width` elements, contiguous
 };
 
 constexpr int64_t PARALLEL_FROM = 1 << 17;  // weights read by the call: below, waking a thread costs more than it saves
-
-float bf16_to_float(uint16_t half) {
-  uint32_t bits = uint32_t(half) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-uint16_t float_to_bf16(float value) {  // to nearest, ties to even, NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // Rows [start, stop) as fp32: in place where they are, else through a buffer.
 class Rows {
