@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from serving.engine.runner import Runner
+from serving.kernels.select import Choice
 from serving.model.backbone import Backbone, adopt_backbone
 from tests.cases import GOLDEN_CASES, GOLDEN_NAME, PEFT_CASES, GoldenCase, case_id
 from tests.contract.bottleneck import LAYER_ONLY
@@ -59,13 +60,15 @@ def methods(family: Family, dtype: torch.dtype, backbone: Backbone, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    ("family", "dtype", "kernels"),
     [
-        *(pytest.param(family, torch.float32, id=f"{family}-fp32") for family in FAMILIES),
+        *(pytest.param(family, torch.float32, "auto", id=f"{family}-fp32") for family in FAMILIES),
+        *(pytest.param(family, torch.float32, "reference", id=f"{family}-fp32-torch") for family in ROUNDED),
         *(
             pytest.param(
                 family,
                 torch.bfloat16,
+                "auto",
                 id=f"{family}-bf16",
                 marks=() if family in ROUNDED else pytest.mark.slow,
             )
@@ -74,9 +77,13 @@ def methods(family: Family, dtype: torch.dtype, backbone: Backbone, tmp_path: Pa
         ),
     ],
 )
-def test_mixed_batch_equals_reference(family: Family, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_mixed_batch_equals_reference(
+    family: Family, dtype: torch.dtype, kernels: Choice, tmp_path: Path
+) -> None:
     label = str(dtype).removeprefix("torch.")
-    backbone = adopt_backbone(base_model(family, dtype), name="tiny", device="cpu", dtype=label)
+    backbone = adopt_backbone(
+        base_model(family, dtype), name="tiny", device="cpu", dtype=label, kernels=kernels
+    )
     found = methods(family, dtype, backbone, tmp_path)
     runner = Runner(backbone, num_slots=len(found) * PROMPTS, max_len=64)
     alone, together, chunked = rows_for(found), rows_for(found), rows_for(found, chunk=4)
