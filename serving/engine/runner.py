@@ -17,7 +17,7 @@ from serving.engine.scheduler import ScheduledRow
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
-from serving.model.programs import DeltaSegment, ModuleProgram, PlacedDelta, compile_programs
+from serving.model.programs import DeltaSegment, PlacedDelta, Program, compile_programs
 
 
 class RowLogits(NamedTuple):
@@ -47,7 +47,7 @@ class Runner:
     def __init__(self, backbone: Backbone, *, num_slots: int, max_len: int) -> None:
         self.backbone = backbone
         self.cache = backbone.new_cache(num_slots, max_len)
-        self._programs: list[ModuleProgram | None] = []
+        self._programs: list[Program | None] = []
         self._programs_key: tuple[object, ...] | None = None
 
     def run(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
@@ -66,7 +66,7 @@ class Runner:
         parts = torch.split(logits, batch.logits_counts)
         return [RowLogits(row, part) for row, part in zip(batch.rows, parts, strict=True)]
 
-    def _compile(self, batch: Batch) -> list[ModuleProgram | None]:
+    def _compile(self, batch: Batch) -> list[Program | None]:
         key = (tuple(batch.token_segments), tuple(batch.logit_segments))
         if key != self._programs_key:
             self._programs = compile_programs(

@@ -17,7 +17,7 @@ from torch import Tensor
 from adapters.normal_form import Site
 
 if TYPE_CHECKING:
-    from serving.model.programs import ModuleProgram
+    from serving.model.programs import Program
 
 
 class AttentionPlan(Protocol):
@@ -54,7 +54,7 @@ class ForwardContext:
     after rotary and `scaling` are those of the attention that ran last, filled by the attention function.
     """
 
-    programs: Sequence[ModuleProgram | None]
+    programs: Sequence[Program | None]
     attention: AttentionPlan
     captured: dict[Site, Tensor] = field(default_factory=dict)
     query: Tensor | None = None
