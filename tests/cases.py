@@ -117,7 +117,9 @@ def shape_of(module: torch.nn.Module) -> ModuleShape:
 
 def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) -> BackboneSpec:
     """The spec of a live model; `name` is the only spelling under which uploads may name it."""
-    config = model.config.to_dict() | {key: getattr(model.config, key) for key in COMMON_NAMES}
+    config = model.config.to_dict() | {
+        key: getattr(model.config, key) for key in COMMON_NAMES if hasattr(model.config, key)
+    }
     return build_spec(
         config, lambda path: shape_of(model.get_submodule(path)), name=name, digest=digest, names=(name,)
     )
