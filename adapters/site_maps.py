@@ -12,7 +12,7 @@ from adapters.backbone_spec import BackboneSpec, ModuleShape, ModuleSpec, Slice
 from adapters.errors import BackboneRefused
 from adapters.normal_form import Site
 from adapters.site_maps_early import EARLY_MAPS, EARLY_REQUIRED, falcon_kv_heads
-from adapters.site_rows import Config, Required, Row
+from adapters.site_rows import Config, Required, Row, SiteMap
 
 # Rows that many architectures share.
 _START = (
@@ -53,7 +53,7 @@ _FOUR_NORMS = (
     *_END,
 )
 
-SITE_MAPS: Mapping[str, tuple[Row, ...] | Callable[[Config], tuple[Row, ...]]] = {
+SITE_MAPS: Mapping[str, SiteMap] = {
     **EARLY_MAPS,
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -133,7 +133,7 @@ KV_HEADS: Mapping[str, Callable[[Config], int]] = {"falcon": falcon_kv_heads}
 """Key heads of a cache entry where `num_key_value_heads` does not say it."""
 
 POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
-"""Names of the number of positions, in this order. BLOOM's checkpoints have the last one, or none."""
+"""Names of the number of positions, in this order; the last is BLOOM's, in checkpoints that say it."""
 
 UNBOUNDED_POSITIONS = 2048
 """Where no config value bounds the positions: what BLOOM was trained on."""
@@ -168,10 +168,9 @@ def build_spec(
     _check_config(config, model_type)
     num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
-    kv_heads_of = KV_HEADS.get(model_type, lambda config: config.get("num_key_value_heads") or num_heads)
-    num_kv_heads = kv_heads_of(config)
+    num_kv_heads = KV_HEADS.get(model_type, _kv_heads)(config)
     modules: list[ModuleSpec] = []
-    for row in rows(config) if callable(rows) else rows:
+    for row in rows if isinstance(rows, tuple) else rows(config):
         for layer in range(num_layers) if "*" in row.path else (-1,):
             path = row.path.replace("*", str(layer))
             shape = shape_of(path)
@@ -204,6 +203,10 @@ def build_spec(
         modules=tuple(modules),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
     )
+
+
+def _kv_heads(config: Config) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
 def _check_config(config: Config, model_type: str) -> None:

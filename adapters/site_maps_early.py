@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adapters.site_rows import Config, Required, Row
+from adapters.site_rows import Config, Required, Row, SiteMap
 
 _QKV = ("q.out", "k.out", "v.out")
 _END = (
@@ -66,7 +66,7 @@ def falcon_kv_heads(config: Config) -> int:
     return 1 if one else int(config["num_attention_heads"])
 
 
-EARLY_MAPS = {
+EARLY_MAPS: Mapping[str, SiteMap] = {
     "falcon": _falcon,
     "bloom": (
         *_WORD_START,
@@ -122,7 +122,9 @@ EARLY_MAPS = {
 EARLY_REQUIRED: Mapping[str, Mapping[str, Required]] = {
     "bloom": {
         "slow_but_exact": Required(False, "its projections then pass their modules by"),
-        "apply_residual_connection_post_layernorm": Required(False, "its residual stream is then a normed one"),
+        "apply_residual_connection_post_layernorm": Required(
+            False, "its residual stream is then a normed one"
+        ),
     },
     "falcon": {
         "alibi": Required(False, "transformers' eager attention then adds the biases twice, its SDPA once"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,10 @@ class Row:
     path: str
     read: str | None
     writes: tuple[str, ...]
+
+
+SiteMap = tuple[Row, ...] | Callable[[Config], tuple[Row, ...]]
+"""The rows of an architecture, the token embedding first, or what makes them of its config."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -454,8 +454,12 @@ PEFT_CASES: tuple[Case, ...] = (
     ),
     *_standard("gemma2", ["q_proj", "up_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
     *_standard("gemma3_text", ["k_proj", "o_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
-    *_standard("bloom", ["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
-    *_standard("falcon", ["query_key_value", "dense"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+    *_standard(
+        "bloom", ["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]
+    ),
+    *_standard(
+        "falcon", ["query_key_value", "dense"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]
+    ),
     *_standard(
         "falcon_mq",
         ["query_key_value", "dense"],

@@ -57,9 +57,7 @@ Family = Literal[
 ]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-PADDED: frozenset[Family] = frozenset(
-    {"bloom", "falcon", "falcon_mq", "gptj", "gpt_neo", "codegen", "mpt"}
-)
+PADDED: frozenset[Family] = frozenset({"bloom", "falcon", "falcon_mq", "gptj", "gpt_neo", "codegen", "mpt"})
 """Families whose own code attends."""
 
 _TINY: dict[str, Any] = {
@@ -144,7 +142,10 @@ CONFIGS: dict[Family, PreTrainedConfig] = {
     "falcon_mq": FalconConfig(**{**_TINY, "tie_word_embeddings": True}),
     "gptj": GPTJConfig(**_GPT, rotary_dim=4),
     "gpt_neo": GPTNeoConfig(
-        **_TINY, attention_types=[[["global", "local"], 1], [["local"], 1]], window_size=7, intermediate_size=64
+        **_TINY,
+        attention_types=[[["global", "local"], 1], [["local"], 1]],
+        window_size=7,
+        intermediate_size=64,
     ),
     "codegen": CodeGenConfig(**{**_GPT, "n_head": 8}, rotary_dim=2),
     "mpt": MptConfig(

@@ -121,7 +121,11 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
         """Nothing to prepare: the entries are the engine's."""
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *_args: Any,
+        **_kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Shapes: [B, kv_heads, Q, D] of the new tokens and pads -> [B, kv_heads, L, D] of all entries."""
         key, value = (x.transpose(1, 2).flatten(0, 1)[self._places_T] for x in (key_states, value_states))
@@ -132,7 +136,7 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
         """Columns before the new tokens; after the update, all."""
         return self._seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Columns of the keys, and the first one's index."""
         return self._plan.longest, 0
 

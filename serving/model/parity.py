@@ -1,8 +1,9 @@
 """The load-time parity probe: the engine's forward against the stock one on ragged random input.
 
-It takes the flattened layout where that is exact, else the padded one, else it refuses the model. A window of thousands of tokens is longer than any probe that one would wait for. There the probe compares what the
-layers ask for with what the config says, and that windows are then executed right is shown on tiny models, whose
-windows are shorter than their rows (`tests/contract`).
+It takes the flattened layout where that is exact, else the padded one, else it refuses the model. A window of thousands
+of tokens is longer than any probe that one would wait for. There the probe compares what the layers ask for with what
+the config says, and that windows are then executed right is shown on tiny models, whose windows are shorter than their
+rows (`tests/contract`).
 """
 
 from __future__ import annotations

@@ -60,8 +60,14 @@ PATHS: dict[Family, dict[str, str]] = {
         "ffn": "mlp",
     },
     "falcon_mq": {"layer": "transformer.h.{}", "o": "self_attention.dense", "ffn": "mlp"},
-    **dict.fromkeys(("gptj", "codegen"), {"layer": "transformer.h.{}", "o": "attn.out_proj", "ffn": "mlp"}),
-    "gpt_neo": {"layer": "transformer.h.{}", "o": "attn.attention.out_proj", "ffn_norm": "ln_2", "ffn": "mlp"},
+    "gptj": {"layer": "transformer.h.{}", "o": "attn.out_proj", "ffn": "mlp"},
+    "codegen": {"layer": "transformer.h.{}", "o": "attn.out_proj", "ffn": "mlp"},
+    "gpt_neo": {
+        "layer": "transformer.h.{}",
+        "o": "attn.attention.out_proj",
+        "ffn_norm": "ln_2",
+        "ffn": "mlp",
+    },
     "mpt": {
         "layer": "transformer.blocks.{}",
         "o": "attn.out_proj",
@@ -107,7 +113,12 @@ class Bottleneck:
         hidden = model.config.hidden_size
         source["config"] |= {"non_linearity": self.activation, "reduction_factor": hidden / self.width,
                              "scaling": self.scaling}  # fmt: skip
-        source |= {"name": "a", "hidden_size": hidden, "model_name": None, "model_type": model.config.model_type}
+        source |= {
+            "name": "a",
+            "hidden_size": hidden,
+            "model_name": None,
+            "model_type": model.config.model_type,
+        }
         draw = torch.Generator().manual_seed(self.width)
         tensors = {}
         for layer in range(model.config.num_hidden_layers):
