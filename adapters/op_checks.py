@@ -131,6 +131,8 @@ class OpChecker:
             expected = (length, self.spec.hidden_size)
             if op.merge == "joint":
                 self.add("projected: a joint prefix is stored projected.")
+            elif Site("k.out", 0) not in self.spec.writer:
+                self.add("projected: no module of the backbone has keys alone for its output.")
         self.tensor("key", op.key, expected)
         self.tensor("value", op.value, expected)
 

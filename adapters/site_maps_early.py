@@ -1,7 +1,8 @@
 """Site maps of the early decoders, all below `transformer.`; their transformers code computes attention itself.
 
-Where q, k and v alternate in one projection (head by head in BLOOM, group by group in Falcon, part by part in CodeGen)
-its output is the one site `qkv.out`: what names q, k or v apart is refused.
+A projection of q, k and v at once is the one site `qkv.out`, whatever the order of its columns (by head in BLOOM, by
+group in Falcon, by part in CodeGen): so every method that is trained on the module runs on it, and what names q, k or v
+apart is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Mapping
 
 from adapters.site_rows import Config, Required, Row, SiteMap
 
-_QKV = ("q.out", "k.out", "v.out")
 _END = (
     Row("transformer.ln_f", "final.pre", ("final",)),
     Row("lm_head", "final", ("logits",)),
@@ -48,11 +48,10 @@ def _falcon(config: Config) -> tuple[Row, ...]:
             Row("transformer.h.*.input_layernorm", "attn.r", ("attn.x",)),
             Row("transformer.h.*.post_attention_layernorm", "ffn.r", ("ffn.x",)),
         )
-    apart = config["multi_query"] and not new
     return (
         *_WORD_START,
         *norms,
-        Row("transformer.h.*.self_attention.query_key_value", "attn.x", _QKV if apart else ("qkv.out",)),
+        Row("transformer.h.*.self_attention.query_key_value", "attn.x", ("qkv.out",)),
         Row("transformer.h.*.self_attention.dense", "ctx", ("o.out",)),
         Row("transformer.h.*.mlp.dense_h_to_4h", ffn_x, ("up.out",)),
         Row("transformer.h.*.mlp.dense_4h_to_h", "ffn.a", ("down.out",)),
@@ -109,7 +108,7 @@ EARLY_MAPS: Mapping[str, SiteMap] = {
         Row("transformer.wte", None, ("embed",)),
         Row("transformer.blocks.*", "attn.r", ("layer.out",)),
         Row("transformer.blocks.*.norm_1", "attn.r", ("attn.x",)),
-        Row("transformer.blocks.*.attn.Wqkv", "attn.x", _QKV),
+        Row("transformer.blocks.*.attn.Wqkv", "attn.x", ("qkv.out",)),
         Row("transformer.blocks.*.attn.out_proj", "ctx", ("o.out",)),
         Row("transformer.blocks.*.norm_2", "ffn.r", ("ffn.x",)),
         Row("transformer.blocks.*.ffn.up_proj", "ffn.x", ("up.out",)),

@@ -179,8 +179,7 @@ def test_other_falcon_decoders_are_served(options: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_config(FalconConfig(**SMALL, **options, eos_token_id=2))
     backbone = adopt(model)
     assert backbone.layout.name == "padded"
-    sites = {site.name for site in backbone.spec.writer}
-    assert ("q.out" in sites) == options.get("multi_query", False)
+    assert backbone.parity_error < 2e-6
 
 
 def test_padded_engine_serves_alone_what_it_serves_together() -> None:
