@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.scheduler import ScheduledRow
-from serving.kernels.ops import DeltaKernels
+from serving.kernels.ops import Kernels
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
@@ -45,7 +45,7 @@ class Batch:
 class Runner:
     """Runs batches through the backbone; owns the KV tensors."""
 
-    def __init__(self, backbone: Backbone, kernels: DeltaKernels, *, num_slots: int, max_len: int) -> None:
+    def __init__(self, backbone: Backbone, kernels: Kernels, *, num_slots: int, max_len: int) -> None:
         self.backbone = backbone
         self.kernels = kernels
         self.cache = backbone.new_cache(num_slots, max_len)

@@ -26,6 +26,7 @@ from adapters.site_maps import COMMON_NAMES, build_spec
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import SlotKVCache
 from serving.model.layout import Flattened, Layout
+from serving.model.packed import pack_linears
 from serving.model.parity import choose_layout, stock_probe
 from serving.model.sites import install_sites
 
@@ -136,6 +137,8 @@ def adopt_backbone(
         names=tuple(names) or (name,),
     )
     stock = stock_probe(model, spec)
+    if place.type == "cpu":
+        pack_linears(model)
     install_sites(model, spec)
     backbone = Backbone(
         model, spec, tokenizer, _eos_ids(model), place, served, layout=Flattened(), parity_error=0.0

@@ -170,14 +170,16 @@ class Padding:
         places = self.logits if index in self.logit_modules else self.tokens
         packed = _pack(x, places)
         whole: Any = None
+        plain: Tensor | None = None
 
         def packed_base(given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            nonlocal whole
+            nonlocal whole, plain
             whole = base(x if given is packed else _unpack(given, x, places), *args, **kwargs)
-            return _pack(whole[0] if isinstance(whole, tuple) else whole, places)
+            plain = _pack(whole[0] if isinstance(whole, tuple) else whole, places)
+            return plain
 
         out = program.run(context, packed_base, packed, args, kwargs)
-        if not program.changes_output:
+        if out is plain:  # nothing acts after the module's input
             return whole
         if isinstance(whole, tuple):
             return (_unpack(out, whole[0], places), *whole[1:])
