@@ -51,7 +51,7 @@ from tests.contract.exactness import (
     shuffled,
     worst,
 )
-from tests.contract.forced import KERNELS, Row, run
+from tests.contract.forced import Row, run
 from tests.families import FAMILIES, Family
 from tests.method_table import METHODS
 
@@ -183,7 +183,7 @@ def measure(family: Family, label: str, wanted: Sequence[str], directory: Path) 
                 targets[method.name] = reference_of(method, family, dtype, rows)
             except Blocked as why:
                 blocked[method.name] = why
-        runner = Runner(backbone, KERNELS, num_slots=len(methods) * PROMPTS, max_len=64)
+        runner = Runner(backbone, num_slots=len(methods) * PROMPTS, max_len=64)
         relative = list(measured_columns(runner, methods, targets))
     return [
         *(

@@ -15,7 +15,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("cpu_rows.cpp")
+HERE = Path(__file__).parent
+SOURCES = ("cpu_rows.cpp", "cpu_attention.cpp")
+HEADERS = ("cpu_types.h",)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 COMPILERS = ("g++", "c++", "clang++")
 TIMEOUT_S = 120.0
@@ -37,10 +39,9 @@ def load_library() -> ctypes.CDLL:
     version = subprocess.run(  # noqa: S603 - the compiler of this machine
         [compiler, "--version"], capture_output=True, text=True, check=False, timeout=TIMEOUT_S
     ).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, version, _processor()]).encode()).hexdigest()[
-        :16
-    ]
-    built = _cache_directory() / f"cpu_rows-{key}.so"
+    texts = [(HERE / name).read_text() for name in (*SOURCES, *HEADERS)]
+    key = hashlib.sha256("\0".join([*texts, *FLAGS, version, _processor()]).encode()).hexdigest()
+    built = _cache_directory() / f"kernels-{key[:16]}.so"
     if not built.exists():
         _compile(compiler, built)
     try:
@@ -55,7 +56,7 @@ def _compile(compiler: str, target: Path) -> None:
         built = Path(directory) / target.name
         try:
             done = subprocess.run(  # noqa: S603 - the compiler of this machine on a file of this package
-                [compiler, *FLAGS, str(SOURCE), "-o", str(built)],
+                [compiler, *FLAGS, *(str(HERE / name) for name in SOURCES), "-o", str(built)],
                 capture_output=True, text=True, check=False, timeout=TIMEOUT_S,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:

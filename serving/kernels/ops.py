@@ -302,8 +302,50 @@ class FusedRows(Protocol):
         ...
 
 
+class TokenHeads(NamedTuple):
+    """Heads of a batch's tokens: query [H, T, D], key and value [K, T, D]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class ScoreRule(NamedTuple):
+    """How scores are made: scaling * q·k, bounded by softcap * tanh(s / softcap), over the last `window` entries."""
+
+    scaling: float
+    softcap: float | None
+    window: int | None
+
+
+class DecodeAttention(Protocol):
+    """Attention of rows with one new token each over contiguous KV slots."""
+
+    def attend(
+        self,
+        out_THD: Tensor,
+        heads: TokenHeads,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        rule: ScoreRule,
+    ) -> None:
+        """Append each row's key and value to its slot and write its attention to `out`.
+
+        Semantics per row (t, s, p) of `rows` [3, B] int64 (token, slot, entries before it), g the key head of h:
+        keys[s, g, p] = key[g, t]; likewise values; out[t, h] = softmax(scores of query[h, t]) @ values[s, g] over what
+        `rule` shows of the slot's p + 1 entries. fp32 inside; no other entry is read. Shapes: out [T, H, D], keys and
+        values [slots, K, L, D].
+        """
+        ...
+
+
 class Kernels(NamedTuple):
-    """The executors of one replica: any op on segments of any length, and what takes the short ones, if anything."""
+    """The executors of one replica: any op on segments of any length, and what takes the short ones, if anything.
+
+    `decode` is None where attention of single tokens is torch's.
+    """
 
     general: DeltaKernels
     fused: FusedRows | None
+    decode: DecodeAttention | None

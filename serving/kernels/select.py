@@ -9,6 +9,7 @@ import torch
 
 from adapters.errors import BackboneRefused
 from serving.kernels.cpu import DTYPE_CODES, CpuRows
+from serving.kernels.cpu_attention import CpuDecodeAttention
 from serving.kernels.cpu_build import KernelBuildError
 from serving.kernels.ops import Kernels
 from serving.kernels.reference import ReferenceKernels
@@ -25,13 +26,13 @@ def select_kernels(choice: Choice, device: torch.device, dtype: torch.dtype) -> 
     BackboneRefused where `compiled` is asked for and can't be had.
     """
     if choice == "reference":
-        return Kernels(ReferenceKernels(), None)
+        return Kernels(ReferenceKernels(), None, None)
     reason = None
     if device.type != "cpu" or dtype not in DTYPE_CODES:
         reason = f"they run fp32 and bf16 on CPU, the backbone is {dtype} on {device.type}"
     else:
         try:
-            return Kernels(ReferenceKernels(), CpuRows())
+            return Kernels(ReferenceKernels(), CpuRows(), CpuDecodeAttention())
         except KernelBuildError as error:
             reason = str(error)
     if choice == "compiled":
@@ -41,4 +42,4 @@ def select_kernels(choice: Choice, device: torch.device, dtype: torch.dtype) -> 
             remedy="Set it to 'auto' or install a C++ compiler.",
         )
     log.warning("deltas run in plain torch: %s", reason)
-    return Kernels(ReferenceKernels(), None)
+    return Kernels(ReferenceKernels(), None, None)

@@ -23,7 +23,7 @@ from adapters.normal_form import (
     Site,
     WeightDelta,
 )
-from serving.kernels.ops import AffineWeights, Kernels, LowRankWeights, PlacedModule
+from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
 from serving.model.backbone import Backbone
 from serving.model.place_matrices import (
     Copy,
@@ -37,7 +37,7 @@ from serving.model.place_prefix import base_parameter, place_prefix, place_promp
 from serving.model.programs import PlacedDelta
 
 
-def place(delta: Delta, digest: str, backbone: Backbone, kernels: Kernels) -> PlacedDelta:
+def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
     """Put `delta` on the backbone's device, ready to run.
 
     Runs one forward pass where the delta has virtual tokens: on a causal model their keys and values never change.
@@ -61,11 +61,11 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: Kernels) -> Pl
         elif isinstance(op, LinearMap | WeightDelta | Rows):
             placer.matrices.append(op)
     modules = placer.modules()
-    general = _general_modules(modules, backbone, kernels)
+    general = _general_modules(modules, backbone)
     encoded = None
-    if kernels.fused is not None:
+    if (fused := backbone.kernels.fused) is not None:
         rest = {index: ops for index, ops in modules.items() if index not in general}
-        encoded = kernels.fused.encode(rest, placer.taps, len(backbone.spec.modules))
+        encoded = fused.encode(rest, placer.taps, len(backbone.spec.modules))
     placed = PlacedDelta(
         digest=digest,
         modules=modules,
@@ -76,17 +76,15 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: Kernels) -> Pl
         encoded=encoded,
         general_modules=general,
     )
-    if (prefix := place_prefix(delta, placed, backbone, kernels)) is not None:
+    if (prefix := place_prefix(delta, placed, backbone)) is not None:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
     return placed
 
 
-def _general_modules(
-    modules: Mapping[int, PlacedModule], backbone: Backbone, kernels: Kernels
-) -> frozenset[int]:
+def _general_modules(modules: Mapping[int, PlacedModule], backbone: Backbone) -> frozenset[int]:
     """Where the fused kernels can't go: other ops, token ids for input, or rows of logits instead of tokens."""
-    if kernels.fused is None:
+    if backbone.kernels.fused is None:
         return frozenset(modules)
     others = {index for index, ops in modules.items() if not ops.is_row_wise}
     others |= {i for i, m in enumerate(backbone.spec.modules) if m.shape.kind == "embedding"} & modules.keys()

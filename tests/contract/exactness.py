@@ -26,7 +26,7 @@ from serving.model.placement import place
 from serving.model.programs import PlacedDelta
 from tests.cases import Case, quiet, tiny_backbone
 from tests.contract.bottleneck import Bottleneck
-from tests.contract.forced import KERNELS, Row, errors
+from tests.contract.forced import Row, errors
 from tests.families import Family
 
 BOTTLENECKS = (
@@ -107,7 +107,7 @@ def bare_logits(family: Family, weights: torch.dtype, dtype: torch.dtype, prompt
 def served(directory: Path, backbone: Backbone) -> PlacedDelta:
     """Upload format -> normal form -> canonical bytes -> device, as the server does it."""
     stored = to_canonical(read_directory(directory, backbone.spec))
-    return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone, KERNELS)
+    return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone)
 
 
 def expected(method: Method, dtype: torch.dtype, prompts: Prompts) -> Expected:

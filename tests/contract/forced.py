@@ -12,10 +12,7 @@ from serving.core import Request, SamplingParams
 from serving.engine.runner import Runner
 from serving.engine.scheduler import ScheduledRow
 from serving.engine.scheduler import Sequence as EngineSequence
-from serving.kernels.select import select_kernels
 from serving.model.programs import PlacedDelta
-
-KERNELS = select_kernels("auto", torch.device("cpu"), torch.float32)
 
 
 @dataclass

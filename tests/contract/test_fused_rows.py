@@ -84,13 +84,13 @@ def through(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_module_with_every_op_equals_the_general_kernels(dtype: torch.dtype) -> None:
     torch.manual_seed(11)
-    fused = Kernels(ReferenceKernels(), CpuRows())
+    fused = Kernels(ReferenceKernels(), CpuRows(), None)
     deltas = [placed(rank, fused) for rank in (1, 4, 7, 64)]
     spans = [(0, 1), (1, 9), (12, 13), (13, 24)]  # tokens 9 to 12 are bare
     segments = [DeltaSegment(a, b, delta) for (a, b), delta in zip(spans, deltas, strict=True)]
     x, far = torch.randn(TOKENS, D_IN).to(dtype), torch.randn(TOKENS, 40).to(dtype)
     weight = torch.randn(D_OUT, D_IN).to(dtype) / D_IN**0.5
-    general = through(Kernels(ReferenceKernels(), None), segments, x.clone(), far, weight)
+    general = through(Kernels(ReferenceKernels(), None, None), segments, x.clone(), far, weight)
     compiled = through(fused, segments, x.clone(), far, weight)
     bare = x @ weight.t()
     assert torch.equal(compiled[0], far)
@@ -105,7 +105,7 @@ def test_a_module_with_every_op_equals_the_general_kernels(dtype: torch.dtype) -
 
 def test_long_segments_leave_the_fused_kernels_alone() -> None:
     torch.manual_seed(12)
-    kernels = Kernels(ReferenceKernels(), CpuRows())
+    kernels = Kernels(ReferenceKernels(), CpuRows(), None)
     delta = placed(4, kernels)
     assert kernels.fused is not None
     most = kernels.fused.max_segment_tokens

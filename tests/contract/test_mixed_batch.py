@@ -37,7 +37,7 @@ from tests.contract.exactness import (
     shuffled,
     worst,
 )
-from tests.contract.forced import KERNELS, Row, errors, run
+from tests.contract.forced import Row, errors, run
 from tests.families import FAMILIES, Family
 
 ROUNDED = ("llama", "gpt2")  # bf16 in every run; the other families' is slow
@@ -78,7 +78,7 @@ def test_mixed_batch_equals_reference(family: Family, dtype: torch.dtype, tmp_pa
     label = str(dtype).removeprefix("torch.")
     backbone = adopt_backbone(base_model(family, dtype), name="tiny", device="cpu", dtype=label)
     found = methods(family, dtype, backbone, tmp_path)
-    runner = Runner(backbone, KERNELS, num_slots=len(found) * PROMPTS, max_len=64)
+    runner = Runner(backbone, num_slots=len(found) * PROMPTS, max_len=64)
     alone, together, chunked = rows_for(found), rows_for(found), rows_for(found, chunk=4)
     for row in shuffled(alone):
         run(runner, [row])
@@ -111,7 +111,7 @@ def test_mixed_batch_of_adapterhub_goldens(case: GoldenCase) -> None:
     """AdapterHub's own logits, stored by its own environment; bare rows run beside."""
     backbone = adopt_backbone(case.backbone(), name=GOLDEN_NAME, device="cpu", dtype="float32")
     delta = served(case.directory, backbone)
-    runner = Runner(backbone, KERNELS, num_slots=4, max_len=32)
+    runner = Runner(backbone, num_slots=4, max_len=32)
     golden = case.golden()
     rows = [Row("golden", g["input_ids"].tolist(), len(g["input_ids"]) // 2, delta) for g in golden]
     bare = [Row(BARE, row.tokens, row.num_prefill, None) for row in rows]

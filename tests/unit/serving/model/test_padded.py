@@ -25,7 +25,7 @@ from serving.model.backbone import Backbone, adopt_backbone
 from serving.model.kv_cache import Entries, SlotAttention
 from serving.model.padded import Padded
 from tests.cases import tiny_backbone
-from tests.contract.forced import KERNELS, Row, run
+from tests.contract.forced import Row, run
 from tests.families import PADDED, Family
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
@@ -101,9 +101,9 @@ def logits_of(runner: Runner) -> Tensor:
 @pytest.mark.parametrize("family", ["bloom", "falcon", "falcon_mq"])
 def test_nothing_but_its_own_entries_reaches_a_row(family: Family) -> None:
     backbone = adopt(tiny_backbone(family))
-    clean = Runner(backbone, KERNELS, num_slots=4, max_len=16)
+    clean = Runner(backbone, num_slots=4, max_len=16)
     expected = logits_of(clean)
-    poisoned = Runner(backbone, KERNELS, num_slots=4, max_len=16)
+    poisoned = Runner(backbone, num_slots=4, max_len=16)
     for pool in (*poisoned.cache.keys, *poisoned.cache.values):
         pool.fill_(torch.nan)
     assert torch.equal(logits_of(poisoned), expected)
@@ -115,9 +115,9 @@ def test_nothing_but_its_own_entries_reaches_a_row(family: Family) -> None:
 def test_pads_that_are_nan_reach_no_row() -> None:
     model = tiny_backbone("falcon")
     backbone = adopt(model)
-    expected = logits_of(Runner(backbone, KERNELS, num_slots=4, max_len=16))
+    expected = logits_of(Runner(backbone, num_slots=4, max_len=16))
     model.transformer.word_embeddings.weight.data[0] = torch.nan  # pads are token 0
-    assert torch.equal(logits_of(Runner(backbone, KERNELS, num_slots=4, max_len=16)), expected)
+    assert torch.equal(logits_of(Runner(backbone, num_slots=4, max_len=16)), expected)
 
 
 def test_long_prompt_does_not_pad_the_decoding_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_long_prompt_does_not_pad_the_decoding_rows(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(padded, "_spread", noted)
     rows = [Row("", [1, 2, 3, 4], 1, None) for _ in range(4)] + [Row("", list(range(1, 21)), 20, None)]
-    run(Runner(backbone, KERNELS, num_slots=5, max_len=32), rows)
+    run(Runner(backbone, num_slots=5, max_len=32), rows)
     assert widths[:2] == [(4, 1), (1, 20)]
 
 
