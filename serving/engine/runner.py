@@ -1,4 +1,4 @@
-"""One step on the device: scheduled rows -> flattened batch -> logits.
+"""One step on the device: scheduled rows -> flattened batches -> logits. Most layouts run all rows in one batch.
 
 Rows are sorted by delta, so that the tokens of one delta are one segment. The delta programs of the last batch are
 kept: a decode step with the same rows pays nothing for them.
@@ -51,10 +51,14 @@ class Runner:
         self._programs_key: tuple[object, ...] | None = None
 
     def run(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
-        """One forward pass. New rows get their delta's keys and values first."""
+        """One step of all rows. New rows get their delta's keys and values first."""
         for seq, _ in rows:
             if seq.num_computed == 0 and isinstance(seq.delta, PlacedDelta) and seq.delta.prefix is not None:
                 self.cache.write_prefix(seq.slot, seq.delta.prefix)
+        groups = self.backbone.layout.groups([row.num_tokens for row in rows])
+        return [output for group in groups for output in self._forward([rows[index] for index in group])]
+
+    def _forward(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
         batch = build_batch(rows)
         device = self.backbone.device
         logits = self.backbone.forward(

@@ -17,7 +17,7 @@ from serving.engine.runner import Runner
 from serving.kernels.select import Choice
 from serving.model.backbone import Backbone, adopt_backbone
 from tests.cases import GOLDEN_CASES, GOLDEN_NAME, PEFT_CASES, GoldenCase, case_id
-from tests.contract.bottleneck import LAYER_ONLY
+from tests.contract.bottleneck import refused_placements
 from tests.contract.exactness import (
     BARE,
     BOTTLENECKS,
@@ -51,7 +51,7 @@ def methods(family: Family, dtype: torch.dtype, backbone: Backbone, tmp_path: Pa
         case.save(directory, base_model(family, dtype).float())
         reference = partial(peft_logits, case, directory, dtype)
         found.append(Method(case.name, case.tolerance, reference, served(directory, backbone)))
-    for adapter in BOTTLENECKS[:1] if family in LAYER_ONLY else BOTTLENECKS:
+    for adapter in (a for a in BOTTLENECKS if a.placement not in refused_placements(family)):
         directory = tmp_path / adapter.name
         adapter.save(directory, family, backbone.model)
         reference = partial(bottleneck_logits, adapter, directory, family, dtype)
