@@ -166,9 +166,14 @@ def show_version(version: JsonObject) -> None:
 
 
 def _stated(record: JsonObject) -> str:
-    from adapters.parity import ParityRecord  # noqa: PLC0415  (pydantic)
+    from pydantic import ValidationError  # noqa: PLC0415  (heavy)
 
-    return parity_text(ParityRecord.model_validate(record))
+    from adapters.parity import ParityRecord  # noqa: PLC0415
+
+    try:
+        return parity_text(ParityRecord.model_validate(record))
+    except ValidationError:  # a newer server's
+        return str(record)
 
 
 def _bar() -> Progress:

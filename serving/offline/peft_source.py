@@ -73,7 +73,7 @@ def load_adapter(model: PreTrainedModel, source: Path) -> tuple[PeftModel, list[
     ]
     if problems:
         raise InvalidDelta(problems)
-    return adapted, sorted({str(warning.message).splitlines()[0] for warning in caught})
+    return adapted, sorted({str(w.message).splitlines()[0] for w in caught if w.category is UserWarning})
 
 
 def method_of(adapted: PeftModel) -> str:
@@ -88,10 +88,16 @@ def forward_arguments(adapted: PeftModel) -> Mapping[str, Tensor]:
 
 @torch.no_grad()
 def greedy(adapted: PeftModel, prompt: list[int], new_tokens: int) -> tuple[list[int], Tensor]:
-    """`prompt` with its most likely continuation, and the logits [T, V] of all its tokens; without a cache."""
+    """`prompt` with its most likely continuation, and the logits [T, V] of all its tokens; without a cache.
+
+    Raises InvalidDelta where PEFT can't run the adapter.
+    """
     sequence, arguments = list(prompt), forward_arguments(adapted)
     for _ in range(new_tokens + 1):
-        out = adapted(input_ids=torch.tensor([sequence]), use_cache=False, **arguments).logits[0]
+        try:
+            out = adapted(input_ids=torch.tensor([sequence]), use_cache=False, **arguments).logits[0]
+        except Exception as error:  # PEFT raises whatever its parts raise
+            raise InvalidDelta([f"PEFT {VERSION} can't run it: {_first_line(error)}"]) from error
         logits = out[-len(sequence) :].float().contiguous()  # virtual tokens come first
         sequence.append(int(logits[-1].argmax()))
     return sequence[:-1], logits
@@ -124,6 +130,9 @@ def changes_of(
         except NotAffineError as error:
             problems.append(f"{path}: {error}.")
             continue
+        except Exception as error:  # a layer of PEFT's may want more than its input
+            problems.append(f"{path}: it can't be run by itself: {_first_line(error)}")
+            continue
         if change.tensors():
             changes[path] = change
         size += change.size_bytes
@@ -146,7 +155,7 @@ def changes_of(
 def change_of(layer: nn.Module, pristine: nn.Module) -> Change:
     """What the adapted `layer` adds to `pristine`. Raises NotAffineError."""
     if not isinstance(pristine, nn.Linear | Conv1D):
-        raise NotAffineError(f"a {type(pristine).__name__} is no linear module")
+        raise NotAffineError(f"{type(pristine).__name__} is no linear module")
     weight = pristine.weight.detach().double()
     weight = weight.T if isinstance(pristine, Conv1D) else weight
     bias = torch.zeros(len(weight)) if pristine.bias is None else pristine.bias.detach()
