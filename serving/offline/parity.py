@@ -81,7 +81,7 @@ def verify(
         raise InvalidRequest(
             f"{source}: PEFT can't load this format, so there is nothing to compare with.",
             param="reference",
-            remedy="Name the directory that PEFT saved with --reference.",
+            remedy="If it was converted, name the directory that PEFT saved with --reference.",
         )
     report("loading the backbone")
     backbone = load(backbone_path)

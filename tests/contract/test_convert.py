@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 from adapters.canonical import from_canonical, to_canonical
 from adapters.errors import InvalidDelta, Unavailable
 from adapters.formats import read_directory
+from adapters.formats.peft_refused import REFUSED_METHODS
 from adapters.parity import TOLERANCE, read_record
 from serving.cli import app
 from serving.engine.runner import Runner
@@ -109,6 +110,16 @@ def served_logits(directory: Path, backbone: Path, tokens: list[int]) -> torch.T
     row = Row("converted", tokens, len(tokens) // 2, delta)
     run(Runner(loaded, ReferenceKernels(), num_slots=1, max_len=32), [row])
     return torch.cat(row.logits)
+
+
+def test_the_refusal_of_every_converted_method_names_the_converter() -> None:
+    named = {method for method, reason in REFUSED_METHODS.items() if "deltamux convert" in reason}
+    assert named == {
+        "ADAMSS",
+        *(name.upper() for name in CONVERTED),
+    }  # ADAMSS: measured with scikit-learn only
+    types = (Path(__file__).parents[2] / "docs" / "convert.md").read_text()
+    assert [method for method in REFUSED_METHODS if method not in types and method != "MIXED"] == []
 
 
 def test_every_converted_method_equals_peft_alone_and_mixed(tmp_path: Path) -> None:
