@@ -52,6 +52,11 @@ def converted(directory: Path, backbone: str, *, quota_bytes: int = QUOTA_MIB <<
         conversion = run(directory, backbone, quota_bytes=quota_bytes, report=report)
     for note in conversion.notes:
         err.print(f"[yellow]PEFT:[/] {escape(note)}")
+    if conversion.forms:
+        err.print(
+            "what the method draws from a seed or computes from the base weights was made anew here, with torch "
+            f"{conversion.record.torch} and PEFT {conversion.record.library_version}"
+        )
     shown = table(None, "converted", escape(conversion.delta.method))
     for form, count in conversion.forms.items() or (("read as it is", len(conversion.delta.ops)),):
         shown.add_row(form, f"{count} {'modules' if conversion.forms else 'ops'}")
