@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from serving.engine.scheduler import ScheduledRow
-from serving.kernels.ops import DeltaKernels
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
@@ -45,9 +44,8 @@ class Batch:
 class Runner:
     """Runs batches through the backbone; owns the KV tensors."""
 
-    def __init__(self, backbone: Backbone, kernels: DeltaKernels, *, num_slots: int, max_len: int) -> None:
+    def __init__(self, backbone: Backbone, *, num_slots: int, max_len: int) -> None:
         self.backbone = backbone
-        self.kernels = kernels
         self.cache = backbone.new_cache(num_slots, max_len)
         self._programs: list[ModuleProgram | None] = []
         self._programs_key: tuple[object, ...] | None = None
@@ -73,7 +71,7 @@ class Runner:
         if key != self._programs_key:
             self._programs = compile_programs(
                 len(self.backbone.spec.modules),
-                self.kernels,
+                self.backbone.kernels,
                 batch.token_segments,
                 batch.logit_segments,
                 self.backbone.logit_modules,

@@ -26,7 +26,6 @@ from serving.core import Request, SamplingParams
 from serving.engine.runner import Runner
 from serving.engine.scheduler import ScheduledRow
 from serving.engine.scheduler import Sequence as EngineSequence
-from serving.kernels.reference import ReferenceKernels
 from serving.model.backbone import Backbone, load_backbone
 from serving.model.placement import place
 from serving.offline.job import LOGITS, Job, Result
@@ -141,9 +140,9 @@ def compare(
     """The engine's numbers for `result.sequences` against the reference's logits, which are in the folder `answer`."""
     stored = to_canonical(delta)
     served = from_canonical(stored.manifest, stored.tensors)
-    placed = place(served, stored.digest, backbone, ReferenceKernels())
+    placed = place(served, stored.digest, backbone)
     longest = max(map(len, result.sequences))
-    runner = Runner(backbone, ReferenceKernels(), num_slots=1, max_len=placed.prefix_len + longest)
+    runner = Runner(backbone, num_slots=1, max_len=placed.prefix_len + longest)
     references = load_file(answer / LOGITS)
     probes, expected, got = [], [], []
     for index, (prompt, tokens) in enumerate(zip(prompts, result.sequences, strict=True)):

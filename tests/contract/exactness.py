@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from adapters.canonical import from_canonical, to_canonical
 from adapters.formats import read_directory, read_upload
-from serving.kernels.reference import ReferenceKernels
 from serving.model.backbone import Backbone
 from serving.model.placement import place
 from serving.model.programs import PlacedDelta
@@ -110,7 +109,7 @@ def bare_logits(family: Family, weights: torch.dtype, dtype: torch.dtype, prompt
 def served(directory: Path, backbone: Backbone) -> PlacedDelta:
     """Upload format -> normal form -> canonical bytes -> device, as the server does it."""
     stored = to_canonical(read_directory(directory, backbone.spec))
-    return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone, ReferenceKernels())
+    return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone)
 
 
 def converted(directory: Path, family: Family, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
@@ -120,7 +119,7 @@ def converted(directory: Path, family: Family, dtype: torch.dtype, backbone: Bac
         changes = changes_of(adapted, base_model(family, dtype), quota_bytes=1 << 30)
     pair = to_canonical(to_delta(changes, backbone.spec, method=method_of(adapted), lineage={}))
     delta = read_upload({"manifest.json": pair.manifest, "tensors.safetensors": pair.tensors}, backbone.spec)
-    return place(delta, pair.digest, backbone, ReferenceKernels())
+    return place(delta, pair.digest, backbone)
 
 
 def expected(method: Method, dtype: torch.dtype, prompts: Prompts) -> Expected:

@@ -32,7 +32,6 @@ from adapters.formats.peft_refused import REFUSED_METHODS
 from adapters.parity import TOLERANCE, read_record
 from serving.cli import app
 from serving.engine.runner import Runner
-from serving.kernels.reference import ReferenceKernels
 from serving.model.placement import place
 from serving.offline import convert as converter
 from serving.offline import parity, worker
@@ -106,9 +105,9 @@ def served_logits(directory: Path, backbone: Path, tokens: list[int]) -> torch.T
     """What the server computes from the pair in `directory`."""
     loaded = parity.load(str(backbone))
     stored = to_canonical(read_directory(directory, loaded.spec))
-    delta = place(from_canonical(stored.manifest, stored.tensors), stored.digest, loaded, ReferenceKernels())
+    delta = place(from_canonical(stored.manifest, stored.tensors), stored.digest, loaded)
     row = Row("converted", tokens, len(tokens) // 2, delta)
-    run(Runner(loaded, ReferenceKernels(), num_slots=1, max_len=32), [row])
+    run(Runner(loaded, num_slots=1, max_len=32), [row])
     return torch.cat(row.logits)
 
 

@@ -9,7 +9,6 @@ from adapters.canonical import to_canonical
 from adapters.errors import InvalidDelta
 from adapters.validate import check
 from serving.engine.runner import Runner
-from serving.kernels.reference import ReferenceKernels
 from serving.model.backbone import adopt_backbone
 from serving.model.placement import place
 from serving.offline.compress import Change, smallest
@@ -75,8 +74,8 @@ def test_every_form_equals_the_changed_model(form: str, moved: bool) -> None:
     backbone = adopt_backbone(tiny_backbone("gpt2"), name="tiny", device="cpu", dtype="float32")
     delta = to_delta({PATH: change}, backbone.spec, method="MADE_HERE", lineage={})
     assert check(delta, backbone.spec) == []
-    row = Row(form, tokens, 9, place(delta, to_canonical(delta).digest, backbone, ReferenceKernels()))
-    run(Runner(backbone, ReferenceKernels(), num_slots=1, max_len=32), [row])
+    row = Row(form, tokens, 9, place(delta, to_canonical(delta).digest, backbone))
+    run(Runner(backbone, num_slots=1, max_len=32), [row])
     assert max(errors(row, expected)) <= LIMITS["T2"] * max(1.0, float(expected.abs().max()))
 
 
