@@ -115,16 +115,16 @@ def convert(
                     backbone.spec,
                 )
         except InvalidDelta as error:
-            why = refusal.problems if refusal else ()
-            raise InvalidDelta([*why, *error.problems], param=error.param, remedy=error.remedy) from error
+            first = refusal.problems if refusal else ()
+            raise InvalidDelta([*first, *error.problems], param=error.param, remedy=error.remedy) from error
         report("the engine runs the same prompts")
         record = compare(backbone, delta, prompts, result, work).record
         if not record.passes:
+            why = "PEFT does something outside of the modules that were probed." if refusal else "Report it."
             raise InvalidDelta(
                 [
-                    f"The converted delta differs from PEFT: error {record.error:.1e} of the logits' scale, greedy "
-                    f"text {'equal' if record.greedy_equal else 'different'}. PEFT does something outside of the "
-                    "modules that were probed."
+                    f"The engine differs from PEFT: error {record.error:.1e} of the logits' scale, greedy text "
+                    f"{'equal' if record.greedy_equal else 'different'}. {why}"
                 ]
             )
         needed = refusal is not None or source != directory
