@@ -144,7 +144,7 @@ class Uploads:
             task=delta.task,
             size_bytes=canonical.size_bytes,
             labels=parts.labels,
-            proof=asdict(proof),
+            proof=asdict(proof) | ({"parity": parts.parity.model_dump()} if parts.parity else {}),
             alias=parts.alias,
         )
 
@@ -166,4 +166,7 @@ class Uploads:
 def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical]:
     spec = BackboneSpec.from_json(spec_json)
     delta = read_upload(parts.files, spec, backbone_digest=parts.backbone_digest)
-    return delta, to_canonical(delta)
+    canonical = to_canonical(delta)
+    if parts.parity is not None:
+        parts.parity.require_proof_of(canonical.digest, delta.backbone_digest)
+    return delta, canonical

@@ -20,10 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapters.canonical import from_canonical, to_canonical
-from adapters.formats import read_directory
+from adapters.formats import read_directory, read_upload
 from serving.model.backbone import Backbone
 from serving.model.placement import place
 from serving.model.programs import PlacedDelta
+from serving.offline.lowering import to_delta
+from serving.offline.peft_source import changes_of, load_adapter, method_of
 from tests.cases import Case, quiet, tiny_backbone
 from tests.contract.bottleneck import Bottleneck
 from tests.contract.forced import Row, errors
@@ -108,6 +110,16 @@ def served(directory: Path, backbone: Backbone) -> PlacedDelta:
     """Upload format -> normal form -> canonical bytes -> device, as the server does it."""
     stored = to_canonical(read_directory(directory, backbone.spec))
     return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone)
+
+
+def converted(directory: Path, family: Family, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
+    """As `served`, for what only `deltamux convert` makes an upload of: each module probed under PEFT."""
+    with quiet():
+        adapted, _ = load_adapter(base_model(family, dtype).float(), directory)
+        changes = changes_of(adapted, base_model(family, dtype), quota_bytes=1 << 30)
+    pair = to_canonical(to_delta(changes, backbone.spec, method=method_of(adapted), lineage={}))
+    delta = read_upload({"manifest.json": pair.manifest, "tensors.safetensors": pair.tensors}, backbone.spec)
+    return place(delta, pair.digest, backbone)
 
 
 def expected(method: Method, dtype: torch.dtype, prompts: Prompts) -> Expected:
