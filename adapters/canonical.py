@@ -24,6 +24,7 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    Head,
     LinearMap,
     LowRank,
     Op,
@@ -124,12 +125,14 @@ def typology(delta: Delta) -> dict[str, Any]:
                 forms.add("transformation")
             case WeightDelta():
                 forms.add("parallel")
-            case Rows():
+            case Rows() | Head():
                 forms.add("replacement")
             case AttnPrefix() | VirtualTokens():
                 forms.add("prefix")
     sites = {op.write.name for op in delta.ops if isinstance(op, LowRank)}
-    sites |= {op.site.name for op in delta.ops if isinstance(op, Affine | LinearMap | WeightDelta | Rows)}
+    sites |= {
+        op.site.name for op in delta.ops if isinstance(op, Affine | LinearMap | WeightDelta | Rows | Head)
+    }
     return {
         "insertion_form": sorted(forms),
         "workspace": sorted(sites),

@@ -204,10 +204,25 @@ class Rows:
     rows: Tensor
 
 
-Op = LowRank | Affine | LinearMap | WeightDelta | AttnPrefix | VirtualTokens | Rows
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What the final hidden states become: x · weightᵀ + bias, in place of the module that writes `site`.
+
+    `site` says what the outputs are. At `logits`: one per token of the vocabulary, the language model head replaced,
+    its bias too (there is none without `bias`), also where the base head is tied to the embedding.
+    Shapes: weight [n, d], bias [n]. Source: PEFT `ModulesToSaveWrapper`.
+    """
+
+    kind: ClassVar[OpKind] = OpKind.HEAD
+    site: Site
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+Op = LowRank | Affine | LinearMap | WeightDelta | AttnPrefix | VirtualTokens | Rows | Head
 
 EXECUTED_OPS: Mapping[OpKind, type[Op]] = {
-    cls.kind: cls for cls in (LowRank, Affine, LinearMap, WeightDelta, AttnPrefix, VirtualTokens, Rows)
+    cls.kind: cls for cls in (LowRank, Affine, LinearMap, WeightDelta, AttnPrefix, VirtualTokens, Rows, Head)
 }
 
 

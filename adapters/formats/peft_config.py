@@ -94,13 +94,18 @@ COMMON: Mapping[str, Rule] = {
     "auto_mapping": OBJECT,
     "peft_version": TEXT,
     "inference_mode": BOOLEAN,
-    "modules_to_save": off(None, [], why="whole modules replaced by trained copies are not served yet"),
+    "modules_to_save": off(None, [], why="this method saves no whole modules beside its own tensors"),
+}
+
+SAVED: Mapping[str, Rule] = {
+    "modules_to_save": Rule(or_null(is_names), "a list of module names or null", used=True),
 }
 
 TARGETS: Mapping[str, Rule] = {
     "target_modules": Rule(
         lambda value: is_text(value) or is_names(value), "a list of module names, or a string", used=True
     ),
+    **SAVED,
 }
 
 EXCLUDES: Mapping[str, Rule] = {
@@ -225,6 +230,7 @@ SIZE = Rule(or_null(is_int(1, MANY)), "a positive integer or null", used=True)
 
 PROMPT_LEARNING: Mapping[str, Rule] = {
     **COMMON,
+    **SAVED,
     "num_virtual_tokens": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
     "token_dim": SIZE,
     "num_layers": SIZE,

@@ -139,8 +139,8 @@ C3A: Mapping[str, Rule] = {
 }
 
 TRAINABLE_TOKENS: Mapping[str, Rule] = {
-    **COMMON,
     **TARGETS,
+    **COMMON,  # without modules_to_save
     **_INIT,
     "token_indices": Rule(
         lambda value: isinstance(value, list) and bool(value) and all(map(is_int(0, MANY), value)),

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, Rows, VirtualTokens, WeightDelta
+from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
 from serving.memory.host_cache import HostCache
@@ -114,8 +114,8 @@ class DeltaManager:
         # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
         doubled = sum(
             t.numel()
-            for i, _, t in delta.tensors()
-            if isinstance(delta.ops[i], LinearMap | WeightDelta | Rows | AttnPrefix)
+            for i, name, t in delta.tensors()
+            if name == "ids" or isinstance(delta.ops[i], LinearMap | WeightDelta | AttnPrefix)
         )
         return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
 

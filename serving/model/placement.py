@@ -17,6 +17,7 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    Head,
     LinearMap,
     LowRank,
     Rows,
@@ -28,6 +29,7 @@ from serving.model.backbone import Backbone
 from serving.model.place_matrices import (
     Copy,
     place_blocks,
+    place_head,
     place_reflections,
     place_replaced_norm,
     place_rows,
@@ -58,7 +60,7 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
             placer.affines[op.site, op.side].append(op)
         elif isinstance(op, AttnPrefix) and op.merge == "separate":
             placer.prompts.append(op)
-        elif isinstance(op, LinearMap | WeightDelta | Rows):
+        elif isinstance(op, LinearMap | WeightDelta | Rows | Head):
             placer.matrices.append(op)
     modules = placer.modules()
     placed = PlacedDelta(
@@ -84,7 +86,7 @@ class _Placer:
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
-        self.matrices: list[LinearMap | WeightDelta | Rows] = []
+        self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
         self.device_bytes = 0
@@ -125,7 +127,7 @@ class _Placer:
         return dict(placed)
 
     def _place_matrix(
-        self, target: PlacedModule, op: LinearMap | WeightDelta | Rows, part: Slice, module: ModuleSpec
+        self, target: PlacedModule, op: LinearMap | WeightDelta | Rows | Head, part: Slice, module: ModuleSpec
     ) -> None:
         copy: Copy = self.to_device
         if isinstance(op, WeightDelta):
@@ -135,6 +137,8 @@ class _Placer:
         elif isinstance(op, Rows):
             rows = place_rows(op, self.backbone.model.get_submodule(module.path), copy)
             (target.logits if op.site.name == "logits" else target.embeddings).append(rows)
+        elif isinstance(op, Head):
+            target.replacement = place_head(op, copy)
         elif op.reflections is not None:
             target.reflections.append(place_reflections(op.reflections, copy))
         elif op.side == "input":

@@ -22,6 +22,7 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    Head,
     LinearMap,
     LowRank,
     Op,
@@ -86,6 +87,7 @@ def sample() -> Delta:
         ),
         WeightDelta(site=Site("v.out", 1), layout="kron", values=random(4, 8), left=random(4, 4)),
         Rows(site=Site("embed"), ids=torch.tensor([3, 1], dtype=torch.int32), rows=random(2, 32)),
+        Head(site=Site("logits"), weight=random(97, 32), bias=random(97)),
         *(AttnPrefix(layer=layer, key=random(5, 2, 8), value=random(5, 2, 8)) for layer in range(3)),
     )
     return Delta(
@@ -221,8 +223,18 @@ def test_typology_follows_from_the_ops() -> None:
             "sequential",
             "transformation",
         ],
-        "workspace": ["down.out", "embed", "final", "k.out", "layer.out", "o.out", "q.out", "v.out"],
-        "op_kinds": ["affine", "attn_prefix", "linear_map", "low_rank", "rows", "weight_delta"],
+        "workspace": [
+            "down.out",
+            "embed",
+            "final",
+            "k.out",
+            "layer.out",
+            "logits",
+            "o.out",
+            "q.out",
+            "v.out",
+        ],
+        "op_kinds": ["affine", "attn_prefix", "head", "linear_map", "low_rank", "rows", "weight_delta"],
     }
     stored = json.loads(to_canonical(sample()).manifest)["typology"]
     assert stored == typology(sample()) | {"num_parameters": sample().num_parameters}
@@ -259,7 +271,7 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> tuple[bytes, bytes]:
         (lambda raw: raw.update(labels={"a": 1}), "strings"),
         (lambda raw: raw.update(ops=[]), "not used by any op"),
         (lambda raw: raw["ops"].append(7), "manifest"),
-        (lambda raw: raw["ops"][0].update(kind="head"), "'head'"),
+        (lambda raw: raw["ops"][0].update(kind="layer_plan"), "'layer_plan'"),
         (lambda raw: raw["ops"][0].update(kind="lora"), "lora"),
         (lambda raw: raw["ops"][0].update(gain=2), "gain"),
         (lambda raw: raw["ops"][0].pop("A"), "A"),

@@ -51,7 +51,9 @@ from tests.cases import (
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BY_ID = {case_id(case): case for case in PEFT_CASES}
-LINEAR_CASES = [case for case in PEFT_CASES if not case.name.startswith(("pr", "trainable", "adaption"))]
+LINEAR_CASES = [
+    case for case in PEFT_CASES if not case.name.startswith(("pr", "trainable", "adaption", "saved"))
+]
 
 
 @lru_cache
