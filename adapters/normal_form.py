@@ -63,6 +63,17 @@ class Site:
         return cls(rest, int(head)) if head.isdigit() else cls(text)
 
 
+@dataclass(frozen=True, slots=True)
+class FromInvocation:
+    """The tokens of a request from the last occurrence of `tokens` in its prompt on, that occurrence included.
+
+    None where the prompt does not have them. Generated tokens move nothing, whatever they spell.
+    Source: Greenewald et al. "Activated LoRA"; PEFT `calculate_alora_offsets`.
+    """
+
+    tokens: tuple[int, ...]
+
+
 Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "sigmoid"]
 
 
@@ -71,6 +82,7 @@ class LowRank:
     """y += scaling * (B @ f(A @ x + a_bias) + b_bias), row vectors x at `read`, y at `write`.
 
     `read` and `write` differ: parallel, x is the site's untouched value. Equal: sequential, x is y itself.
+    `positions`: the tokens on which the op acts, None for all.
     Shapes: A [r, d_in], B [d_out, r], a_bias [r], b_bias [d_out].
     Source: He et al. table 1; Hu et al. "LoRA" section 4.1; Houlsby et al. section 2.
     """
@@ -84,6 +96,7 @@ class LowRank:
     activation: Activation = "identity"
     a_bias: Tensor | None = None
     b_bias: Tensor | None = None
+    positions: FromInvocation | None = None
 
     @property
     def sequential(self) -> bool:
@@ -249,6 +262,12 @@ class Delta:
         lengths = [op.key.shape[0] for op in self.ops if isinstance(op, AttnPrefix) and op.merge == "joint"]
         lengths += [op.embeddings.shape[0] for op in self.ops if isinstance(op, VirtualTokens)]
         return max(lengths, default=0)
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The token ids from which ops with `positions` act; empty without such ops."""
+        found = (op.positions for op in self.ops if isinstance(op, LowRank))
+        return next((positions.tokens for positions in found if positions is not None), ())
 
     @property
     def num_parameters(self) -> int:

@@ -540,6 +540,18 @@ PEFT_CASES: tuple[Case, ...] = (
         "llama",
         _of(PromptTuningConfig, num_virtual_tokens=4, modules_to_save=["lm_head", "model.norm"]),
     ),
+    Case("alora", "llama", _lora(target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[91, 7])),
+    Case(
+        "alora_bias",
+        "gpt2",
+        _lora(
+            target_modules=["c_attn", "lm_head"],
+            alora_invocation_tokens=[91],
+            lora_bias=True,
+            bias="lora_only",
+            modules_to_save=["ln_f"],
+        ),
+    ),
     Case("adaption_prompt", "llama", _of(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
 )
 

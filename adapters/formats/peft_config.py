@@ -195,7 +195,13 @@ LORA: Mapping[str, Rule] = {
     "corda_config": off(None, why=BASE_CHANGING_INITS["corda"]),
     "lora_ga_config": off(None, why=BASE_CHANGING_INITS["lora_ga"]),
     "velora_config": off(None, why="it stores tensors of its own"),
-    "alora_invocation_tokens": off(None, why="an adapter that starts inside the prompt is not served yet"),
+    "alora_invocation_tokens": Rule(
+        lambda value: (
+            value is None or (isinstance(value, list) and bool(value) and all(map(is_int(0, MANY), value)))
+        ),
+        "null or a list of token ids, not empty",
+        used=True,
+    ),
     "use_qalora": off(False, why="QALoRA belongs to a GPTQ-quantised base model, which is another backbone"),
     "monteclora_config": off(None, why="it samples its weights"),
     "layer_replication": off(None, [], why="a replicated layer stack is not served yet"),

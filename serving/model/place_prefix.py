@@ -63,7 +63,7 @@ def _run_virtual_tokens(
     length = op.embeddings.shape[0]
     cache = backbone.new_cache(num_slots=1, max_len=length)
     spec = backbone.spec
-    segments = [DeltaSegment(0, length, placed)]
+    segments = [DeltaSegment(0, length, placed, invoked=False)]
     programs = compile_programs(len(spec.modules), kernels, segments, [], backbone.logit_modules)
     context = ForwardContext(programs, cache.plan([RowSpan(0, length, slot=0, past=0)]))
     positions = torch.arange(length, device=backbone.device)

@@ -70,6 +70,8 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
         prefix=None,
         position_offset=delta.position_offset,
         device_bytes=placer.device_bytes,
+        invoked=placer.invoked,
+        invocation=delta.invocation,
     )
     if (prefix := place_prefix(delta, placed, backbone, kernels)) is not None:
         placed.prefix = prefix
@@ -89,6 +91,7 @@ class _Placer:
         self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
+        self.invoked: dict[int, PlacedModule] = {}
         self.device_bytes = 0
         self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -106,7 +109,10 @@ class _Placer:
         for path, ops in self.low_ranks.items():
             module = self.spec.by_path[path]
             for op, part in _join_fused(ops, module):
-                self._place_low_rank(placed[self.index[path]], op, part, module)
+                target = placed[self.index[path]]
+                if op.positions is not None:
+                    target = self.invoked.setdefault(self.index[path], PlacedModule())
+                self._place_low_rank(target, op, part, module)
         for (site, side), affines in self.affines.items():
             module, part = self.spec.writer[site]
             target = placed[self.index[module.path]]
@@ -244,6 +250,7 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
                 and last.read == op.read
                 and last.scaling == op.scaling
                 and last.activation == op.activation
+                and last.positions == op.positions
                 and last.a_bias is op.a_bias
                 and (last.b_bias is None) == (op.b_bias is None)
             )
@@ -260,6 +267,7 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
                     activation=op.activation,
                     a_bias=op.a_bias,
                     b_bias=b_bias,
+                    positions=op.positions,
                 )
                 joined[-1] = (wider, Slice(span.site, span.start, part.stop))
                 continue

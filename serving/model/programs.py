@@ -65,6 +65,7 @@ class PlacedDelta:
     """A delta in device memory. `taps`: for each site that is read from afar, the module whose input it is.
 
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
+    `invoked`: what acts beside `modules` from the last `invocation` in a request's prompt on.
     """
 
     digest: str
@@ -73,6 +74,8 @@ class PlacedDelta:
     prefix: list[tuple[Tensor, Tensor]] | None
     position_offset: int
     device_bytes: int
+    invoked: Mapping[int, PlacedModule] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     @property
     def prefix_len(self) -> int:
@@ -81,11 +84,12 @@ class PlacedDelta:
 
 
 class DeltaSegment(NamedTuple):
-    """Tokens [start, stop) of the batch belong to `delta`."""
+    """Tokens [start, stop) of the batch belong to `delta`; not `invoked`: they come before its invocation."""
 
     start: int
     stop: int
     delta: PlacedDelta
+    invoked: bool = True
 
 
 class ModuleProgram:
@@ -234,10 +238,11 @@ def compile_programs(
         return found
 
     for segments, on_logits in ((token_segments, False), (logit_segments, True)):
-        for start, stop, delta in segments:
-            for index, ops in delta.modules.items():
-                if (index in logit_modules) == on_logits:
-                    program(index).add(start, stop, ops)
+        for start, stop, delta, invoked in segments:
+            for modules in (delta.modules, delta.invoked) if invoked else (delta.modules,):
+                for index, ops in modules.items():
+                    if (index in logit_modules) == on_logits:
+                        program(index).add(start, stop, ops)
             for site, index in delta.taps.items():
                 program(index).capture = site
     return programs

@@ -130,9 +130,19 @@ def rows_for(found: Sequence[Method], chunk: int = 1 << 30) -> list[list[Row]]:
         for _ in range(PROMPTS):
             prefill, decode = draw.randint(3, 17), draw.randint(4, 7)
             tokens = [draw.randrange(97) for _ in range(prefill + decode)]
+            if method.delta is not None:
+                _invoke(tokens, method.delta.invocation, len(mine))
             mine.append(Row(method.name, tokens, prefill, method.delta, chunk))
         rows.append(mine)
     return rows
+
+
+def _invoke(tokens: list[int], invocation: tuple[int, ...], index: int) -> None:
+    """Write the invocation into the prompt: further back with each prompt, in one twice, in the last not at all."""
+    if invocation and index < PROMPTS - 1:
+        for wanted in {1 + 3 * index, 1 + index}:
+            at = min(wanted, len(tokens) - len(invocation))
+            tokens[at : at + len(invocation)] = invocation
 
 
 def shuffled(rows: list[list[Row]]) -> list[Row]:

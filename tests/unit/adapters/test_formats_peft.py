@@ -31,6 +31,7 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    FromInvocation,
     LinearMap,
     LowRank,
     Site,
@@ -52,7 +53,7 @@ from tests.cases import (
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BY_ID = {case_id(case): case for case in PEFT_CASES}
 LINEAR_CASES = [
-    case for case in PEFT_CASES if not case.name.startswith(("pr", "trainable", "adaption", "saved"))
+    case for case in PEFT_CASES if not case.name.startswith(("pr", "trainable", "adaption", "saved", "alora"))
 ]
 
 
@@ -429,7 +430,9 @@ def test_revision_needs_the_digest() -> None:
         ("use_qalora", True),
         ("use_qalora", 0),
         ("use_bdlora", {"nblocks": 2}),
-        ("alora_invocation_tokens", [1, 2]),
+        ("alora_invocation_tokens", []),
+        ("alora_invocation_tokens", [1, -2]),
+        ("alora_invocation_tokens", "1"),
         ("loftq_config", {"loftq_bits": 4}),
         ("kasa_config", {}),
         ("corda_config", {"cache_file": "x"}),
@@ -598,6 +601,25 @@ def test_dora_and_biases_are_complete(end: str) -> None:
     error = refusal(changed("gpt2-dora_bias_all", tensors=drop(end)), "gpt2")
     assert end.rsplit(".", maxsplit=1)[-1].removeprefix("lora_") in str(error)
     assert "A site without a tensor" in str(error)
+
+
+def test_alora_acts_from_its_invocation_on() -> None:
+    ops = read("llama-alora").ops
+    assert len(ops) == 6
+    assert {op.positions for op in ops if isinstance(op, LowRank)} == {FromInvocation((91, 7))}
+    biased = read("gpt2-alora_bias")
+    assert biased.invocation == (91,)
+    assert {type(op) for op in biased.ops} == {LowRank, Affine}
+
+
+def test_alora_tokens_must_be_in_the_vocabulary() -> None:
+    files = changed("llama-alora", lambda raw: raw.update(alora_invocation_tokens=[5, 97]))
+    assert "invocation tokens must be ids from 0 to 96" in str(refusal(files))
+
+
+def test_alora_with_dora_does_not_exist_in_peft() -> None:
+    error = refusal(changed("llama-dora", lambda raw: raw.update(alora_invocation_tokens=[5])))
+    assert error.param == "alora_invocation_tokens"
 
 
 def test_dora_with_lora_bias_does_not_exist_in_peft() -> None:

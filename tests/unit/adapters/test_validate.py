@@ -15,6 +15,7 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    FromInvocation,
     Head,
     LinearMap,
     LowRank,
@@ -341,6 +342,19 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(new_rows(5, rows=ones(2, 32))), LLAMA, ("ids: shape [1], expected [2]",)),
     (delta(new_rows(5, site=Site("final"))), LLAMA, ("only at embed and logits",)),
     (delta(new_rows(5), new_rows(6)), LLAMA, ("2 Rows ops at embed",)),
+    (
+        delta(low_rank(positions=FromInvocation((5,))), low_rank(positions=FromInvocation((6,)))),
+        LLAMA,
+        ("different invocation tokens",),
+    ),
+    (
+        delta(
+            low_rank(positions=FromInvocation((5,))),
+            Affine(site=low_rank().write, scale=ones(32), weight_normalized=True),
+        ),
+        LLAMA,
+        ("would change inside the prompt",),
+    ),
     (delta(head(ones(96, 32))), LLAMA, ("weight: shape [96, 32], expected [97, 32]",)),
     (delta(head(ones(97, 32), bias=ones(32))), LLAMA, ("bias: shape [32], expected [97]",)),
     (delta(head(ones(97, 32), site=Site("final"))), LLAMA, ("executed only at logits",)),
