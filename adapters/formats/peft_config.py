@@ -48,7 +48,8 @@ def is_pattern(text: str) -> bool:
     return bool(body) and body.isascii() and all(char.isalnum() or char in "_." for char in body)
 
 
-def _is_pattern_map(of: Check) -> Check:
+def is_pattern_map(of: Check) -> Check:
+    """A check for objects of module patterns to values that pass `of`."""
     return lambda value: (
         isinstance(value, dict) and all(is_pattern(key) and of(item) for key, item in value.items())
     )
@@ -70,7 +71,8 @@ def _explain_task(value: object) -> str | None:
     return None
 
 
-def _explain_pattern(value: object) -> str | None:
+def explain_pattern(value: object) -> str | None:
+    """Why the first pattern that is refused in `value` is refused."""
     bad = [pattern for pattern in value if not is_pattern(pattern)] if isinstance(value, dict) else []
     if not bad:
         return None
@@ -137,18 +139,18 @@ RANK = Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, 
 SCALE = Rule(is_scale, "a positive number", used=True, default=8)
 
 RANK_PATTERN = Rule(
-    _is_pattern_map(is_int(1, MAX_RANK)),
+    is_pattern_map(is_int(1, MAX_RANK)),
     f"an object of module names to integers from 1 to {MAX_RANK}",
     used=True,
     default={},
-    explain=_explain_pattern,
+    explain=explain_pattern,
 )
 SCALE_PATTERN = Rule(
-    _is_pattern_map(is_scale),
+    is_pattern_map(is_scale),
     "an object of module names to positive numbers",
     used=True,
     default={},
-    explain=_explain_pattern,
+    explain=explain_pattern,
 )
 
 
@@ -204,7 +206,11 @@ LORA: Mapping[str, Rule] = {
     ),
     "use_qalora": off(False, why="QALoRA belongs to a GPTQ-quantised base model, which is another backbone"),
     "monteclora_config": off(None, why="it samples its weights"),
-    "layer_replication": off(None, [], why="a replicated layer stack is not served yet"),
+    "layer_replication": off(
+        None,
+        [],
+        why="it runs layers of the backbone several times, which is not executed: all rows share one stack",
+    ),
     "target_parameters": off(None, [], why="adapted bare parameters (mixture of experts) are not served yet"),
     "use_bdlora": Rule(
         lambda value: value is None or value is False or isinstance(value, dict),
