@@ -178,12 +178,12 @@ class DeltaManager:
         if not torch.isfinite(changed).all():
             raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
         effect = float((changed - bare).abs().max())
-        if effect == 0.0:
+        if not effect > 0.0:  # also true for NaN
             raise InvalidDelta(
                 [
                     f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
                 ],
-                remedy="Upload trained weights; a freshly initialised adapter changes nothing.",
+                remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
             )
         return effect, float(bare.abs().max())
 

@@ -47,6 +47,7 @@ from tests.cases import (
     spec_of,
     tiny_backbone,
 )
+from tests.families import CONFIGS
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BY_ID = {case_id(case): case for case in PEFT_CASES}
@@ -424,7 +425,6 @@ def test_revision_needs_the_digest() -> None:
         ("exclude_modules", ".*k_proj"),
         ("layers_to_transform", [0, -1]),
         ("layers_pattern", "blocks"),
-        ("layer_replication", [[0, 2], [1, 3]]),
         ("use_qalora", True),
         ("use_qalora", 0),
         ("use_bdlora", {"nblocks": 2}),
@@ -477,6 +477,22 @@ def test_patterns_that_are_regular_expressions_are_refused(pattern: str) -> None
 def test_hostile_target_regex_is_not_run() -> None:
     files = changed("llama-lora_qv", lambda raw: raw.update(target_modules="(([a-z_0-9.])+)+!"))
     assert len(read_upload(files, spec_for("llama")).ops) == 6  # the tensors decide: complete in every layer
+
+
+def test_a_replicated_layer_stack_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_for("llama")
+    monkeypatch.setattr(CONFIGS["llama"], "num_hidden_layers", 3)  # PEFT writes the stack's 4 there
+    stacked = LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]], task_type="CAUSAL_LM")
+    Case("stacked", "llama", lambda: stacked).save(tmp_path)
+    with pytest.raises(InvalidDelta) as caught:
+        read_directory(tmp_path, spec)
+    assert caught.value.param == "layer_replication"
+    assert "runs layers of the backbone several times" in caught.value.problems[0]
+    assert "layers.3.self_attn.q_proj" in str(
+        caught.value
+    )  # layers of that stack, which the backbone has not
 
 
 def test_other_methods_are_refused_with_the_list() -> None:
