@@ -99,7 +99,7 @@ class DeltaManager:
             self.runner.forget_programs()
             self._metrics.adapter_evictions.inc(evicted)
         started = time.perf_counter()
-        self.residency.insert(place(delta, digest, self.runner.backbone, self.runner.kernels))
+        self.residency.insert(place(delta, digest, self.runner.backbone))
         self._metrics.adapter_load_seconds.observe(time.perf_counter() - started)
         self._metrics.adapter_loads.inc()
         self._report()
@@ -164,7 +164,7 @@ class DeltaManager:
             cache.write_prefix(1, placed.prefix)
         segments = [DeltaSegment(PROBE_TOKENS, 2 * PROBE_TOKENS, placed)]
         programs = compile_programs(
-            len(backbone.spec.modules), self.runner.kernels, segments, segments, backbone.logit_modules
+            len(backbone.spec.modules), backbone.kernels, segments, segments, backbone.logit_modules
         )
         spans = [RowSpan(0, PROBE_TOKENS, 0, 0), RowSpan(PROBE_TOKENS, 2 * PROBE_TOKENS, 1, prefix)]
         positions = torch.arange(PROBE_TOKENS)

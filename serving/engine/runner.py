@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from serving.engine.scheduler import ScheduledRow
-from serving.kernels.ops import DeltaKernels
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
@@ -45,9 +44,8 @@ class Batch:
 class Runner:
     """Runs batches through the backbone; owns the KV tensors."""
 
-    def __init__(self, backbone: Backbone, kernels: DeltaKernels, *, num_slots: int, max_len: int) -> None:
+    def __init__(self, backbone: Backbone, *, num_slots: int, max_len: int) -> None:
         self.backbone = backbone
-        self.kernels = kernels
         self.cache = backbone.new_cache(num_slots, max_len)
         self._programs: list[ModuleProgram | None] = []
         self._programs_key: tuple[object, ...] | None = None
@@ -73,7 +71,7 @@ class Runner:
         if key != self._programs_key:
             self._programs = compile_programs(
                 len(self.backbone.spec.modules),
-                self.kernels,
+                self.backbone.kernels,
                 batch.token_segments,
                 batch.logit_segments,
                 self.backbone.logit_modules,
@@ -110,12 +108,15 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
 
 
 def _extend(segments: list[DeltaSegment], start: int, count: int, before: int, delta: PlacedDelta) -> None:
-    """Add `count` tokens, the first `before` not invoked, joined with the segment before where that is alike."""
+    """Add `count` tokens, the first `before` of them before the delta's invocation.
+
+    A segment is joined with the one before it where that is alike.
+    """
     split = start + min(max(before, 0), count)
-    for begin, stop, invoked in ((start, split, False), (split, start + count, True)):
-        if begin == stop:
+    for begin, stop, form in ((start, split, delta.before), (split, start + count, delta)):
+        if begin == stop or form is None:
             continue
-        if segments and segments[-1] == (segments[-1].start, begin, delta, invoked):
-            segments[-1] = DeltaSegment(segments[-1].start, stop, delta, invoked)
+        if segments and segments[-1].delta is form and segments[-1].stop == begin:
+            segments[-1] = DeltaSegment(segments[-1].start, stop, form)
         else:
-            segments.append(DeltaSegment(begin, stop, delta, invoked))
+            segments.append(DeltaSegment(begin, stop, form))

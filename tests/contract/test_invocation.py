@@ -20,7 +20,6 @@ from serving.engine.engine import Engine
 from serving.engine.runner import Runner
 from serving.engine.scheduler import ScheduledRow, last_occurrence
 from serving.engine.scheduler import Sequence as EngineSequence
-from serving.kernels.reference import ReferenceKernels
 from serving.metrics import EngineMetrics
 from serving.model.backbone import Backbone, adopt_backbone
 from serving.model.placement import place
@@ -79,9 +78,9 @@ def test_logits_do_not_depend_on_steps_or_preemption(name: str, chunk: int) -> N
     prompt, generated = PROMPTS[name], [7, 30, *INVOCATION, 12]
     expected = peft_logits([*prompt, *generated], prompt)
     limit = 2e-5 * max(1.0, float(expected.abs().max()))
-    runner = Runner(backbone, ReferenceKernels(), num_slots=2, max_len=32)
+    runner = Runner(backbone, num_slots=2, max_len=32)
     seq, bare = sequence("delta", prompt), sequence("bare", [3])
-    seq.admit(0, place(delta, "d", backbone, runner.kernels))
+    seq.admit(0, place(delta, "d", backbone))
     bare.admit(1, None)
     while (left := len(prompt) - seq.num_computed) > 0:
         logits = step(runner, seq, bare, min(chunk, left))

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from serving.engine.runner import Runner
-from serving.kernels.reference import ReferenceKernels
 from serving.model.backbone import Backbone, adopt_backbone
 from tests.cases import GOLDEN_CASES, GOLDEN_NAME, PEFT_CASES, GoldenCase, case_id
 from tests.contract.bottleneck import LAYER_ONLY
@@ -79,7 +78,7 @@ def test_mixed_batch_equals_reference(family: Family, dtype: torch.dtype, tmp_pa
     label = str(dtype).removeprefix("torch.")
     backbone = adopt_backbone(base_model(family, dtype), name="tiny", device="cpu", dtype=label)
     found = methods(family, dtype, backbone, tmp_path)
-    runner = Runner(backbone, ReferenceKernels(), num_slots=len(found) * PROMPTS, max_len=64)
+    runner = Runner(backbone, num_slots=len(found) * PROMPTS, max_len=64)
     alone, together, chunked = rows_for(found), rows_for(found), rows_for(found, chunk=4)
     for row in shuffled(alone):
         run(runner, [row])
@@ -112,7 +111,7 @@ def test_mixed_batch_of_adapterhub_goldens(case: GoldenCase) -> None:
     """AdapterHub's own logits, stored by its own environment; bare rows run beside."""
     backbone = adopt_backbone(case.backbone(), name=GOLDEN_NAME, device="cpu", dtype="float32")
     delta = served(case.directory, backbone)
-    runner = Runner(backbone, ReferenceKernels(), num_slots=4, max_len=32)
+    runner = Runner(backbone, num_slots=4, max_len=32)
     golden = case.golden()
     rows = [Row("golden", g["input_ids"].tolist(), len(g["input_ids"]) // 2, delta) for g in golden]
     bare = [Row(BARE, row.tokens, row.num_prefill, None) for row in rows]
