@@ -287,7 +287,8 @@ def retype(origin: Source, draw: random.Random) -> Mutant | None:
     tensors[key] = old.to(dtype)
     what = f"{key} to {dtype}"
     if dtype not in FLOATS or not old.dtype.is_floating_point:
-        return _mutant(what, _names(key, origin.spec), config, tensors)
+        idle = torch.equal(tensors[key].double(), old.double())  # the same indices in wider integers
+        return _mutant(what, _names(key, origin.spec), config, tensors, may_be_idle=idle)
     plain = {**tensors, key: tensors[key].to(old.dtype)}
     files = {CONFIG: origin.config, origin.tensors_file: save(plain)}
 

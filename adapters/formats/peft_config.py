@@ -219,7 +219,10 @@ LORA: Mapping[str, Rule] = {
     ),
     "arrow_config": off(None, why="it routes each token between several adapters"),
     "kasa_config": off(None, why="KaSA drops singular directions of each base weight"),
-    "ensure_weight_tying": off(False, why="it adapts tied embeddings together"),
+    "ensure_weight_tying": off(
+        False,
+        why="which modules it ties depends on their names: PEFT knows embed_tokens and lm_head, not wte",
+    ),
 }
 
 BDLORA: Mapping[str, Rule] = {

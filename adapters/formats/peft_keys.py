@@ -104,6 +104,12 @@ def _why(key: str, spec: BackboneSpec) -> str:
     for part, reason in REFUSED_PARTS.items():
         if part in key:
             return reason
+    module = spec.by_path.get(key.removeprefix(PREFIX).removesuffix(".weight"))
+    if module is not None and module.writes[0].site.name in ("embed", "logits"):
+        return (
+            "modules_to_save does not name its module, so it is a copy of the base weight. Save with "
+            "`save_pretrained(save_embedding_layers=False)`; a resized vocabulary is another backbone"
+        )
     if not key.startswith(PREFIX):
         return f"keys start with {PREFIX!r} in files that PEFT's `save_pretrained` writes"
     return f"the backbone {quoted(spec.name)} has no such module, or the method no such tensor"

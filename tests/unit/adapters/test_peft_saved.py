@@ -95,7 +95,7 @@ def test_tied_head_and_embedding_saved_together_are_two_modules() -> None:
     ("change", "named"),
     [
         (lambda _c, tensors: tensors.pop(HEAD), "modules_to_save: 'lm_head' has no weight"),
-        (lambda config, _t: config.update(modules_to_save=None), f"'{HEAD}'"),
+        (lambda config, _t: config.update(modules_to_save=None), f"'{HEAD}': modules_to_save does not name its module"),
         (lambda _c, tensors: tensors.update({HEAD: torch.ones(98, 32)}), "[98, 32], expected [97, 32]"),
         (lambda _c, tensors: tensors.update({HEAD: torch.ones(32, 97)}), "[32, 97], expected [97, 32]"),
         (lambda _c, tensors: tensors[HEAD].view(-1)[7].fill_(torch.nan), "1 non-finite value"),
