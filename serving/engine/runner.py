@@ -1,4 +1,4 @@
-"""One step on the device: scheduled rows -> flattened batch -> logits.
+"""One step on the device: scheduled rows -> flattened batches -> logits. Most layouts run all rows in one batch.
 
 Rows are sorted by delta, so that the tokens of one delta are one segment. The delta programs of the last batch are
 kept: a decode step with the same rows pays nothing for them.
@@ -17,7 +17,7 @@ from serving.engine.scheduler import ScheduledRow
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
-from serving.model.programs import DeltaSegment, ModuleProgram, PlacedDelta, compile_programs
+from serving.model.programs import DeltaSegment, PlacedDelta, Program, compile_programs
 
 
 class RowLogits(NamedTuple):
@@ -47,14 +47,18 @@ class Runner:
     def __init__(self, backbone: Backbone, *, num_slots: int, max_len: int) -> None:
         self.backbone = backbone
         self.cache = backbone.new_cache(num_slots, max_len)
-        self._programs: list[ModuleProgram | None] = []
+        self._programs: list[Program | None] = []
         self._programs_key: tuple[object, ...] | None = None
 
     def run(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
-        """One forward pass. New rows get their delta's keys and values first."""
+        """One step of all rows. New rows get their delta's keys and values first."""
         for seq, _ in rows:
             if seq.num_computed == 0 and isinstance(seq.delta, PlacedDelta) and seq.delta.prefix is not None:
                 self.cache.write_prefix(seq.slot, seq.delta.prefix)
+        groups = self.backbone.layout.groups([row.num_tokens for row in rows])
+        return [output for group in groups for output in self._forward([rows[index] for index in group])]
+
+    def _forward(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
         batch = build_batch(rows)
         device = self.backbone.device
         logits = self.backbone.forward(
@@ -66,7 +70,7 @@ class Runner:
         parts = torch.split(logits, batch.logits_counts)
         return [RowLogits(row, part) for row, part in zip(batch.rows, parts, strict=True)]
 
-    def _compile(self, batch: Batch) -> list[ModuleProgram | None]:
+    def _compile(self, batch: Batch) -> list[Program | None]:
         key = (tuple(batch.token_segments), tuple(batch.logit_segments))
         if key != self._programs_key:
             self._programs = compile_programs(

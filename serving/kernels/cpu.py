@@ -7,7 +7,7 @@ list of such tables and the tokens they act on, so a change of the batch costs m
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,10 @@ SEGMENT_DTYPE = np.dtype(
     [("ops", np.uint64), ("offsets", np.uint64), ("start", np.int32), ("stop", np.int32)]
 )
 
-MAX_SEGMENT_TOKENS = 16
-"""Longer segments reuse their weights enough for matrix products to be faster (measured: `loadtest kernels`)."""
+MAX_SEGMENT_TOKENS = 64
+"""Longer segments reuse wide weights enough for torch's matrix products to be faster (`python -m loadtest kernels`)."""
+PIECE_TOKENS = 16
+"""What one thread takes of a segment where there are several threads."""
 
 
 class _Matrix(ctypes.Structure):
@@ -122,9 +124,11 @@ class CpuBatch:
     """`FusedBatch`: the tables of a batch's deltas, and the inputs of tapped modules until they are read."""
 
     def __init__(self, kernels: CpuRows, segments: Sequence[FusedSegment]) -> None:
-        encoded: list[EncodedDelta] = [segment.encoded for segment in segments]
         self._run = kernels.run
         self._threads = torch.get_num_threads()
+        if self._threads > 1:
+            segments = [piece for segment in segments for piece in _pieces(segment)]
+        encoded: list[EncodedDelta] = [segment.encoded for segment in segments]
         self._encoded = encoded
         self._before = _table(segments, [delta.before for delta in encoded])
         self._after = _table(segments, [delta.after for delta in encoded])
@@ -159,6 +163,11 @@ class CpuBatch:
             self._captured,
             self._threads,
         )
+
+
+def _pieces(segment: FusedSegment) -> Iterator[FusedSegment]:
+    for start in range(segment.start, segment.stop, PIECE_TOKENS):
+        yield FusedSegment(start, min(start + PIECE_TOKENS, segment.stop), segment.encoded)
 
 
 def _matrix(rows: Tensor) -> _Matrix:

@@ -48,6 +48,83 @@ inline float exp_negative(float x) {
   return p * power;
 }
 
+// scores[g, k] = query[g] . keys[k] for G queries and K keys side by side: each value is loaded once for all
+template <int G, int K, typename P>
+void score_block(const float* query, const P* keys, int64_t width, float* scores, int64_t stride) {
+  Vector sums[G][K] = {};
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) {
+    Vector q[G];
+    for (int g = 0; g < G; ++g) q[g] = load_vector(query + g * width + i);
+    for (int k = 0; k < K; ++k) {
+      const Vector key = load_vector(keys + k * width + i);
+      for (int g = 0; g < G; ++g) sums[g][k] += q[g] * key;
+    }
+  }
+  for (int g = 0; g < G; ++g)
+    for (int k = 0; k < K; ++k) {
+      float sum = sum_of(sums[g][k]);
+      for (int64_t j = i; j < width; ++j) sum += query[g * width + j] * load(keys + k * width, j);
+      scores[g * stride + k] = sum;
+    }
+}
+
+// `next` is what is read after the keys: asked for while they are computed with
+template <int G, typename P>
+void score(const float* query, const P* keys, int64_t width, float* scores, int64_t count, const P* next) {
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) {
+    for (int64_t i = 0; i < 4 * width; i += 64 / sizeof(P)) __builtin_prefetch(next + k * width + i);
+    for (int64_t i = 0; i < 4 * width; i += 64 / sizeof(P)) __builtin_prefetch(keys + (k + 16) * width + i);
+    score_block<G, 4>(query, keys + k * width, width, scores + k, count);
+  }
+  for (; k < count; ++k) score_block<G, 1>(query, keys + k * width, width, scores + k, count);
+}
+
+// out[g, i:i+B*LANES] = sum over k of weights[g, k] * values[k], in registers
+template <int G, int B, typename P>
+void mix_block(const float* weights, const P* values, int64_t width, int64_t count, float* out) {
+  Vector sums[G][B] = {};
+  for (int64_t k = 0; k < count; ++k)
+    for (int b = 0; b < B; ++b) {
+      const Vector value = load_vector(values + k * width + b * LANES);
+      for (int g = 0; g < G; ++g) sums[g][b] += weights[g * count + k] * value;
+    }
+  for (int g = 0; g < G; ++g)
+    for (int b = 0; b < B; ++b) store_vector(out + g * width + b * LANES, sums[g][b]);
+}
+
+template <int G, typename P>
+void mix(const float* weights, const P* values, int64_t width, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 4 * LANES <= width; i += 4 * LANES) mix_block<G, 4>(weights, values + i, width, count, out + i);
+  for (; i + LANES <= width; i += LANES) mix_block<G, 1>(weights, values + i, width, count, out + i);
+  for (; i < width; ++i)
+    for (int g = 0; g < G; ++g) {
+      float sum = 0;
+      for (int64_t k = 0; k < count; ++k) sum += weights[g * count + k] * load(values + k * width, i);
+      out[g * width + i] = sum;
+    }
+}
+
+// scores -> weights that sum to 1, in place
+void softmax(float* scores, int64_t count, float softcap) {
+  if (softcap > 0)
+    for (int64_t k = 0; k < count; ++k) scores[k] = softcap * std::tanh(scores[k] / softcap);
+  float most = -INFINITY, total = 0;  // a NaN may be lost here but reaches the output through the sum below
+#pragma omp simd reduction(max : most)
+  for (int64_t k = 0; k < count; ++k) most = std::max(most, scores[k]);
+#pragma omp simd reduction(+ : total)
+  for (int64_t k = 0; k < count; ++k) {
+    const float shifted = scores[k] - most;
+    const float power = shifted == shifted ? exp_negative(shifted) : shifted;
+    scores[k] = power;
+    total += power;
+  }
+  const float share = 1.0f / total;
+  for (int64_t k = 0; k < count; ++k) scores[k] *= share;
+}
+
 template <typename T, typename P>
 void attend(const Decode& d, int64_t row, int64_t kv_head, std::vector<float>& scratch) {
   const int64_t token = d.tokens[row], width = d.width, past = d.past[row], end = past + 1;
@@ -70,44 +147,14 @@ void attend(const Decode& d, int64_t row, int64_t kv_head, std::vector<float>& s
                  (kv_head * groups + g) * d.query.head_stride;
     for (int64_t i = 0; i < width; ++i) query[g * width + i] = d.scaling * load(q, i);
   }
-  for (int64_t k = 0; k < count; ++k) {
-    const P* key = keys + (begin + k) * width;
-    for (int64_t g = 0; g < groups; ++g) {
-      const float* q = query + g * width;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < width; ++i) sum += q[i] * load(key, i);
-      scores[g * count + k] = sum;
-    }
-  }
-  for (int64_t g = 0; g < groups; ++g) {
-    float *row_scores = scores + g * count, most = -INFINITY, total = 0;
-    if (d.softcap > 0)
-      for (int64_t k = 0; k < count; ++k) row_scores[k] = d.softcap * std::tanh(row_scores[k] / d.softcap);
-    // a NaN may be lost here but reaches the output through the sum below
-#pragma omp simd reduction(max : most)
-    for (int64_t k = 0; k < count; ++k) most = std::max(most, row_scores[k]);
-#pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < count; ++k) {
-      const float shifted = row_scores[k] - most;
-      const float power = shifted == shifted ? exp_negative(shifted) : shifted;
-      row_scores[k] = power;
-      total += power;
-    }
-    const float share = 1.0f / total;
-    for (int64_t k = 0; k < count; ++k) row_scores[k] *= share;
-  }
-  std::fill(out, out + groups * width, 0.0f);
-  for (int64_t k = 0; k < count; ++k) {
-    const P* value = values + (begin + k) * width;
-    for (int64_t g = 0; g < groups; ++g) {
-      const float weight = scores[g * count + k];
-      float* sum = out + g * width;
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) sum[i] += weight * load(value, i);
-    }
-  }
-  for (int64_t g = 0; g < groups; ++g) {
+  const P *visible_keys = keys + begin * width, *visible_values = values + begin * width;
+  int64_t g = 0;
+  for (; g + 2 <= groups; g += 2) score<2>(query + g * width, visible_keys, width, scores + g * count, count, visible_values);
+  for (; g < groups; ++g) score<1>(query + g * width, visible_keys, width, scores + g * count, count, visible_values);
+  for (g = 0; g < groups; ++g) softmax(scores + g * count, count, d.softcap);
+  for (g = 0; g + 2 <= groups; g += 2) mix<2>(scores + g * count, visible_values, width, count, out + g * width);
+  for (; g < groups; ++g) mix<1>(scores + g * count, visible_values, width, count, out + g * width);
+  for (g = 0; g < groups; ++g) {
     T* target = static_cast<T*>(d.out.data) + token * d.out.token_stride + (kv_head * groups + g) * d.out.head_stride;
     for (int64_t i = 0; i < width; ++i) store(target, i, out[g * width + i]);
   }

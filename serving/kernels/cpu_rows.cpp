@@ -85,12 +85,22 @@ float activate(float x, int32_t kind) {
   }
 }
 
+// Weights are read once, so hardware prefetchers start too late: ask for `size` floats of what comes next.
+inline void prefetch(const float* next, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(next + i);
+}
+
 // hidden[t, r] = x[t] . A[r]; four rows of A at a time, each read from memory once for all tokens
 void shrink(const Op& op, const Rows& x, int32_t count, float* hidden) {
   const int64_t width = op.width;
   int32_t r = 0;
   for (; r + 4 <= op.rank; r += 4) {
     const float *a0 = op.a + r * width, *a1 = a0 + width, *a2 = a1 + width, *a3 = a2 + width;
+    if (r + 8 <= op.rank) {
+      prefetch(a0 + 4 * width, 4 * width);
+    } else {
+      prefetch(op.b, 4 * (op.stop - op.start));
+    }
     for (int32_t t = 0; t < count; ++t) {
       const float* row = x.row(t);
       float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -123,6 +133,7 @@ void expand(const Op& op, const Rows& y, int32_t count, const float* hidden) {
   int32_t r = 0;
   for (; r + 4 <= op.rank; r += 4) {
     const float *b0 = op.b + r * columns, *b1 = b0 + columns, *b2 = b1 + columns, *b3 = b2 + columns;
+    if (r + 8 <= op.rank) prefetch(b0 + 4 * columns, 4 * columns);
     for (int32_t t = 0; t < count; ++t) {
       float* out = y.row(t) + op.start;
       const float* h = hidden + int64_t(t) * op.rank + r;
@@ -172,9 +183,41 @@ void affine(const Op& op, const Rows& y, int32_t count) {
   }
 }
 
+// sum = z @ matrix [block, block], block a multiple of the vector width: sums stay in registers
+void turn_vectors(const float* z, const float* matrix, int64_t block, float* sum) {
+  for (int64_t j = 0; j < block; j += LANES) {
+    Vector even = {}, odd = {};
+    for (int64_t k = 0; k < block; k += 2) {
+      even += z[k] * load_vector(matrix + k * block + j);
+      odd += z[k + 1] * load_vector(matrix + (k + 1) * block + j);
+    }
+    store_vector(sum + j, even + odd);
+  }
+}
+
+// the same for any block; a size known at compile time is unrolled
+template <int64_t SIZE>
+void turn(const float* z, const float* matrix, int64_t block, float* sum) {
+  const int64_t size = SIZE ? SIZE : block;
+  std::memset(sum, 0, size * sizeof(float));
+  for (int64_t k = 0; k < size; ++k)
+    for (int64_t j = 0; j < size; ++j) sum[j] += z[k] * matrix[k * size + j];
+}
+
+using Turn = void (*)(const float*, const float*, int64_t, float*);
+
+Turn turn_of(int64_t block) {
+  if (block % LANES == 0) return turn_vectors;
+  if (block == 8) return turn<8>;
+  if (block == 4) return turn<4>;
+  if (block == 2) return turn<2>;
+  return turn<0>;
+}
+
 // every stage: z = y[t, order] in runs of `block`; z_i = z_i @ blocks_i; y[t, order] = z
 void blocks(const Op& op, const Rows& y, int32_t count, std::vector<float>& scratch) {
   const int64_t columns = op.stop - op.start, block = op.block, area = block * block, runs = op.rank;
+  const Turn turn_run = turn_of(block);
   scratch.resize(columns + block);
   float *turned = scratch.data(), *sum = turned + columns;
   for (int32_t stage = 0; stage < op.stages; ++stage) {
@@ -189,12 +232,8 @@ void blocks(const Op& op, const Rows& y, int32_t count, std::vector<float>& scra
       }
       for (int64_t run = 0; run < runs; ++run) {
         const float *matrix = matrices + (op.shared ? 0 : run * area), *z = turned + run * block;
-        std::memset(sum, 0, block * sizeof(float));
-        for (int64_t k = 0; k < block; ++k) {
-          const float zk = z[k], *row = matrix + k * block;
-#pragma omp simd
-          for (int64_t j = 0; j < block; ++j) sum[j] += zk * row[j];
-        }
+        if (t == 0 && !op.shared) prefetch(matrix + 2 * area, area);
+        turn_run(z, matrix, block, sum);
         for (int64_t j = 0; j < block; ++j) out[order ? order[run * block + j] : run * block + j] = sum[j];
       }
     }

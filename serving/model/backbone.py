@@ -25,11 +25,11 @@ from adapters.errors import BackboneRefused
 from adapters.site_maps import COMMON_NAMES, build_spec
 from serving.kernels.ops import Kernels
 from serving.kernels.select import Choice, select_kernels
-from serving.model.attention import ATTENTION_NAME
-from serving.model.context import ForwardContext, forward_context
+from serving.model.context import ForwardContext
 from serving.model.kv_cache import KVShape, SlotKVCache
+from serving.model.layout import Flattened, Layout
 from serving.model.packed import pack_linears
-from serving.model.parity import parity_error, stock_probe
+from serving.model.parity import choose_layout, stock_probe
 from serving.model.sites import install_sites
 
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation")
@@ -37,9 +37,9 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 
 @dataclass(eq=False)
 class Backbone:
-    """A frozen model on its device, with every site hooked and attention redirected to the KV cache.
+    """A frozen model on its device, with every site hooked and keys and values redirected to the KV cache.
 
-    `kernels` run the deltas and the attention of single tokens.
+    `kernels` run the deltas and, flattened, the attention of single tokens.
     """
 
     model: PreTrainedModel
@@ -49,6 +49,7 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
     kernels: Kernels
+    layout: Layout
     parity_error: float
 
     @property
@@ -77,16 +78,12 @@ class Backbone:
         Shapes: tokens [T] ids or [T, d] embeddings, positions [T], logits_rows [R] -> logits [R, V] fp32.
         `logits_rows` None means that only the KV cache is wanted: returns an empty tensor.
         """
-        inputs = {"input_ids" if tokens.dim() == 1 else "inputs_embeds": tokens[None]}
-        keep = torch.zeros(1, dtype=torch.long, device=self.device) if logits_rows is None else logits_rows
-        with forward_context(context):
-            out = self.model(**inputs, position_ids=positions[None], use_cache=False, logits_to_keep=keep)
+        logits = self.layout.forward(self.model, tokens, positions, context, logits_rows).float()
         if (count := len(context.attention.attended)) != self.spec.num_layers:
             raise BackboneRefused(
                 f"{count} of {self.spec.num_layers} layers attended through the KV cache.",
                 param="backbone",
             )
-        logits: Tensor = out.logits[0].float()
         return logits if logits_rows is not None else logits[:0]
 
 
@@ -129,7 +126,7 @@ def adopt_backbone(
     dtype: str = "auto",
     kernels: Choice = "auto",
 ) -> Backbone:
-    """Take over a loaded model: freeze, hash, cast, hook, and prove that the flattened path equals the stock one.
+    """Take over a loaded model: freeze, hash, cast, hook, and choose the layout that equals the stock forward.
 
     The model is changed in place and must not be used by others afterwards.
     """
@@ -152,13 +149,21 @@ def adopt_backbone(
         names=tuple(names) or (name,),
     )
     stock = stock_probe(model, spec)
-    model.set_attn_implementation(ATTENTION_NAME)
     if place.type == "cpu":
         pack_linears(model)
     install_sites(model, spec)
-    chosen = select_kernels(kernels, place, served)
-    backbone = Backbone(model, spec, tokenizer, _eos_ids(model), place, served, chosen, parity_error=0.0)
-    backbone.parity_error = parity_error(backbone, stock)
+    backbone = Backbone(
+        model,
+        spec,
+        tokenizer,
+        _eos_ids(model),
+        place,
+        served,
+        kernels=select_kernels(kernels, place, served),
+        layout=Flattened(),
+        parity_error=0.0,
+    )
+    choose_layout(backbone, stock)
     return backbone
 
 

@@ -110,6 +110,18 @@ class View:
     decode_mask: Tensor | None
 
 
+class Entries(NamedTuple):
+    """Where the tokens of one step go, and where all entries of its rows are, rows aligned to the right.
+
+    Shapes: token_slots, token_entries [T], row_slots [B, 1], row_entries [B, L].
+    """
+
+    token_slots: Tensor
+    token_entries: Tensor
+    row_slots: Tensor
+    row_entries: Tensor
+
+
 class SlotAttention:
     """`AttentionPlan` over a `SlotKVCache`: masks and indices are made once per window and shared by all layers.
 
@@ -119,12 +131,14 @@ class SlotAttention:
 
     def __init__(self, cache: SlotKVCache, rows: Sequence[RowSpan]) -> None:
         self.cache = cache
+        self.rows = rows
         self.attended: list[tuple[int, int | None]] = []
         self.prefills = [row for row in rows if row.stop - row.start > 1]
         self.decodes = [row for row in rows if row.stop - row.start == 1]
         self.only_decodes = not self.prefills
         self.longest = max(row.past + row.stop - row.start for row in rows)
         self._views: dict[int | None, View] = {}
+        self._entries: Entries | None = None
         if self.decodes:
             device = cache.device
             columns = [(row.start, row.slot, row.past) for row in self.decodes]
@@ -216,6 +230,33 @@ class SlotAttention:
             decode = self._decode_batched if view.batched else self._decode_each
             out[chosen] = decode(query_THD[chosen], keys, values, view, scores)
         return out.to(query.dtype)[None]
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionPlan.extend`."""
+        self.attended.append((layer, None))
+        if self._entries is None:
+            self._entries = self._make_entries()
+        at = self._entries
+        found = []
+        for pool, new_TKD in ((self.cache.keys[layer], key), (self.cache.values[layer], value)):
+            pool[at.token_slots, :, at.token_entries] = new_TKD.to(pool.dtype)
+            rows_BLKD = pool.transpose(1, 2)[at.row_slots, at.row_entries]
+            found.append(rows_BLKD.transpose(1, 2).to(new_TKD.dtype))
+        return found[0], found[1]
+
+    def _make_entries(self) -> Entries:
+        device = self.cache.device
+        counts = torch.tensor([row.stop - row.start for row in self.rows], device=device)
+        slots = torch.tensor([row.slot for row in self.rows], device=device)
+        entries = [torch.arange(row.past, row.past + row.stop - row.start) for row in self.rows]
+        lengths = torch.tensor([row.past for row in self.rows], device=device) + counts
+        columns = torch.arange(self.longest, device=device)[None] - (self.longest - lengths[:, None])
+        return Entries(
+            token_slots=slots.repeat_interleave(counts),
+            token_entries=torch.cat(entries).to(device),
+            row_slots=slots[:, None],
+            row_entries=columns.clamp_(min=0),  # to the left of a row stands its own first entry
+        )
 
     def _decode_batched(
         self, query_BHD: Tensor, keys: Tensor, values: Tensor, view: View, scores: _Scores

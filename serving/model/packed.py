@@ -8,6 +8,7 @@ The plain copy is dropped, so memory stays the same; reading a weight back gives
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 log = logging.getLogger(__name__)
+
+Forward = Callable[[Tensor], Tensor]
+"""A linear layer's forward, x [..., I] -> [..., O]."""
 
 TYPICAL_ROWS = 32
 """The number of rows that the layout is chosen for; others run with it too."""
@@ -49,16 +53,26 @@ def _pack(module: nn.Linear | Conv1D, *, is_shared: bool) -> None:
     weight, bias = module.weight, module.bias
     matrix = weight.t().contiguous() if isinstance(module, Conv1D) else weight
     packed = torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), TYPICAL_ROWS)
-
-    def forward(x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return out
-
     if not is_shared:  # a tied head's weight is the embedding's, which needs it
         nowhere = torch.full((1, 1), torch.nan, dtype=weight.dtype).expand(weight.shape)
         module.weight = nn.Parameter(nowhere, requires_grad=False)
     module.packed_weight = packed
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = _forward(packed, bias)  # type: ignore[method-assign]
+
+
+def packed_linear(matrix: Tensor, bias: Tensor) -> Forward:
+    """x -> x @ matrix.T + bias over a packed copy of `matrix` [O, I], or over itself without oneDNN."""
+    if not _is_usable(matrix.dtype):
+        return lambda x: F.linear(x, matrix, bias)
+    return _forward(torch.ops.mkldnn._reorder_linear_weight(matrix, TYPICAL_ROWS), bias)
+
+
+def _forward(packed: Tensor, bias: Tensor | None) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return out
+
+    return forward
 
 
 def _is_usable(dtype: torch.dtype) -> bool:

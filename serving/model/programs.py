@@ -32,6 +32,9 @@ from serving.kernels.ops import (
     WeightDeltaSegment,
 )
 from serving.model.context import ForwardContext
+from serving.model.packed import Forward
+
+NOTHING_MERGED: Mapping[int, Forward] = {}
 
 
 @dataclass(slots=True, eq=False)
@@ -212,17 +215,37 @@ class ModuleProgram:
         return changed.to(x.dtype).view(x.shape)
 
 
+class MergedModule:
+    """A module whose matrix has the ops of the batch's only delta in it."""
+
+    __slots__ = ("forward",)
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def run(
+        self, context: ForwardContext, base: Callable[..., Any], x: Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The merged forward in place of `base`. Shapes: x [..., I] -> [..., O]."""
+        del context, base, args, kwargs  # those of `ModuleProgram.run`; linear layers take x alone
+        return self.forward(x)
+
+
+Program = ModuleProgram | MergedModule
+
+
 def compile_programs(
     num_modules: int,
     kernels: Kernels,
     token_segments: Sequence[DeltaSegment],
     logit_segments: Sequence[DeltaSegment],
     logit_modules: frozenset[int],
-) -> list[ModuleProgram | None]:
+    merged: Mapping[int, Forward] = NOTHING_MERGED,
+) -> list[Program | None]:
     """One program per module that a delta of the batch touches.
 
     `logit_modules` see one row per sampled position instead of one per token, hence their own segments; the general
-    kernels run them.
+    kernels run them. `merged` modules run so for every token of the batch: only for a batch of one delta.
     """
     fused = kernels.fused
     most = 0 if fused is None else fused.max_segment_tokens
@@ -232,6 +255,9 @@ def compile_programs(
         fused.bind([FusedSegment(a, b, delta.encoded) for a, b, delta in short]) if fused and short else None
     )
     programs: list[ModuleProgram | None] = [None] * num_modules
+    assert not merged or len({id(segment.delta) for segment in token_segments}) == 1, (
+        "merged weights are one delta's"
+    )
     if bound is not None:
         for index in range(num_modules):
             if bound.changes_input[index] or bound.changes_output[index] or index in bound.taps:
@@ -253,4 +279,4 @@ def compile_programs(
     for start, stop, delta in logit_segments:
         for index in logit_modules & delta.modules.keys():
             program(index).add(start, stop, delta.modules[index])
-    return programs
+    return [MergedModule(merged[index]) if index in merged else found for index, found in enumerate(programs)]

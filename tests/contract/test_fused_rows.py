@@ -15,7 +15,7 @@ from serving.kernels.reference import ReferenceKernels
 from serving.model.context import ForwardContext
 from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 
-D_IN, D_OUT, TOKENS = 96, 160, 24
+D_IN, D_OUT, TOKENS = 96, 160, 56
 TAP = Site("attn.x", 0)
 
 
@@ -86,7 +86,7 @@ def test_a_module_with_every_op_equals_the_general_kernels(dtype: torch.dtype) -
     torch.manual_seed(11)
     fused = Kernels(ReferenceKernels(), CpuRows(), None)
     deltas = [placed(rank, fused) for rank in (1, 4, 7, 64)]
-    spans = [(0, 1), (1, 9), (12, 13), (13, 24)]  # tokens 9 to 12 are bare
+    spans = [(0, 1), (1, 9), (12, 13), (13, 56)]  # tokens 9 to 12 are bare
     segments = [DeltaSegment(a, b, delta) for (a, b), delta in zip(spans, deltas, strict=True)]
     x, far = torch.randn(TOKENS, D_IN).to(dtype), torch.randn(TOKENS, 40).to(dtype)
     weight = torch.randn(D_OUT, D_IN).to(dtype) / D_IN**0.5
