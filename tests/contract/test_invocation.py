@@ -22,6 +22,7 @@ from serving.engine.scheduler import ScheduledRow, last_occurrence
 from serving.engine.scheduler import Sequence as EngineSequence
 from serving.metrics import EngineMetrics
 from serving.model.backbone import Backbone, adopt_backbone
+from serving.model.merge import mergeable_modules
 from serving.model.placement import place
 from tests.cases import PEFT_CASES, case_id, quiet, tiny_backbone
 
@@ -92,6 +93,11 @@ def test_logits_do_not_depend_on_steps_or_preemption(name: str, chunk: int) -> N
     again = step(runner, seq, bare, len(seq.tokens))
     assert float((again[-1] - expected[-1]).abs().max()) <= limit
     assert float((logits[-1] - expected[-1]).abs().max()) <= limit
+
+
+def test_tokens_before_the_invocation_never_meet_merged_weights() -> None:
+    _, backbone, delta = trained()
+    assert mergeable_modules(place(delta, "d", backbone), backbone) == []
 
 
 class Served:
