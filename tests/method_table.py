@@ -197,6 +197,8 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("lora", _linear(LoraConfig, r=4, lora_alpha=6)),
     MethodRow("dora", _linear(LoraConfig, r=4, lora_alpha=6, use_dora=True), "T2"),
     MethodRow("adalora", _linear(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9)),
+    MethodRow("lora_saved_head", _linear(LoraConfig, r=4, modules_to_save=["lm_head"])),
+    MethodRow("alora", _linear(LoraConfig, r=4, alora_invocation_tokens=[91, 7])),
     MethodRow("adaption_prompt", _whole(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
     MethodRow("beft", _linear(BeftConfig)),
     MethodRow("boft", _linear(BOFTConfig, boft_block_size=8)),

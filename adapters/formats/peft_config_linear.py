@@ -77,6 +77,7 @@ ADALORA: Mapping[str, Rule] = {
         _is_masks(is_bool), "null or an object of tensor names to lists of true and false", used=True
     ),
     "alpha_pattern": off({}, None, why="PEFT's AdaLoRA does not read it"),
+    "alora_invocation_tokens": off(None, why="PEFT's AdaLoRA has no invocation"),
     "use_rslora": BOOLEAN,  # PEFT's AdaLoRA does not read it
     "use_dora": off(False, why="PEFT has no AdaLoRA with DoRA"),
     "lora_bias": off(False, why="PEFT's AdaLoRA does not read it"),

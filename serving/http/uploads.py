@@ -16,7 +16,6 @@ from adapters.errors import (
     Conflict,
     DeltamuxError,
     ErrorInfo,
-    InvalidDelta,
     Overloaded,
     Unavailable,
     from_info,
@@ -122,11 +121,6 @@ class Uploads:
         proof = await self._services.backend.admit(digest)
         if isinstance(proof, ErrorInfo):
             raise from_info(proof)
-        if not proof.effect > 0:  # also true for NaN
-            raise InvalidDelta(
-                ["The delta has no effect: the logits on the probe inputs are the backbone's own."],
-                remedy="Check that the trained weights were saved.",
-            )
         return proof
 
     async def _record(
