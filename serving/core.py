@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from adapters.errors import ErrorInfo, InvalidRequest
 
 BASE = None
 """The adapter digest of a request that runs on the bare backbone."""
+
+
+ServiceClass = Literal["realtime", "standard", "batch"]
+"""How a tenant's requests share a full engine: each class has a weight, and `batch` gives way to the others."""
 
 
 class FinishReason(StrEnum):
@@ -99,7 +103,8 @@ class GenerateCall:
     """What the gateway asks of a backend: one prompt, one delta, one stream of tokens.
 
     `prompt`: text, token ids, or chat messages. `adapter_digest` is a content digest, resolved by the gateway; it is
-    BASE for the bare backbone. `adapter_name` labels metrics and errors only.
+    BASE for the bare backbone. `adapter_name` labels metrics and errors only. `tenant_weight` is the tenant's share
+    of a full engine, relative to others'.
     """
 
     request_id: str
@@ -108,6 +113,8 @@ class GenerateCall:
     adapter_digest: str | None = BASE
     adapter_name: str = ""
     tenant: str = "default"
+    tenant_weight: float = 1.0
+    service_class: ServiceClass = "standard"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +126,8 @@ class Request:
     sampling: SamplingParams
     adapter_digest: str | None = BASE
     tenant: str = "default"
+    tenant_weight: float = 1.0
+    service_class: ServiceClass = "standard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +151,12 @@ class TokenLogprobs:
 class PromptEvent:
     """The first event of every accepted call: the tokens that the prompt became.
 
-    `logprobs` is given where asked for, one entry a token, None for the first.
+    `logprobs` is given where asked for, one entry a token, None for the first. The first `num_cached` tokens were
+    not computed for this call: their keys and values were there from an earlier one.
     """
 
     prompt_token_ids: tuple[int, ...]
+    num_cached: int = 0
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
