@@ -102,7 +102,9 @@ class FairQueue:
     def should_yield(self, running: Sequence, to: Sequence) -> bool:
         """See `WaitingQueue`. Only `batch` yields, and only while it has had more than its weighted share."""
         below, above = running.request.service_class, to.request.service_class
-        return below == "batch" and above != "batch" and self._lines[above].served < self._lines[below].served
+        return (
+            below == "batch" and above != "batch" and self._lines[above].served <= self._lines[below].served
+        )
 
     def expired(self, arrived_before_s: float) -> list[Sequence]:
         """See `WaitingQueue`."""

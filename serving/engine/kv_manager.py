@@ -145,26 +145,21 @@ class SlotKVManager:
         if chain is not None:
             blocks, holders = self.index.match(self._reusable(chain, tokens))
         target = self._choose(blocks, holders)
-        in_place = target in holders
-        source = target if in_place else (holders[0] if holders else None)
-        # neither may be dropped to make the room
-        held = [slot for slot in {target, source} if slot is not None and slot not in self._live]
-        for slot in held:
-            self._take(slot)
+        source = target if target in holders else next(iter(holders), None)
         needed = _num_blocks(prefix_len + len(tokens))
-        room = (max(0, needed - self._slots[target].committed) + headroom) * self.block_bytes
-        if not self.budget.fits(room) or not self._commit(target, needed):
-            for slot in held:
-                self._leave(slot)
-            return None
-        self.index.truncate(target, blocks if in_place else 0)
-        if source is not None and not in_place:
-            self._storage.copy(source, target, prefix_len + blocks * BLOCK_TOKENS)
+        if not self._claim(target, source, needed, headroom):
+            # a retained slot can't both stay and be copied: continue in it
+            if source is None or source in self._live or not self._claim(source, source, needed, headroom):
+                return None
+            target = source
+        self._slots[target].hits = self._slots[target].hits if target == source else 0
+        self.index.truncate(target, blocks if target == source else 0)
         if source is not None:
             self._slots[source].hits += 1
-        if source is not None and source != target and source not in self._live:
-            self._retain(source)
-        self._slots[target].hits = self._slots[target].hits if in_place else 0
+            if source != target:
+                self._storage.copy(source, target, prefix_len + blocks * BLOCK_TOKENS)
+                if source not in self._live:
+                    self._leave(source)
         self._live.add(target)
         if chain is not None:
             hashes = chain.blocks(tokens, len(tokens) // BLOCK_TOKENS)
@@ -223,6 +218,18 @@ class SlotKVManager:
             return min(self._empty)
         others = [slot for slot in self._retained if slot not in holders[:1]] or list(self._retained)
         return min(others, key=lambda slot: self._slots[slot].worth)
+
+    def _claim(self, target: int, source: int | None, needed: int, headroom: int) -> bool:
+        """Take `target`, with room for `needed` blocks, and `source` out of the free slots; False leaves all as is."""
+        claimed = [slot for slot in {target, source} if slot is not None and slot not in self._live]
+        for slot in claimed:  # neither may be dropped to make the room
+            self._take(slot)
+        room = (max(0, needed - self._slots[target].committed) + headroom) * self.block_bytes
+        if self.budget.fits(room) and self._commit(target, needed):
+            return True
+        for slot in claimed:
+            self._leave(slot)
+        return False
 
     def _take(self, slot: int) -> None:
         """Out of the free slots: its bytes are not idle any more."""
