@@ -99,7 +99,7 @@ class Engine(_Group):
     """Longest wait for a place in the batch; a request that waited longer is answered 429."""
     scheduling: Literal["fair", "first_come"] = "fair"
     """Whom to admit next: by service received per tenant, weight and class, or in order of arrival."""
-    max_wait_s: float = Field(default=5.0, gt=0)
+    max_wait_s: float = Field(default=2.0, gt=0)
     """Wait after which a request goes before all others, whatever its tenant, class or delta."""
     max_lead_tokens: int = Field(default=1024, ge=0)
     """How far ahead of others, in weighted tokens, a tenant may get because its delta is on the device already."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from serving.engine.fair_queue import CLASS_WEIGHTS, FairQueue
 from serving.engine.sequence import Sequence
 from serving.engine.waiting import LOOK_AHEAD, FirstComeQueue
-from tests.unit.serving.engine.scheduler_support import FakeDelta, World, sequence
+from tests.unit.serving.engine.scheduler_support import BLOCK, FakeDelta, World, sequence
 
 
 class Line:
@@ -141,10 +143,8 @@ def test_a_preempted_request_comes_back_to_the_front_without_being_lifted() -> N
     line.queue.put_back(first)
     assert line.queue.served("a") == 5.0
     assert line.order() == ["b0", "a0", "a1"]
-    assert (
-        line.queue.expired(1.0) == [seq for seq in line.queue.candidates(0.0) if seq is not first]
-        or len(line.queue.expired(1.0)) == 2
-    )
+    refused = [seq.request.request_id for seq in line.queue.expired(1.0)]
+    assert refused == ["a1", "b0"]  # who ran already is never refused
 
 
 def test_a_step_looks_at_a_bounded_number_of_requests() -> None:
@@ -180,8 +180,8 @@ def waits_of_the_quiet(*, fair: bool) -> list[float]:
     first: dict[str, float] = {}
     quiet = []
     for step in range(600):
-        for index in range(1 if step % 2 else 0):
-            world.add(f"loud {step} {index}", 8, max_tokens=16, tenant="loud")
+        if step % 2:
+            world.add(f"loud {step}", 8, max_tokens=16, tenant="loud")
         if step % 20 == 0:
             name = f"quiet {step}"
             quiet.append(world.add(name, 8, max_tokens=16, tenant="quiet"))
@@ -202,46 +202,40 @@ def test_a_tenant_at_ten_times_its_share_delays_others_under_first_come_and_not_
 # -- six deltas, room for three ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_nobody_starves_when_half_of_the_deltas_fit(seed: int) -> None:
-    """The recipe that made 90th percentile latency 4.6 times the median elsewhere (6 adapters, 3 slots, rate 4)."""
-    import random  # noqa: PLC0415
+def latencies_with_room_for_half(seed: int, *, max_wait_s: float) -> list[float]:
+    """Sorted seconds from arrival to the last token of 200 requests over six deltas, three of which fit.
 
+    The recipe after which others saw the 90th percentile at 4.6 times the median (6 adapters, 3 slots, 4 a second).
+    """
     draw = random.Random(seed)
-    size = 1000 * 160
     world = World(
         slots=32,
         blocks=3 * 1000 + 3000,
         tokens=512,
-        max_queue=10_000,
+        max_queue=1000,
         max_len=1024,
-        deltas=tuple(FakeDelta(name, size) for name in "abcdef"),
+        deltas=tuple(FakeDelta(name, 1000 * BLOCK) for name in "abcdef"),
         load_s=0.1,
-        max_wait_s=5.0,
+        max_wait_s=max_wait_s,
         max_lead=1024.0,
     )
-    arrivals: list[float] = []
-    at = 0.0
-    for _ in range(200):
-        at += draw.expovariate(4.0)
-        arrivals.append(at)
-    live: dict[str, tuple[Sequence, float]] = {}
+    arrivals = list(accumulate(draw.expovariate(4.0) for _ in range(200)))
+    live: dict[Sequence, float] = {}
     latencies: list[float] = []
-    sent = 0
-    while sent < len(arrivals) or live:
-        while sent < len(arrivals) and arrivals[sent] <= world.now_s:
-            name = f"r{sent}"
-            seq = world.add(name, 128, max_tokens=128, adapter_digest=draw.choice("abcdef"))
-            live[name] = (seq, arrivals[sent])
-            sent += 1
-        rows = world.turn()
-        world.now_s += 0.02 + 0.0005 * len(rows)
-        for name, (seq, arrival_s) in list(live.items()):
-            if seq.num_generated >= 128:
-                latencies.append(world.now_s - arrival_s)
-                del live[name]
-    latencies.sort()
-    p50, p90 = latencies[100], latencies[180]
-    print(f"p50 {p50:.1f} s, p90 {p90:.1f} s, ratio {p90 / p50:.2f}")
-    assert p90 / p50 <= 2.0
-    assert world.leases.residency.num_evictions > 3
+    while arrivals or live:
+        while arrivals and arrivals[0] <= world.now_s:
+            name = f"r{len(arrivals)}"
+            seq = world.add(name, 128, max_tokens=256, adapter_digest=draw.choice("abcdef"))
+            live[seq] = arrivals.pop(0)
+        world.now_s += 0.02 + 0.0005 * len(world.turn())
+        for seq in [seq for seq in live if seq.num_generated == 256]:
+            latencies.append(world.now_s - live.pop(seq))
+    assert world.leases.residency.num_evictions > 0
+    return sorted(latencies)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nobody_starves_when_half_of_the_deltas_fit(seed: int) -> None:
+    capped = latencies_with_room_for_half(seed, max_wait_s=2.0)
+    assert capped[180] / capped[100] <= 2.0
+    assert latencies_with_room_for_half(seed, max_wait_s=1e9)[-1] > 1.5 * capped[-1]
