@@ -38,25 +38,26 @@ class FakeLeases:
         self.broken: dict[str, DeltamuxError] = {}
         self.prefetched: list[str] = []
         self._world = world
-        self._ready_at: dict[str, float] = {}
+        self.ready_at: dict[str, float] = {}
 
     def try_lease(self, digest: str) -> FakeDelta | NotYet:
         if digest in self.broken:
             raise self.broken[digest]
-        self._take_over()
+        self.take_over()
         if (placed := self.residency.lease(digest)) is not None:
             return placed
-        if digest not in self._ready_at:
+        if digest not in self.ready_at:
             if not self.residency.reserve(self.deltas[digest].device_bytes):
                 return NotYet.CROWDED
-            self._ready_at[digest] = self._world.now_s + self.load_s
-            self._take_over()
+            self.ready_at[digest] = self._world.now_s + self.load_s
+            self.take_over()
         return self.residency.lease(digest) or NotYet.LOADING
 
-    def _take_over(self) -> None:
-        for digest, at_s in list(self._ready_at.items()):
+    def take_over(self) -> None:
+        """Loads that are done become resident, as the engine does between two steps."""
+        for digest, at_s in list(self.ready_at.items()):
             if at_s <= self._world.now_s:
-                del self._ready_at[digest]
+                del self.ready_at[digest]
                 delta = self.deltas[digest]
                 self.residency.insert(delta, reserved_bytes=delta.device_bytes, load_s=self.load_s)
 
@@ -64,7 +65,7 @@ class FakeLeases:
         self.residency.end_lease(digest)
 
     def is_resident(self, digest: str) -> bool:
-        self._take_over()
+        self.take_over()
         return digest in self.residency
 
     def prefetch(self, digest: str) -> None:
@@ -76,9 +77,11 @@ class FakeStorage:
     """Remembers which tokens each slot holds, so that a copy of the wrong ones shows."""
 
     slots: dict[int, list[tuple[str, int]]] = field(default_factory=dict)
+    copies: int = 0
 
     def copy(self, source: int, target: int, length: int) -> None:
         assert length <= len(self.slots[source]), "copied what was never written"
+        self.copies += 1
         self.slots[target] = self.slots[source][:length]
 
     def clear(self, slot: int) -> None:
@@ -136,6 +139,7 @@ class World:
 
     def turn(self, seconds: float = 0.0) -> list[tuple[str, int]]:
         """One step: what ran, by name. Requests that reached their length end."""
+        self.leases.take_over()
         rows, failed = self.scheduler.schedule()
         self._note(failed)
         for seq, count in rows:

@@ -228,8 +228,8 @@ def latencies_with_room_for_half(seed: int, *, max_wait_s: float) -> list[float]
             seq = world.add(name, 128, max_tokens=256, adapter_digest=draw.choice("abcdef"))
             live[seq] = arrivals.pop(0)
         world.now_s += 0.02 + 0.0005 * len(world.turn())
-        for seq in [seq for seq in live if seq.num_generated == 256]:
-            latencies.append(world.now_s - live.pop(seq))
+        ended = [seq for seq in live if seq.num_generated == 256]
+        latencies += [world.now_s - live.pop(seq) for seq in ended]
     assert world.leases.residency.num_evictions > 0
     return sorted(latencies)
 
