@@ -119,7 +119,7 @@ class GenerateCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A tokenised request as the engine admits it."""
+    """A tokenised request as the engine admits it. Raises InvalidRequest for a weight that is no share."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -128,6 +128,9 @@ class Request:
     tenant: str = "default"
     tenant_weight: float = 1.0
     service_class: ServiceClass = "standard"
+
+    def __post_init__(self) -> None:
+        _within("tenant_weight", self.tenant_weight, 1e-3, 1e3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ def test_a_preempted_request_says_what_it_would_have_said(
         for name, prompt, digest, sampling in calls:
             bench.submit(name, prompt, digest, max_tokens=40, **sampling)
         bench.run()
-    assert tight.engine.scheduler.num_preemptions >= 3
+    assert tight.engine.scheduler.num_preemptions >= 2
     assert tight.engine.metrics.preemptions._value.get() == tight.engine.scheduler.num_preemptions
     for name, *_ in calls:
         assert tight.tokens(name) == roomy.tokens(name)
