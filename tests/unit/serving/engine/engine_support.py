@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from adapters.normal_form import Delta, LowRank, Site, VirtualTokens
 from serving.config import Engine as EngineSettings
-from serving.core import Event, Request, SamplingParams, TokenEvent
+from serving.core import Event, Request, SamplingParams, ServiceClass, TokenEvent
 from serving.engine.engine import Engine
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from serving.metrics import EngineMetrics
@@ -75,7 +75,14 @@ class Bench:
         )
 
     def submit(
-        self, name: str, prompt: Sequence[int], digest: str | None = None, tenant: str = "t", **sampling: Any
+        self,
+        name: str,
+        prompt: Sequence[int],
+        digest: str | None = None,
+        *,
+        tenant: str = "t",
+        service_class: ServiceClass = "standard",
+        **sampling: Any,
     ) -> None:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 6, "ignore_eos": True, **sampling})
         request = Request(
@@ -84,6 +91,7 @@ class Bench:
             sampling=params,
             adapter_digest=digest,
             tenant=tenant,
+            service_class=service_class,
         )
         self.engine.submit(request)
 

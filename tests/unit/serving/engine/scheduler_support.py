@@ -9,7 +9,7 @@ from adapters.errors import DeltamuxError
 from serving.core import Request, SamplingParams
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
-from serving.engine.prefix_cache import BLOCK_TOKENS, PrefixKeys
+from serving.engine.prefix_cache import BLOCK_TOKENS, PrefixKeys, Sharing
 from serving.engine.scheduler import Failed, NotYet, Scheduler, SchedulerLimits
 from serving.engine.sequence import ScheduledRow, Sequence
 from serving.engine.waiting import FirstComeQueue, WaitingQueue
@@ -102,6 +102,7 @@ class World:
         load_s: float = 0.0,
         fair: bool = True,
         max_lead: float = 0.0,
+        sharing: Sharing = "tenant",
         **limits: Any,
     ) -> None:
         self.now_s = 0.0
@@ -123,7 +124,7 @@ class World:
             self.kv,
             self.leases,
             queue,
-            PrefixKeys("backbone"),
+            PrefixKeys("backbone", sharing),
             limits=SchedulerLimits(max_num_batched_tokens=tokens, **bounds),
             clock=lambda: self.now_s,
         )

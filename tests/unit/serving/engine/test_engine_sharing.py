@@ -193,6 +193,18 @@ def test_a_preempted_request_says_what_it_would_have_said(
     tight.assert_nothing_held(*deltas)
 
 
+def test_a_prompt_that_was_interrupted_is_scored_once(backbone: Backbone) -> None:
+    calm = Bench(backbone, {})
+    ask(calm, "scored", PROMPT, None, prompt_logprobs=1)
+    bench = Bench(backbone, {}, max_num_seqs=1, max_num_batched_tokens=16)
+    bench.submit("scored", PROMPT, None, service_class="batch", prompt_logprobs=1)
+    bench.engine.step()
+    bench.engine.step()
+    ask(bench, "urgent", [1, 2], None, service_class="realtime")
+    assert bench.engine.scheduler.num_preemptions == 1
+    assert_same_scores(events_of(bench, "scored")[0], events_of(calm, "scored")[0])
+
+
 def assert_same_scores(ours: Event, theirs: Event) -> None:
     assert isinstance(ours, PromptEvent | TokenEvent)
     assert type(ours) is type(theirs)

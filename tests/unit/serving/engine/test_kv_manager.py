@@ -100,6 +100,20 @@ def test_without_an_empty_slot_the_retained_one_of_least_worth_goes() -> None:
     assert slots.open(prompt(3), root=b"a") == (0, 2 * BLOCK_TOKENS)
 
 
+def test_a_slot_that_was_taken_over_is_no_longer_what_it_was() -> None:
+    slots = Slots(1)
+    slots.run(prompt(3), b"a")
+    assert slots.open(prompt(1), root=b"b") == (0, 0)
+    slots.kv.close(0, sound=True)
+    assert slots.open(prompt(3), root=b"a") == (0, 0)
+    slots.kv.publish(0, HashChain(b"a"), prompt(3), 3 * BLOCK_TOKENS)
+    slots.kv.close(0, sound=True)
+    branch = prompt(1) + prompt(1, start=500)
+    assert slots.open(branch, root=b"a") == (0, BLOCK_TOKENS)  # in place: the only slot
+    slots.kv.close(0, sound=True)
+    assert slots.open(prompt(3), root=b"a") == (0, BLOCK_TOKENS)
+
+
 def test_unsound_contents_are_wiped_and_matched_by_nobody() -> None:
     slots = Slots()
     slots.open(prompt(2))

@@ -283,7 +283,7 @@ def test_standard_never_yields_to_realtime() -> None:
 
 
 def test_tokens_that_are_computed_again_are_not_charged_again() -> None:
-    world = World(tokens=100, blocks=8)
+    world = World(tokens=100, blocks=8, sharing="off")
     world.add("old", 2 * BLOCK_TOKENS, max_tokens=3 * BLOCK_TOKENS, tenant="a")
     world.add("young", BLOCK_TOKENS, max_tokens=3 * BLOCK_TOKENS, tenant="b")
     while world.scheduler.running or len(world.scheduler.queue):
