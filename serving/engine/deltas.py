@@ -38,7 +38,6 @@ class _Placing(NamedTuple):
     """A delta on its way to the device: room is reserved, `proofs` wait for its admission probe."""
 
     reserved_bytes: int
-    started: float
     proofs: list[tuple[Delta, Future[AdmissionProof]]]
 
 
@@ -129,13 +128,15 @@ class DeltaManager:
             )
         if not self.residency.reserve(needed):
             return False
-        self._placing[digest] = _Placing(needed, time.perf_counter(), [])
+        self._placing[digest] = _Placing(needed, [])
 
-        def work() -> PlacedDelta:
-            return place(delta, digest, self.runner.backbone, self.runner.kernels)
+        def work() -> tuple[PlacedDelta, float]:
+            started = time.perf_counter()
+            placed = place(delta, digest, self.runner.backbone, self.runner.kernels)
+            return placed, time.perf_counter() - started
 
         if any(isinstance(op, VirtualTokens) for op in delta.ops):
-            done: Future[PlacedDelta] = Future()
+            done: Future[tuple[PlacedDelta, float]] = Future()
             try:
                 done.set_result(work())
             except Exception as error:
@@ -148,9 +149,9 @@ class DeltaManager:
             future.add_done_callback(lambda done: self._post(lambda: self._settle(digest, done)))
         return True
 
-    def _settle(self, digest: str, done: Future[PlacedDelta]) -> None:
-        """Take over what was placed, or give the reservation back, and answer who waits for the probe."""
-        reserved_bytes, started, proofs = self._placing.pop(digest)
+    def _settle(self, digest: str, done: Future[tuple[PlacedDelta, float]]) -> None:
+        """Take over what was placed, and the seconds it took, or give the room back; answer who waits for the probe."""
+        reserved_bytes, proofs = self._placing.pop(digest)
         error = done.exception()
         if error is not None:
             self.residency.cancel(reserved_bytes)
@@ -160,8 +161,8 @@ class DeltaManager:
             if proofs:  # they have been told
                 del self._failed[digest]
             return
-        load_s = time.perf_counter() - started
-        self.residency.insert(done.result(), reserved_bytes=reserved_bytes, load_s=load_s)
+        placed, load_s = done.result()
+        self.residency.insert(placed, reserved_bytes=reserved_bytes, load_s=load_s)
         if digest in self._releasing:
             self.residency.start_release(digest)
         self._metrics.adapter_load_seconds.observe(load_s)
