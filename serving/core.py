@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Protocol
 
 from adapters.errors import ErrorInfo, InvalidRequest
 
 BASE = None
 """The adapter digest of a request that runs on the bare backbone."""
-
-
-ServiceClass = Literal["realtime", "standard", "batch"]
-"""How a tenant's requests share a full engine: each class has a weight, and `batch` gives way to the others."""
 
 
 class FinishReason(StrEnum):
@@ -28,6 +24,14 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+
+
+class ServiceClass(StrEnum):
+    """How urgent a tenant's requests are, from most to least."""
+
+    REALTIME = "realtime"
+    STANDARD = "standard"
+    BATCH = "batch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +107,8 @@ class GenerateCall:
     """What the gateway asks of a backend: one prompt, one delta, one stream of tokens.
 
     `prompt`: text, token ids, or chat messages. `adapter_digest` is a content digest, resolved by the gateway; it is
-    BASE for the bare backbone. `adapter_name` labels metrics and errors only. `tenant_weight` is the tenant's share
-    of a full engine, relative to others'.
+    BASE for the bare backbone. `adapter_name` labels metrics and errors only. `tenant` is who asks, `weight` its
+    share against other tenants' (1: an ordinary one), as the gateway's operator set them.
     """
 
     request_id: str
@@ -113,24 +117,21 @@ class GenerateCall:
     adapter_digest: str | None = BASE
     adapter_name: str = ""
     tenant: str = "default"
-    tenant_weight: float = 1.0
-    service_class: ServiceClass = "standard"
+    weight: float = 1.0
+    service_class: ServiceClass = ServiceClass.STANDARD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A tokenised request as the engine admits it. Raises InvalidRequest for a weight that is no share."""
+    """A tokenised request as the engine admits it. `tenant`, `weight`, `service_class`: as in `GenerateCall`."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter_digest: str | None = BASE
     tenant: str = "default"
-    tenant_weight: float = 1.0
-    service_class: ServiceClass = "standard"
-
-    def __post_init__(self) -> None:
-        _within("tenant_weight", self.tenant_weight, 1e-3, 1e3)
+    weight: float = 1.0
+    service_class: ServiceClass = ServiceClass.STANDARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +155,12 @@ class TokenLogprobs:
 class PromptEvent:
     """The first event of every accepted call: the tokens that the prompt became.
 
-    `logprobs` is given where asked for, one entry a token, None for the first. The first `num_cached` tokens were
-    not computed for this call: their keys and values were there from an earlier one.
+    `logprobs` is given where asked for, one entry a token, None for the first. `num_cached_tokens`: those of the
+    prompt whose keys and values were there already.
     """
 
     prompt_token_ids: tuple[int, ...]
-    num_cached: int = 0
+    num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 

@@ -177,7 +177,7 @@ class LocalBackend:
             sampling=call.sampling,
             adapter_digest=call.adapter_digest,
             tenant=call.tenant,
-            tenant_weight=call.tenant_weight,
+            weight=call.weight,
             service_class=call.service_class,
         )
 

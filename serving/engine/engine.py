@@ -200,7 +200,7 @@ class Engine:
         state.announced = True
         logprobs = tuple(state.prompt_logprobs) if seq.wants_prompt_logits else None
         event = PromptEvent(
-            prompt_token_ids=seq.request.prompt_token_ids, logprobs=logprobs, num_cached=seq.num_cached
+            prompt_token_ids=seq.request.prompt_token_ids, logprobs=logprobs, num_cached_tokens=seq.num_cached
         )
         self._events.append((seq.request.request_id, event))
         self.metrics.prompt_tokens.inc(seq.num_prompt)

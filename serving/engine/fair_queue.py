@@ -96,7 +96,7 @@ class FairQueue:
         """See `WaitingQueue`."""
         request = seq.request
         before = self._served[request.tenant]
-        self._set(request.tenant, before + cost / request.tenant_weight)
+        self._set(request.tenant, before + cost / request.weight)
         self._lines[request.service_class].served += cost / CLASS_WEIGHTS[request.service_class]
 
     def should_yield(self, running: Sequence, to: Sequence) -> bool:

@@ -58,7 +58,7 @@ def test_the_tenant_with_the_least_service_goes_first_however_much_it_asks() -> 
 def test_weights_divide_the_service() -> None:
     line = Line()
     for index in range(40):
-        line.add(f"a{index}", "a", tenant_weight=3.0)
+        line.add(f"a{index}", "a", weight=3.0)
         line.add(f"b{index}", "b")
     assert Counter(line.serve()[0] for _ in range(40)) == {"a": 30, "b": 10}
 
