@@ -120,12 +120,19 @@ class OpChecker:
             self.tensor("gate", op.gate, (1,))
         if not isinstance(op.projected, bool):
             self.add("projected: expected true or false.")  # type: ignore[unreachable]
+        if op.merge == "separate" and not self.spec.sees_queries:
+            self.add(
+                f"merge: {self.spec.model_type} computes attention in code of its own, which gives no queries for a "
+                "softmax of the prompt's own."
+            )
         if op.merge == "separate" and not length:
             self.add("key: expected at least one row.")
         if op.projected is False:
             expected = (length, self.spec.hidden_size)
             if op.merge == "joint":
                 self.add("projected: a joint prefix is stored projected.")
+            elif Site("k.out", 0) not in self.spec.writer:
+                self.add("projected: no module of the backbone has keys alone for its output.")
         self.tensor("key", op.key, expected)
         self.tensor("value", op.value, expected)
 

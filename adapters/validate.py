@@ -111,9 +111,10 @@ def _virtual(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     length = max(lengths, default=0)
     if (prefixes or prompts) and not 1 <= length < spec.max_positions:
         yield f"{length} virtual tokens, expected 1 to {spec.max_positions - 1} (the backbone's positions)."
-    allowed = {0, length} if prefixes else {length}
+    allowed = {0, length} if prefixes and spec.free_positions else {length}
     if delta.position_offset not in allowed:
-        yield f"position_offset: {delta.position_offset}, expected {' or '.join(map(str, sorted(allowed)))}."
+        why = "" if spec.free_positions else f"; {spec.model_type} counts positions itself"
+        yield f"position_offset: {delta.position_offset}, expected {' or '.join(map(str, sorted(allowed)))}{why}."
 
 
 def _has_rows(tensor: object) -> bool:

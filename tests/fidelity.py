@@ -28,7 +28,6 @@ import torch
 
 from adapters.errors import InvalidDelta
 from serving.engine.runner import Runner
-from serving.kernels.reference import ReferenceKernels
 from serving.model.backbone import Backbone, adopt_backbone
 from tests.cases import Case
 from tests.contract.bottleneck import Bottleneck
@@ -184,7 +183,7 @@ def measure(family: Family, label: str, wanted: Sequence[str], directory: Path) 
                 targets[method.name] = reference_of(method, family, dtype, rows)
             except Blocked as why:
                 blocked[method.name] = why
-        runner = Runner(backbone, ReferenceKernels(), num_slots=len(methods) * PROMPTS, max_len=64)
+        runner = Runner(backbone, num_slots=len(methods) * PROMPTS, max_len=64)
         relative = list(measured_columns(runner, methods, targets))
     return [
         *(

@@ -64,12 +64,14 @@ from tests.families import Family
 class Targets:
     """The modules of one family, as PEFT matches them: by the end of their path.
 
-    `feedforward` is the linear whose input IA3 scales; a mixture of experts has none that is a module.
+    `feedforward` is the linear whose input IA3 scales; a mixture of experts has none that is a module. `prompt`: what
+    PEFT's prompt methods do not find in the family's config.
     """
 
     attention: tuple[str, ...]
     feedforward: tuple[str, ...]
     norms: tuple[str, ...]
+    prompt: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def linears(self) -> list[str]:
@@ -102,6 +104,15 @@ TARGETS: Mapping[Family, Targets] = {
     ),
     "gemma2": _SANDWICHED,
     "gemma3_text": _SANDWICHED,
+    "bloom": Targets(  # as in gpt_neox
+        ("query_key_value",), ("dense_4h_to_h",), ("input_layernorm", "post_attention_layernorm", "ln_f")
+    ),
+    "falcon": Targets(("query_key_value",), ("dense_4h_to_h",), ("ln_attn", "ln_mlp", "ln_f")),
+    "falcon_mq": Targets(("query_key_value",), ("dense_4h_to_h",), ("input_layernorm", "ln_f")),
+    "gptj": Targets(("q_proj", "v_proj"), ("fc_out",), ("ln_1", "ln_f")),
+    "gpt_neo": Targets(("q_proj", "v_proj"), ("c_proj",), ("ln_1", "ln_2", "ln_f")),
+    "codegen": Targets(("qkv_proj",), ("fc_out",), ("ln_1", "ln_f")),  # parts of q, v and k alternate
+    "mpt": Targets(("Wqkv",), ("down_proj",), ("norm_1", "norm_2", "norm_f"), {"num_attention_heads": 4}),
 }
 
 
@@ -134,6 +145,11 @@ def _linear(config: type[PeftConfig], **values: Any) -> Callable[[Targets], Peft
 def _whole(config: type[PeftConfig], **values: Any) -> Callable[[Targets], PeftConfig]:
     """Of a method that names no modules."""
     return lambda _: config(task_type=TaskType.CAUSAL_LM, **values)
+
+
+def _prompt(config: type[PeftConfig], **values: Any) -> Callable[[Targets], PeftConfig]:
+    """Of a method of virtual tokens."""
+    return lambda targets: config(task_type=TaskType.CAUSAL_LM, **targets.prompt, **values)
 
 
 def _ia3(targets: Targets) -> PeftConfig:
@@ -179,8 +195,8 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("beft", _linear(BeftConfig)),
     MethodRow("boft", _linear(BOFTConfig, boft_block_size=8)),
     MethodRow("c3a", _linear(C3AConfig, block_size=8), sigma=4.0),
-    MethodRow("cartridge", _whole(CartridgeConfig, num_virtual_tokens=5, num_frozen_tokens=2)),
-    MethodRow("cpt", _whole(CPTConfig, **_CPT)),
+    MethodRow("cartridge", _prompt(CartridgeConfig, num_virtual_tokens=5, num_frozen_tokens=2)),
+    MethodRow("cpt", _prompt(CPTConfig, **_CPT)),
     MethodRow("delora", _linear(DeloraConfig, r=3, delora_lambda=2), "T2"),
     MethodRow("gralora", _linear(GraloraConfig, r=4, alpha=3), "T2"),
     MethodRow("hra", _linear(HRAConfig, r=5)),
@@ -191,14 +207,14 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("miss", _linear(MissConfig, r=6), "T2"),
     MethodRow(
         "multitask_prompt_tuning",
-        _whole(MultitaskPromptTuningConfig, num_virtual_tokens=4, num_tasks=1, num_ranks=2),
+        _prompt(MultitaskPromptTuningConfig, num_virtual_tokens=4, num_tasks=1, num_ranks=2),
         forward=_FIRST_TASK,
     ),
     MethodRow("oft", _linear(OFTConfig, oft_block_size=8), sigma=0.1),
-    MethodRow("p_tuning", _whole(PromptEncoderConfig, num_virtual_tokens=4, encoder_hidden_size=16)),
+    MethodRow("p_tuning", _prompt(PromptEncoderConfig, num_virtual_tokens=4, encoder_hidden_size=16)),
     MethodRow("poly", _linear(PolyConfig, r=4, n_skills=3, n_splits=2), "T2", forward=_FIRST_TASK),
-    MethodRow("prefix_tuning", _whole(PrefixTuningConfig, num_virtual_tokens=5)),
-    MethodRow("prompt_tuning", _whole(PromptTuningConfig, num_virtual_tokens=6)),
+    MethodRow("prefix_tuning", _prompt(PrefixTuningConfig, num_virtual_tokens=5)),
+    MethodRow("prompt_tuning", _prompt(PromptTuningConfig, num_virtual_tokens=6)),
     MethodRow("pvera", _linear(PveraConfig, r=5), "T2"),
     MethodRow("randlora", _linear(RandLoraConfig, r=5, randlora_alpha=1), "T2"),
     MethodRow("road", _linear(RoadConfig, variant="road_2", group_size=8)),

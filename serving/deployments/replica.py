@@ -75,7 +75,13 @@ def _build(settings: Settings) -> LocalBackend:
     from serving.model.backbone import load_backbone  # noqa: PLC0415
 
     wanted = settings.backbone
-    backbone = load_backbone(wanted.path, name=wanted.served_name, device=wanted.device, dtype=wanted.dtype)
+    backbone = load_backbone(
+        wanted.path,
+        name=wanted.served_name,
+        device=wanted.device,
+        dtype=wanted.dtype,
+        kernels=settings.engine.kernels,
+    )
     engine = settings.engine
     if engine.memory_bytes is None and backbone.device.type == "cpu":
         engine = engine.model_copy(update={"memory_bytes": auto_capacity() // settings.replicas})

@@ -132,7 +132,7 @@ class DeltaManager:
 
         def work() -> tuple[PlacedDelta, float]:
             started = time.perf_counter()
-            placed = place(delta, digest, self.runner.backbone, self.runner.kernels)
+            placed = place(delta, digest, self.runner.backbone)
             return placed, time.perf_counter() - started
 
         if any(isinstance(op, VirtualTokens) for op in delta.ops):
@@ -254,7 +254,7 @@ class DeltaManager:
             cache.write_prefix(1, placed.prefix)
         segments = [DeltaSegment(PROBE_TOKENS, 2 * PROBE_TOKENS, placed)]
         programs = compile_programs(
-            len(backbone.spec.modules), self.runner.kernels, segments, segments, backbone.logit_modules
+            len(backbone.spec.modules), backbone.kernels, segments, segments, backbone.logit_modules
         )
         spans = [RowSpan(0, PROBE_TOKENS, 0, 0), RowSpan(PROBE_TOKENS, 2 * PROBE_TOKENS, 1, prefix)]
         positions = torch.arange(PROBE_TOKENS)

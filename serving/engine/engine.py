@@ -7,6 +7,7 @@ with everything that happened. It runs without Ray, without HTTP and, for benchm
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from tokenizers import Tokenizer
 
-from adapters.errors import DeltamuxError, ErrorInfo
+from adapters.errors import DeltamuxError, ErrorInfo, InvalidRequest
 from adapters.normal_form import Delta
 from serving.config import Engine as EngineSettings
 from serving.core import (
@@ -41,7 +42,6 @@ from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.sequence import Sequence, max_total_len
 from serving.engine.waiting import FirstComeQueue, WaitingQueue
-from serving.kernels.reference import ReferenceKernels
 from serving.memory.budget import AUTO_SHARE, MemoryBudget, auto_capacity
 from serving.memory.host_cache import HostCache
 from serving.metrics import EngineMetrics
@@ -82,9 +82,7 @@ class Engine:
         self._publish = publish
         self._events: list[tuple[str, Event]] = []
         self._tokenizer: Tokenizer | None = getattr(backbone.tokenizer, "backend_tokenizer", None)
-        self.runner = Runner(
-            backbone, ReferenceKernels(), num_slots=settings.max_num_seqs, max_len=self.max_len
-        )
+        self.runner = Runner(backbone, num_slots=settings.max_num_seqs, max_len=self.max_len)
         self._wake = threading.Event()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         host = HostCache(load_delta, settings.host_cache_bytes)
@@ -261,6 +259,8 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request; its events arrive through `publish`. Raises ContextLengthExceeded, InvalidRequest."""
+        if not 0 < request.weight < math.inf:
+            raise InvalidRequest(f"weight: got {request.weight}, expected a share above 0.", param="weight")
         max_total_len(len(request.prompt_token_ids), request.sampling.max_tokens, self.max_len)
         self._post(lambda: self._enqueue(request))
 

@@ -22,7 +22,11 @@ from serving.core import ServiceClass
 from serving.engine.sequence import Sequence
 from serving.engine.waiting import LOOK_AHEAD, FirstComeQueue
 
-CLASS_WEIGHTS: Mapping[ServiceClass, float] = {"realtime": 16.0, "standard": 4.0, "batch": 1.0}
+CLASS_WEIGHTS: Mapping[ServiceClass, float] = {
+    ServiceClass.REALTIME: 16.0,
+    ServiceClass.STANDARD: 4.0,
+    ServiceClass.BATCH: 1.0,
+}
 """Shares of a full engine, highest class first."""
 
 CLASS_RANK: Mapping[ServiceClass, int] = {name: rank for rank, name in enumerate(CLASS_WEIGHTS)}
@@ -103,7 +107,9 @@ class FairQueue:
         """See `WaitingQueue`. Only `batch` yields, and only while it has had more than its weighted share."""
         below, above = running.request.service_class, to.request.service_class
         return (
-            below == "batch" and above != "batch" and self._lines[above].served <= self._lines[below].served
+            below is ServiceClass.BATCH
+            and above is not ServiceClass.BATCH
+            and self._lines[above].served <= self._lines[below].served
         )
 
     def expired(self, arrived_before_s: float) -> list[Sequence]:

@@ -68,7 +68,7 @@ class Usage:
             self.prompt_tokens[prompt] = len(event.prompt_token_ids)
             # the fewest: what one choice computed, the others of the same prompt find in the cache
             self.cached_tokens[prompt] = min(
-                event.num_cached, self.cached_tokens.get(prompt, event.num_cached)
+                event.num_cached_tokens, self.cached_tokens.get(prompt, event.num_cached_tokens)
             )
         else:
             self.completion_tokens += len(event.token_ids)

@@ -15,11 +15,11 @@ from serving.kernels.ops import (
     KronWeights,
     LinearMapWeights,
     LowRankWeights,
+    Replacement,
     RowsWeights,
     SparseWeights,
     WeightDeltaWeights,
 )
-from serving.model.programs import Replacement
 
 
 class Copy(Protocol):
@@ -73,7 +73,7 @@ def place_reflections(reflections: Tensor, to_device: Copy) -> LowRankWeights:
         factor[index, index] = 2
     return LowRankWeights(
         A=to_device(rows),
-        B=to_device(-(factor @ rows).t()),
+        B=to_device(-(factor @ rows)),
         scaling=1.0,
         activation="identity",
         a_bias=None,

@@ -6,7 +6,7 @@ Whatever depends on the base weights is computed here, in fp32, from the weights
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from adapters.normal_form import (
     Site,
     WeightDelta,
 )
-from serving.kernels.ops import AffineWeights, DeltaKernels, LowRankWeights
+from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
 from serving.model.backbone import Backbone
 from serving.model.place_matrices import (
     Copy,
@@ -34,10 +34,10 @@ from serving.model.place_matrices import (
     place_weight_delta,
 )
 from serving.model.place_prefix import base_parameter, place_prefix, place_prompt
-from serving.model.programs import PlacedDelta, PlacedModule
+from serving.model.programs import PlacedDelta
 
 
-def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) -> PlacedDelta:
+def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
     """Put `delta` on the backbone's device, ready to run.
 
     Runs one forward pass where the delta has virtual tokens: on a causal model their keys and values never change.
@@ -61,6 +61,11 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
         elif isinstance(op, LinearMap | WeightDelta | Rows):
             placer.matrices.append(op)
     modules = placer.modules()
+    general = _general_modules(modules, backbone)
+    encoded = None
+    if (fused := backbone.kernels.fused) is not None:
+        rest = {index: ops for index, ops in modules.items() if index not in general}
+        encoded = fused.encode(rest, placer.taps, len(backbone.spec.modules))
     placed = PlacedDelta(
         digest=digest,
         modules=modules,
@@ -68,11 +73,22 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
         prefix=None,
         position_offset=delta.position_offset,
         device_bytes=placer.device_bytes,
+        encoded=encoded,
+        general_modules=general,
     )
-    if (prefix := place_prefix(delta, placed, backbone, kernels)) is not None:
+    if (prefix := place_prefix(delta, placed, backbone)) is not None:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
     return placed
+
+
+def _general_modules(modules: Mapping[int, PlacedModule], backbone: Backbone) -> frozenset[int]:
+    """Where the fused kernels can't go: other ops, token ids for input, or rows of logits instead of tokens."""
+    if backbone.kernels.fused is None:
+        return frozenset(modules)
+    others = {index for index, ops in modules.items() if not ops.is_row_wise}
+    others |= {i for i, m in enumerate(backbone.spec.modules) if m.shape.kind == "embedding"} & modules.keys()
+    return frozenset(others | (backbone.logit_modules & modules.keys()))
 
 
 class _Placer:
@@ -88,13 +104,16 @@ class _Placer:
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
         self.device_bytes = 0
-        self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
-    def to_device(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A copy on the device; the same tensor is copied once."""
-        key = (id(tensor), dtype)
+    def to_device(
+        self, tensor: Tensor, dtype: torch.dtype = torch.float32, *, transpose: bool = False
+    ) -> Tensor:
+        """A contiguous copy on the device, transposed or not; the same tensor is copied once."""
+        key = (id(tensor), dtype, transpose)
         if key not in self._copies:
-            copy = tensor.to(self.backbone.device, dtype, copy=True).contiguous()
+            source = tensor.t() if transpose else tensor
+            copy = source.to(self.backbone.device, dtype, copy=True).contiguous()
             self._copies[key] = (tensor, copy)  # the source too: a freed tensor's id comes back
             self.device_bytes += copy.nbytes
         return self._copies[key][1]
@@ -160,7 +179,7 @@ class _Placer:
     def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
         weights = LowRankWeights(
             A=self.to_device(op.A),
-            B=self.to_device(op.B),
+            B=self.to_device(op.B, transpose=True),
             scaling=op.scaling,
             activation=op.activation,
             a_bias=None if op.a_bias is None else self.to_device(op.a_bias),

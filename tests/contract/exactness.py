@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from adapters.canonical import from_canonical, to_canonical
 from adapters.formats import read_directory
-from serving.kernels.reference import ReferenceKernels
 from serving.model.backbone import Backbone
 from serving.model.placement import place
 from serving.model.programs import PlacedDelta
@@ -108,7 +107,7 @@ def bare_logits(family: Family, weights: torch.dtype, dtype: torch.dtype, prompt
 def served(directory: Path, backbone: Backbone) -> PlacedDelta:
     """Upload format -> normal form -> canonical bytes -> device, as the server does it."""
     stored = to_canonical(read_directory(directory, backbone.spec))
-    return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone, ReferenceKernels())
+    return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone)
 
 
 def expected(method: Method, dtype: torch.dtype, prompts: Prompts) -> Expected:

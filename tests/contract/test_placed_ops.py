@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from adapters.normal_form import Affine, Delta, LinearMap, LowRank, Op, Site, WeightDelta
 from adapters.validate import check
 from serving.engine.runner import Runner
-from serving.kernels.reference import ReferenceKernels
 from serving.model.backbone import adopt_backbone
 from serving.model.placement import place
 from tests.cases import Family, tiny_backbone
@@ -26,9 +25,9 @@ def served(ops: tuple[Op, ...], model: PreTrainedModel) -> Row:
     backbone = adopt_backbone(model, name="tiny", device="cpu", dtype="float32")
     delta = Delta(method="test", ops=ops, backbone_digest=backbone.spec.digest)
     assert check(delta, backbone.spec) == []
-    row = Row("delta", TOKENS, 5, place(delta, "d" * 64, backbone, ReferenceKernels()))
+    row = Row("delta", TOKENS, 5, place(delta, "d" * 64, backbone))
     bare = Row("bare", TOKENS, 5, None)
-    run(Runner(backbone, ReferenceKernels(), num_slots=2, max_len=16), [row, bare])
+    run(Runner(backbone, num_slots=2, max_len=16), [row, bare])
     assert float((torch.cat(row.logits) - torch.cat(bare.logits)).abs().max()) > 0.05
     return row
 

@@ -29,6 +29,9 @@ from tests.cases import DIGEST, spec_of, tiny_backbone
 LLAMA = spec_of(tiny_backbone("llama"))  # hidden 32, FFN 64, 3 layers, 4 heads, 2 KV heads of 8, no biases
 GPT2 = spec_of(tiny_backbone("gpt2"))  # hidden 32, FFN 128, fused q k v, biases
 
+NEOX = spec_of(tiny_backbone("gpt_neox"))  # q, k and v are one site
+PADDED = replace(LLAMA, sees_queries=False, free_positions=False)  # as bloom is served
+
 
 def ones(*shape: int) -> Tensor:
     return torch.ones(shape)
@@ -313,6 +316,9 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(prompted(key=ones(4, 31))), LLAMA, ("key: shape [4, 31], expected [4, 32]",)),
     (delta(prompted(value=ones(3, 32))), LLAMA, ("value: shape [3, 32], expected [4, 32]",)),
     (delta(prompted(key=ones(0, 32), value=ones(0, 32))), LLAMA, ("key: expected at least one row",)),
+    (delta(prompted()), NEOX, ("projected: no module of the backbone has keys alone",)),
+    (delta(prompted()), PADDED, ("merge: llama computes attention in code of its own",)),
+    (delta(*prefixes()), PADDED, ("position_offset: 0, expected 5; llama counts positions itself",)),
     (delta(prompted(gate=None)), LLAMA, ("gate: belongs to a separate softmax",)),
     (delta(prompted(gate=ones(2))), LLAMA, ("gate: shape [2], expected [1]",)),
     (delta(prompted(merge="added")), LLAMA, ("merge",)),

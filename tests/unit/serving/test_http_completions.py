@@ -59,7 +59,7 @@ async def test_cached_tokens_are_those_that_no_choice_of_a_prompt_computed(tmp_p
 
     def script(call: GenerateCall) -> Batches:
         assert isinstance(call.prompt, str)
-        prompt = PromptEvent(prompt_token_ids=tuple(range(64)), num_cached=cached[call.prompt].pop(0))
+        prompt = PromptEvent(prompt_token_ids=tuple(range(64)), num_cached_tokens=cached[call.prompt].pop(0))
         return [(prompt, TokenEvent(token_ids=(1,), text="x", finish_reason=FinishReason.LENGTH))]
 
     async with gateway(tmp_path, FakeBackend(script=script)) as g:

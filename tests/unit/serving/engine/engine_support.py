@@ -81,7 +81,7 @@ class Bench:
         digest: str | None = None,
         *,
         tenant: str = "t",
-        service_class: ServiceClass = "standard",
+        service_class: ServiceClass = ServiceClass.STANDARD,
         **sampling: Any,
     ) -> None:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 6, "ignore_eos": True, **sampling})

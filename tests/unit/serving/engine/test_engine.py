@@ -223,7 +223,7 @@ def test_the_probe_uses_the_tokens_that_a_delta_replaces(backbone: Backbone) -> 
 def test_room_is_made_for_all_that_an_op_takes(backbone: Backbone, op: Op) -> None:
     delta = Delta(method="test", ops=(op,), backbone_digest=backbone.spec.digest)
     deltas = Bench(backbone, {}).engine.deltas
-    placed = place(delta, "d", backbone, deltas.runner.kernels)
+    placed = place(delta, "d", backbone)
     assert 0 < placed.device_bytes <= deltas._device_bytes(delta)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from adapters.errors import StoreError
 from adapters.normal_form import Delta
-from serving.core import Event, FinishReason, PromptEvent, TokenEvent
+from serving.core import Event, FinishReason, PromptEvent, ServiceClass, TokenEvent
 from serving.engine import deltas as deltas_module
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from serving.engine.runner import RowLogits
@@ -56,7 +56,7 @@ def recorded_logits(bench: Bench) -> Iterator[dict[str, list[torch.Tensor]]]:
 
 def cached_tokens(bench: Bench, name: str) -> int:
     (event,) = [e for n, e in bench.events if n == name and isinstance(e, PromptEvent)]
-    return event.num_cached
+    return event.num_cached_tokens
 
 
 def ask(bench: Bench, name: str, prompt: list[int], digest: str | None, **request: Any) -> list[int]:
@@ -197,10 +197,10 @@ def test_a_prompt_that_was_interrupted_is_scored_once(backbone: Backbone) -> Non
     calm = Bench(backbone, {})
     ask(calm, "scored", PROMPT, None, prompt_logprobs=1)
     bench = Bench(backbone, {}, max_num_seqs=1, max_num_batched_tokens=16)
-    bench.submit("scored", PROMPT, None, service_class="batch", prompt_logprobs=1)
+    bench.submit("scored", PROMPT, None, service_class=ServiceClass.BATCH, prompt_logprobs=1)
     bench.engine.step()
     bench.engine.step()
-    ask(bench, "urgent", [1, 2], None, service_class="realtime")
+    ask(bench, "urgent", [1, 2], None, service_class=ServiceClass.REALTIME)
     assert bench.engine.scheduler.num_preemptions == 1
     assert_same_scores(events_of(bench, "scored")[0], events_of(calm, "scored")[0])
 

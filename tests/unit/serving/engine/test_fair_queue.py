@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from serving.core import ServiceClass
 from serving.engine.fair_queue import CLASS_WEIGHTS, FairQueue
 from serving.engine.sequence import Sequence
 from serving.engine.waiting import LOOK_AHEAD, FirstComeQueue
@@ -106,9 +107,9 @@ def test_classes_share_by_weight_and_batch_never_starves() -> None:
 
 def test_whoever_waited_too_long_goes_first_oldest_first() -> None:
     line = Line(max_wait_s=5.0, resident="d")
-    line.add("old batch", "a", 0.0, service_class="batch", adapter_digest="cold")
+    line.add("old batch", "a", 0.0, service_class=ServiceClass.BATCH, adapter_digest="cold")
     line.add("old", "b", 1.0)
-    line.add("new", "c", 9.0, service_class="realtime")
+    line.add("new", "c", 9.0, service_class=ServiceClass.REALTIME)
     assert line.order(now_s=4.0)[0] == "new"
     assert line.order(now_s=10.0) == ["old batch", "old", "new"]
 
@@ -158,7 +159,10 @@ def test_a_step_looks_at_a_bounded_number_of_requests() -> None:
 def test_first_come_is_in_order_of_arrival_whoever_asks() -> None:
     queue = FirstComeQueue()
     made = [
-        sequence(str(i), 1, tenant="ab"[i % 2], service_class=("batch", "realtime")[i % 2]) for i in range(4)
+        sequence(
+            str(i), 1, tenant="ab"[i % 2], service_class=(ServiceClass.BATCH, ServiceClass.REALTIME)[i % 2]
+        )
+        for i in range(4)
     ]
     for seq in made:
         queue.add(seq)

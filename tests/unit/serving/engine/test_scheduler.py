@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapters.errors import ContextLengthExceeded, NotFound, Overloaded
-from serving.core import SamplingParams
+from serving.core import SamplingParams, ServiceClass
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from tests.unit.serving.engine.scheduler_support import BLOCK, FakeDelta, World
 
@@ -100,9 +100,9 @@ def test_full_queue_is_overloaded() -> None:
 
 def test_a_request_that_waits_too_long_is_refused_and_one_that_ran_is_not() -> None:
     world = World(slots=1, max_queue_s=10.0, tokens=100)
-    world.add("batch", 8, max_tokens=60, service_class="batch")
+    world.add("batch", 8, max_tokens=60, service_class=ServiceClass.BATCH)
     world.turn(1.0)
-    world.add("real", 8, max_tokens=60, service_class="realtime")
+    world.add("real", 8, max_tokens=60, service_class=ServiceClass.REALTIME)
     world.add("late", 8)
     world.turn(10.0)
     assert world.running() == ["real"]
@@ -210,7 +210,12 @@ def test_a_failed_request_leaves_nothing_to_reuse() -> None:
 
 def test_the_lowest_class_and_then_the_youngest_gives_way_and_goes_on_later() -> None:
     world = World(tokens=200, blocks=11)
-    classes = {"old": "standard", "batch": "batch", "young": "standard", "real": "realtime"}
+    classes = {
+        "old": ServiceClass.STANDARD,
+        "batch": ServiceClass.BATCH,
+        "young": ServiceClass.STANDARD,
+        "real": ServiceClass.REALTIME,
+    }
     for name, service_class in classes.items():
         world.add(name, 2 * BLOCK_TOKENS - 2, max_tokens=24, service_class=service_class)
     world.turn()
@@ -259,15 +264,15 @@ def test_retained_prefixes_and_idle_deltas_go_before_anybody_is_preempted() -> N
 
 def test_batch_yields_its_place_while_it_had_more_than_its_share_and_is_not_overdue() -> None:
     world = World(tokens=100, slots=1, max_wait_s=5.0)
-    batch = world.add("batch", 8, max_tokens=200, service_class="batch")
+    batch = world.add("batch", 8, max_tokens=200, service_class=ServiceClass.BATCH)
     world.turn(1.0)
-    real = world.add("real", 8, max_tokens=2, service_class="realtime")
+    real = world.add("real", 8, max_tokens=2, service_class=ServiceClass.REALTIME)
     assert world.turn(1.0) == [("real", 8)]
     world.turn(1.0)
     assert real.num_generated == 2
     world.turn(4.0)
     assert world.running() == ["batch"]
-    world.add("next", 8, service_class="realtime")
+    world.add("next", 8, service_class=ServiceClass.REALTIME)
     world.turn()
     assert world.running() == ["batch"]  # it has waited long enough
     assert batch.num_generated == 3
@@ -277,7 +282,7 @@ def test_standard_never_yields_to_realtime() -> None:
     world = World(tokens=100, slots=1)
     world.add("standard", 8, max_tokens=50)
     world.turn()
-    world.add("real", 8, service_class="realtime")
+    world.add("real", 8, service_class=ServiceClass.REALTIME)
     world.turn()
     assert world.running() == ["standard"]
 

@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serving.core import ServiceClass
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from serving.engine.sequence import Sequence
 from tests.unit.serving.engine.scheduler_support import BLOCK, FakeDelta, World
@@ -20,7 +21,7 @@ PROMPTS = [list(range(100 * start, 100 * start + 40)) for start in (1, 1, 2)]
 arrivals = st.fixed_dictionaries(
     {
         "tenant": st.sampled_from("xyz"),
-        "service_class": st.sampled_from(["realtime", "standard", "batch"]),
+        "service_class": st.sampled_from(ServiceClass),
         "adapter_digest": st.sampled_from([None, "a", "b", "c"]),
         "prompt": st.tuples(st.sampled_from(PROMPTS), st.integers(1, 40)).map(lambda p: p[0][: p[1]]),
         "max_tokens": st.integers(1, 40),
