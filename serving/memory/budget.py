@@ -43,14 +43,15 @@ class MemoryBudget:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.clock = 0.0
-        self._consumers: dict[str, Consumer] = {}
+        self._consumers: list[Consumer] = []
         self._used: dict[str, int] = {}
 
-    def register(self, name: str, consumer: Consumer) -> None:
-        """Let `consumer` reserve as `name`, and be asked for what it does not use."""
-        assert name not in self._consumers, name
-        self._consumers[name] = consumer
+    def register(self, name: str, consumer: Consumer | None = None) -> None:
+        """Let someone reserve as `name`. A `consumer` is asked for what it does not use; without one nothing is idle."""
+        assert name not in self._used, name
         self._used[name] = 0
+        if consumer is not None:
+            self._consumers.append(consumer)
 
     @property
     def used_bytes(self) -> int:
@@ -63,7 +64,7 @@ class MemoryBudget:
 
     def fits(self, size_bytes: int) -> bool:
         """Whether `reserve` would succeed."""
-        idle = sum(consumer.idle_bytes for consumer in self._consumers.values())
+        idle = sum(consumer.idle_bytes for consumer in self._consumers)
         return self.used_bytes - idle + size_bytes <= self.capacity_bytes
 
     def reserve(self, name: str, size_bytes: int) -> bool:
@@ -87,7 +88,7 @@ class MemoryBudget:
 
     def _drop_one(self) -> None:
         victim = min(
-            (consumer for consumer in self._consumers.values() if consumer.idle_bytes),
+            (consumer for consumer in self._consumers if consumer.idle_bytes),
             key=lambda consumer: consumer.least_worth(),
         )
         self.clock = max(self.clock, victim.least_worth())

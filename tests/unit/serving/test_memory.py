@@ -194,9 +194,9 @@ def test_the_piece_of_least_worth_goes_first_whoever_holds_it() -> None:
 
 def test_a_reservation_that_can_not_be_met_drops_nothing() -> None:
     budget = MemoryBudget(100)
-    pieces, busy = Pieces(budget, "pieces"), Pieces(budget, "busy")
+    pieces = Pieces(budget, "pieces")
     budget.register("pieces", pieces)
-    budget.register("busy", busy)
+    budget.register("busy")
     pieces.take(1.0, 50)
     assert budget.reserve("busy", 40)
     assert not budget.fits(61)
