@@ -47,7 +47,7 @@ class MemoryBudget:
         self._used: dict[str, int] = {}
 
     def register(self, name: str, consumer: Consumer | None = None) -> None:
-        """Let someone reserve as `name`. A `consumer` is asked for what it does not use; without one nothing is idle."""
+        """Let someone reserve as `name`. A `consumer` is asked for what it does not use; without one, nothing."""
         assert name not in self._used, name
         self._used[name] = 0
         if consumer is not None:
