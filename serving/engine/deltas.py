@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, Rows, VirtualTokens, WeightDelta
+from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
 from serving.engine.scheduler import NotYet
@@ -185,8 +185,8 @@ class DeltaManager:
         # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
         doubled = sum(
             t.numel()
-            for i, _, t in delta.tensors()
-            if isinstance(delta.ops[i], LinearMap | WeightDelta | Rows | AttnPrefix)
+            for i, name, t in delta.tensors()
+            if name == "ids" or isinstance(delta.ops[i], LinearMap | WeightDelta | AttnPrefix)
         )
         return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
 
@@ -268,12 +268,12 @@ class DeltaManager:
         if not torch.isfinite(changed).all():
             raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
         effect = float((changed - bare).abs().max())
-        if effect == 0.0:
+        if not effect > 0.0:  # also true for NaN
             raise InvalidDelta(
                 [
                     f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
                 ],
-                remedy="Upload trained weights; a freshly initialised adapter changes nothing.",
+                remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
             )
         return effect, float(bare.abs().max())
 

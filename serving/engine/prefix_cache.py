@@ -1,8 +1,8 @@
 """Which KV slot already holds the beginning of a prompt. No torch: an index from hash chains to slots.
 
 A chain has one hash for every full block of tokens; each covers the one before, so equal hashes mean equal beginnings.
-The first one covers whatever else shapes keys and values: the backbone, the delta, its virtual tokens, and a salt that
-the server makes of the tenant, so that neither content nor timing crosses tenants.
+The first one covers whatever else shapes keys and values: the backbone, the delta, its virtual tokens, the token from
+which on it acts, and a salt that the server makes of the tenant, so that neither content nor timing crosses tenants.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ class PrefixKeys:
         self._secret = secrets.token_bytes(32)
 
     def root(
-        self, *, tenant: str, adapter_digest: str | None, prefix_len: int, position_offset: int
+        self,
+        *,
+        tenant: str,
+        adapter_digest: str | None,
+        prefix_len: int,
+        position_offset: int,
+        invoked_at: int,
     ) -> bytes:
         """What the chain of a request begins with."""
         salt = hmac.digest(self._secret, b"" if self._shared else b"tenant:" + tenant.encode(), "sha256")
@@ -48,7 +54,7 @@ class PrefixKeys:
             self._backbone,
             salt,
             b"none" if adapter_digest is None else b"delta:" + adapter_digest.encode(),
-            struct.pack("<QQ", prefix_len, position_offset),
+            struct.pack("<QQQ", prefix_len, position_offset, invoked_at),
         )
 
 

@@ -105,15 +105,22 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
         batch.logits_counts.append(wanted)
         if seq.delta is not None:
             assert isinstance(seq.delta, PlacedDelta)
-            _extend(batch.token_segments, start, stop, seq.delta)
-            if wanted:
-                _extend(batch.logit_segments, logits_start, logits_start + wanted, seq.delta)
+            before = seq.invoked_at - first  # tokens of this step that come before the delta's invocation
+            _extend(batch.token_segments, start, count, before, seq.delta)
+            _extend(batch.logit_segments, logits_start, wanted, before - (count - wanted), seq.delta)
     return batch
 
 
-def _extend(segments: list[DeltaSegment], start: int, stop: int, delta: PlacedDelta) -> None:
-    """Add tokens [start, stop), joined with the segment before where that is the same delta's."""
-    if segments and segments[-1].delta is delta and segments[-1].stop == start:
-        segments[-1] = DeltaSegment(segments[-1].start, stop, delta)
-    else:
-        segments.append(DeltaSegment(start, stop, delta))
+def _extend(segments: list[DeltaSegment], start: int, count: int, before: int, delta: PlacedDelta) -> None:
+    """Add `count` tokens, the first `before` of them before the delta's invocation.
+
+    A segment is joined with the one before it where that is alike.
+    """
+    split = start + min(max(before, 0), count)
+    for begin, stop, form in ((start, split, delta.before), (split, start + count, delta)):
+        if begin == stop or form is None:
+            continue
+        if segments and segments[-1].delta is form and segments[-1].stop == begin:
+            segments[-1] = DeltaSegment(segments[-1].start, stop, form)
+        else:
+            segments.append(DeltaSegment(begin, stop, form))

@@ -217,6 +217,7 @@ class Scheduler:
                 adapter_digest=request.adapter_digest,
                 prefix_len=prefix_len,
                 position_offset=0 if delta is None else delta.position_offset,
+                invoked_at=seq.invocation_of(delta),
             )
             seq.chain = HashChain(root)
         # logits of the whole prompt need the whole prompt computed
@@ -226,8 +227,8 @@ class Scheduler:
         opened = self.kv.open(reused, seq.tokens, prefix_len, headroom=len(self.running))
         if opened is None:
             return _Outcome.FULL
-        seq.slot, seq.num_computed = opened
-        seq.delta = delta
+        seq.admit(opened.slot, delta)
+        seq.num_computed = opened.num_cached
         if seq.num_generated == 0:
             seq.num_cached = opened.num_cached
         self._leave_queue(seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +23,9 @@ class LeasedDelta(Protocol):
     @property
     def device_bytes(self) -> int: ...
 
+    @property
+    def invocation(self) -> tuple[int, ...]: ...
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
@@ -30,7 +34,8 @@ class Sequence:
     `arrival_s` and `order`, the place among all arrivals, are set on arrival. `slot`, `delta`, `max_len` are set on
     admission, and `slot` is -1 outside the batch. `num_charged` tokens were charged to the tenant; `num_cached` is
     what the admission that led to the first token found in the prefix cache. `state` belongs to the engine (sampler,
-    detokenizer).
+    detokenizer). `invoked_at`: index of the token from which on all of the delta acts; before it, only what needs no
+    invocation.
     """
 
     request: Request
@@ -45,10 +50,20 @@ class Sequence:
     delta: LeasedDelta | None = None
     chain: HashChain | None = None
     max_len: int = 0
+    invoked_at: int = 0
     wants_prompt_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.wants_prompt_logits = self.request.sampling.prompt_logprobs is not None
+
+    def admit(self, slot: int, delta: LeasedDelta | None) -> None:
+        """Take a slot and a leased delta."""
+        self.slot, self.delta = slot, delta
+        self.invoked_at = self.invocation_of(delta)
+
+    def invocation_of(self, delta: LeasedDelta | None) -> int:
+        """Where in the prompt `delta` would begin to act."""
+        return last_occurrence(() if delta is None else delta.invocation, self.request.prompt_token_ids)
 
     @property
     def num_prompt(self) -> int:
@@ -94,6 +109,14 @@ class ScheduledRow(NamedTuple):
     def samples(self) -> bool:
         """True when the step reaches the row's last token, so that its logits give the next one."""
         return self.num_tokens == self.seq.num_pending
+
+
+def last_occurrence(wanted: tuple[int, ...], tokens: tuple[int, ...]) -> int:
+    """Index at which `wanted` starts for the last time in `tokens`, 0 for an empty one; past all where it does not."""
+    if not wanted:
+        return 0
+    starts = range(len(tokens) - len(wanted), -1, -1)
+    return next((at for at in starts if tokens[at : at + len(wanted)] == wanted), sys.maxsize)
 
 
 def max_total_len(num_prompt: int, max_tokens: int | None, room: int) -> int:

@@ -16,7 +16,6 @@ from adapters.errors import (
     Conflict,
     DeltamuxError,
     ErrorInfo,
-    InvalidDelta,
     Overloaded,
     Unavailable,
     from_info,
@@ -122,11 +121,6 @@ class Uploads:
         proof = await self._services.backend.admit(digest)
         if isinstance(proof, ErrorInfo):
             raise from_info(proof)
-        if not proof.effect > 0:  # also true for NaN
-            raise InvalidDelta(
-                ["The delta has no effect: the logits on the probe inputs are the backbone's own."],
-                remedy="Check that the trained weights were saved.",
-            )
         return proof
 
     async def _record(
@@ -144,7 +138,7 @@ class Uploads:
             task=delta.task,
             size_bytes=canonical.size_bytes,
             labels=parts.labels,
-            proof=asdict(proof),
+            proof=asdict(proof) | ({"parity": parts.parity.model_dump()} if parts.parity else {}),
             alias=parts.alias,
         )
 
@@ -166,4 +160,7 @@ class Uploads:
 def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical]:
     spec = BackboneSpec.from_json(spec_json)
     delta = read_upload(parts.files, spec, backbone_digest=parts.backbone_digest)
-    return delta, to_canonical(delta)
+    canonical = to_canonical(delta)
+    if parts.parity is not None:
+        parts.parity.require_proof_of(canonical.digest, delta.backbone_digest)
+    return delta, canonical

@@ -26,6 +26,7 @@ class FakeDelta:
     device_bytes: int = 0
     prefix_len: int = 0
     position_offset: int = 0
+    invocation: tuple[int, ...] = ()
 
 
 class FakeLeases:

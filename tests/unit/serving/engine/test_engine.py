@@ -16,6 +16,7 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    Head,
     LinearMap,
     Op,
     Rows,
@@ -209,6 +210,7 @@ def test_the_probe_uses_the_tokens_that_a_delta_replaces(backbone: Backbone) -> 
             order=torch.arange(64).view(2, 32).int() % 32,
         ),
         Rows(site=Site("embed"), ids=torch.tensor([3], dtype=torch.int32), rows=torch.ones(1, 32)),
+        Head(site=Site("logits"), weight=torch.randn(97, 32), bias=torch.randn(97)),
         AttnPrefix(
             layer=1,
             key=torch.randn(9, 32),

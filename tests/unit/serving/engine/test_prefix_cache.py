@@ -17,6 +17,7 @@ def root(keys: PrefixKeys, **changes: Any) -> bytes:
         "adapter_digest": "d" * 64,
         "prefix_len": 5,
         "position_offset": 5,
+        "invoked_at": 0,
     }
     return keys.root(**request | changes)
 
@@ -45,6 +46,7 @@ def test_equal_beginnings_have_equal_hashes_and_a_change_reaches_all_that_follow
         {"adapter_digest": "none"},
         {"prefix_len": 6},
         {"position_offset": 0},
+        {"invoked_at": 3},
     ],
     ids=str,
 )

@@ -184,6 +184,19 @@ def test_another_tenant_or_delta_reuses_nothing(change: dict[str, str | None]) -
         assert seq.num_cached == (4 * BLOCK_TOKENS if name == "own" else 0)
 
 
+def test_a_prompt_that_invokes_its_delta_elsewhere_reuses_nothing() -> None:
+    world = World(tokens=200, deltas=(FakeDelta("d", invocation=(102,)),))
+    for name, prompt, cached in (
+        ("first", PROMPT, 0),
+        ("invoked again", [*PROMPT, 102, 7], 0),  # all that came before is computed as before an invocation
+        ("continued", [*PROMPT, 7, 8], 4 * BLOCK_TOKENS),
+    ):
+        seq = world.add(name, prompt, adapter_digest="d")
+        while world.scheduler.running or len(world.scheduler.queue):
+            world.turn()
+        assert seq.num_cached == cached
+
+
 def test_prompt_logprobs_compute_the_whole_prompt() -> None:
     world = World(tokens=200)
     for name in ("a", "b"):
