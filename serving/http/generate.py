@@ -58,12 +58,18 @@ class Usage:
 
     num_samples: int
     prompt_tokens: dict[int, int] = field(default_factory=dict)
+    cached_tokens: dict[int, int] = field(default_factory=dict)
     completion_tokens: int = 0
 
     def add(self, index: int, event: Checked) -> None:
         """Count one event of call `index`."""
         if isinstance(event, PromptEvent):
-            self.prompt_tokens[index // self.num_samples] = len(event.prompt_token_ids)
+            prompt = index // self.num_samples
+            self.prompt_tokens[prompt] = len(event.prompt_token_ids)
+            # the fewest: what one choice computed, the others of the same prompt find in the cache
+            self.cached_tokens[prompt] = min(
+                event.num_cached_tokens, self.cached_tokens.get(prompt, event.num_cached_tokens)
+            )
         else:
             self.completion_tokens += len(event.token_ids)
 
@@ -72,6 +78,7 @@ class Usage:
         prompt = sum(self.prompt_tokens.values())
         return {
             "prompt_tokens": prompt,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens.values())},
             "completion_tokens": self.completion_tokens,
             "total_tokens": prompt + self.completion_tokens,
         }
