@@ -107,6 +107,8 @@ class Engine(_Group):
     """Whose computed prompts a new one may reuse: its tenant's, anybody's (which timing can reveal), or nobody's."""
     memory_bytes: int | None = Field(default=None, ge=1)
     """Memory of a replica's keys, values and deltas; by default a quarter of the machine's, split among replicas."""
+    merge_after_steps: int = Field(default=128, ge=0)
+    """Steps in a row of one delta alone after which its weights run merged (fp32 on CPU); 0: never."""
     host_cache_bytes: int = Field(default=1024 * MIB, ge=0)
     """Host memory that loaded deltas may take beside the device."""
     kernels: Literal["auto", "reference", "compiled"] = "auto"

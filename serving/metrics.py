@@ -125,6 +125,11 @@ class EngineMetrics:
         self.adapter_bytes = Gauge(
             "deltamux_adapter_bytes", "Bytes of the deltas in device memory.", registry=registry
         )
+        self.merged_bytes = Gauge(
+            "deltamux_merged_bytes",
+            "Bytes of weights with a delta merged in, beside the base's.",
+            registry=registry,
+        )
         self.adapter_loads = Counter(
             "deltamux_adapter_loads_total", "Deltas placed in device memory.", registry=registry
         )

@@ -171,8 +171,8 @@ class DeltaManager:
         for delta, proof in proofs:
             self._prove(delta, digest, load_s, proof)
 
-    def _evicted(self, _: str) -> None:
-        self.runner.forget_programs()
+    def _evicted(self, digest: str) -> None:
+        self._forget(digest)
         self._metrics.adapter_evictions.inc()
         self._report()
 
@@ -290,11 +290,17 @@ class DeltaManager:
             return None
         freed = self.residency.finish_release(digest)
         if freed is not None:
-            self.runner.forget_programs()
+            self._forget(digest)
             self._loading.pop(digest, None)
             self._releasing.discard(digest)
             self._report()
         return freed
+
+    def _forget(self, digest: str) -> None:
+        """Let go of what the runner made of a delta's weights."""
+        self.runner.forget_programs()
+        if self.runner.merging is not None:
+            self.runner.merging.evict(digest)
 
     def _report(self) -> None:
         self._metrics.adapters_resident.set(len(self.residency))

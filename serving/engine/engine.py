@@ -36,6 +36,8 @@ from serving.engine.deltas import DeltaManager
 from serving.engine.detokenizer import TextStream
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
+from serving.engine.merging import CONSUMER as MERGED
+from serving.engine.merging import HotMerge
 from serving.engine.prefix_cache import PrefixKeys
 from serving.engine.runner import RowLogits, Runner
 from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
@@ -82,11 +84,14 @@ class Engine:
         self._publish = publish
         self._events: list[tuple[str, Event]] = []
         self._tokenizer: Tokenizer | None = getattr(backbone.tokenizer, "backend_tokenizer", None)
+        self.budget = MemoryBudget(settings.memory_bytes or _auto_memory(backbone.device))
         self.runner = Runner(backbone, num_slots=settings.max_num_seqs, max_len=self.max_len)
+        self.runner.merging = self.merging = HotMerge(
+            backbone, self.budget, after_steps=settings.merge_after_steps, forget=self.runner.forget_programs
+        )
         self._wake = threading.Event()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         host = HostCache(load_delta, settings.host_cache_bytes)
-        self.budget = MemoryBudget(settings.memory_bytes or _auto_memory(backbone.device))
         self.deltas = DeltaManager(self.runner, host, budget=self.budget, metrics=metrics, post=self._post)
         self.scheduler = self._make_scheduler(settings)
         self._live: dict[str, Sequence] = {}
@@ -251,6 +256,7 @@ class Engine:
             self._publish(events)
         self.metrics.requests_running.set(len(self.scheduler.running))
         self.metrics.requests_waiting.set(len(self.scheduler.queue))
+        self.metrics.merged_bytes.set(self.budget.used_by(MERGED))
         self.metrics.kv_usage.set(self.scheduler.kv.usage)
         self.metrics.preemptions.inc(self.scheduler.num_preemptions - self._counted_preemptions)
         self._counted_preemptions = self.scheduler.num_preemptions
@@ -300,6 +306,7 @@ class Engine:
         self._wake.set()
         self._thread.join()
         self.deltas.close()
+        self.merging.close()
 
     def _loop(self) -> None:
         while not self._stopping:
