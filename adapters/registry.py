@@ -68,7 +68,7 @@ class Registry:
     def __init__(
         self, url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time
     ) -> None:
-        """Open the database at `url` (`sqlite:///path`), making or migrating its tables first."""
+        """Open the database at `url` (`sqlite:///path`, `postgresql://…`), making or migrating its tables first."""
         self._database = Database(url, busy_timeout_s=busy_timeout_s)
         self._clock = clock
 

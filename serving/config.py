@@ -114,7 +114,7 @@ class Database(_Group):
     """Where the deltas' names, versions and aliases are."""
 
     url: str = Field(default="sqlite:///deltamux-data/registry.db", min_length=1, repr=False)
-    """SQLAlchemy URL of the registry. Kept out of logs, since it can hold a password."""
+    """SQLAlchemy URL of the registry, SQLite or PostgreSQL. Kept out of logs, since it can hold a password."""
 
 
 class Limits(_Group):

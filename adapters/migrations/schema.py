@@ -90,12 +90,15 @@ class AdapterPage:
 
 metadata = MetaData()
 
+# Names compare by their bytes in every database, whatever language it was made for: pages end where they began.
+NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
+
 adapters = Table(
     "adapters",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("tenant", String(63), nullable=False),
-    Column("name", String(63), nullable=False),
+    Column("tenant", NAME, nullable=False),
+    Column("name", NAME, nullable=False),
     Column("created_at", Float, nullable=False),  # when the name was first used
     UniqueConstraint("tenant", "name", name="uq_adapters_tenant_name"),
 )
@@ -132,7 +135,7 @@ aliases = Table(
     "aliases",
     metadata,
     Column("adapter_id", Integer, ForeignKey("adapters.id"), primary_key=True),
-    Column("alias", String(63), primary_key=True),
+    Column("alias", NAME, primary_key=True),
     Column(
         "version", Integer
     ),  # null: gone; the row stays so that its revision never returns to an old value
