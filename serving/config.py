@@ -106,8 +106,8 @@ class Engine(_Group):
 class Store(_Group):
     """Where the deltas' bytes are."""
 
-    path: Path = Path("deltamux-data/blobs")
-    """Directory of the blob store; created if missing."""
+    path: str = Field(default="deltamux-data/blobs", min_length=1)
+    """Directory of the blob store, created if missing; or `s3://`, `gs://` or `az://` with bucket and prefix."""
 
 
 class Database(_Group):

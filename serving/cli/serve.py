@@ -42,7 +42,12 @@ def serve(  # noqa: PLR0913  one parameter per flag
     device: Annotated[Device | None, typer.Option(help="Where the model runs (auto).")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of weights and activations (auto).")] = None,
     replicas: Annotated[int | None, typer.Option(help="Copies of the backbone (1).")] = None,
-    store: Annotated[Path | None, typer.Option(help="Directory of the blob store.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory of the blob store, or s3://bucket/prefix, gs://, az://.", metavar="PATH_OR_URL"
+        ),
+    ] = None,
     database: Annotated[
         str | None, typer.Option(help="SQLAlchemy URL of the registry.", metavar="URL")
     ] = None,

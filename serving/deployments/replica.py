@@ -69,10 +69,10 @@ class BackboneReplica:
 
 def _build(settings: Settings) -> LocalBackend:
     # here, not above: the driver imports this module to deploy the class and must stay free of torch
-    from adapters.store import LocalBlobStore  # noqa: PLC0415
+    from adapters.store import open_store  # noqa: PLC0415
     from serving.engine.backend import LocalBackend  # noqa: PLC0415
     from serving.model.backbone import load_backbone  # noqa: PLC0415
 
     wanted = settings.backbone
     backbone = load_backbone(wanted.path, name=wanted.served_name, device=wanted.device, dtype=wanted.dtype)
-    return LocalBackend(backbone, LocalBlobStore(settings.store.path), settings.engine, flush_s=FLUSH_S)
+    return LocalBackend(backbone, open_store(settings.store.path), settings.engine, flush_s=FLUSH_S)

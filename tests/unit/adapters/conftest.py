@@ -9,6 +9,8 @@ import pytest
 
 from adapters.registry import Registry
 from tests.postgres import PostgresServer, find_binaries, running
+from tests.s3 import S3Server
+from tests.s3 import running as s3_running
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +47,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         server: PostgresServer = request.getfixturevalue("postgres")
         return server.clear("shared")
     return f"sqlite:///{tmp_path}/srv/registry.db"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """An S3 server of this run."""
+    with s3_running() as server:
+        yield server

@@ -87,8 +87,8 @@ async def test_an_upload_becomes_a_version(tmp_path: Path) -> None:
             "proof": asdict(PROOF),
         }
         assert reply.headers["x-adapter-digest"] == f"sha256:{digest()}"
-        paths = g.store.get(digest())
-        stored = from_canonical(paths.manifest.read_bytes(), paths.tensors.read_bytes())
+        blob = g.store.read(digest())
+        stored = from_canonical(blob.manifest, blob.tensors)
         assert torch.equal(stored.ops[0].A, lora().ops[0].A)  # type: ignore[union-attr]
         aliases = {alias.alias: alias.version for alias in g.registry.get_adapter("default", "delta").aliases}
         assert aliases == {"latest": 1, "prod": 1}
