@@ -1,6 +1,7 @@
 """The registry's records, as its callers see them, and its tables.
 
-No row is ever removed: that is why version numbers and alias revisions never come back. Times are Unix seconds.
+No row but a hold is ever removed: that is why version numbers and alias revisions never come back. Times are Unix
+seconds.
 """
 
 from __future__ import annotations
@@ -142,4 +143,23 @@ aliases = Table(
     Column("revision", Integer, nullable=False),
     Column("updated_at", Float, nullable=False),
     ForeignKeyConstraint(["adapter_id", "version"], ["versions.adapter_id", "versions.version"]),
+)
+
+Index("ix_versions_digest", versions.c.digest)
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("marked_at", Float),  # null: in use when the last collection looked
+    Column("swept_at", Float),  # null: the store may have it
+)
+
+holds = Table(
+    "holds",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("digest", String(64), ForeignKey("blobs.digest"), nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Index("ix_holds_digest", "digest"),
 )

@@ -63,7 +63,7 @@ def serve(  # noqa: PLR0913  one parameter per flag
         "database": {"url": database},
         "replicas": replicas,
     }
-    run(_given(flags), config)
+    run(given(flags), config)
 
 
 def run(flags: Mapping[str, Any], config: Path | None) -> None:
@@ -101,7 +101,7 @@ def load(flags: Mapping[str, Any], config: Path | None) -> Any:
         ) from None
 
 
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """`flags` without those that were not given, so that lower sources show through."""
-    kept = {name: _given(value) if isinstance(value, Mapping) else value for name, value in flags.items()}
+    kept = {name: given(value) if isinstance(value, Mapping) else value for name, value in flags.items()}
     return {name: value for name, value in kept.items() if value not in (None, {})}
