@@ -2,11 +2,12 @@
 
 A blob is *used* while a live version of any tenant has its digest, or an upload holds it. Collection is in two
 phases. Marking notes since when a blob is unused; publishing, undeleting and holding it remove the mark. Sweeping
-deletes the bytes of a blob whose mark is older than the grace period, inside the transaction that has just seen it
-unused. Only one transaction writes at a time, in whatever process, so a blob can't become used meanwhile.
+declares a blob that has been marked for the grace period to be gone, so that nothing can be published or undeleted
+on it, and then removes its bytes. Bytes are only ever removed inside a writing transaction that sees them declared
+gone and unused; only one such transaction runs at a time, in whatever process, so no upload can begin meanwhile.
 
-A crash at any point leaves a blob used, or unused and collected by whoever comes next: an upload holds the digest
-before its first byte is stored, and deleting bytes that are gone already is no error.
+A crash at any point leaves a blob used, or unused and found by whoever collects next: an upload holds the digest
+before its first byte is stored, publishing declares it stored, and bytes of blobs declared gone are removed again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from adapters.migrations.schema import blobs, holds, versions
 from adapters.names import check_digest
 
 _LIVE = exists().where(versions.c.digest == blobs.c.digest, versions.c.deleted_at.is_(None))
+_GONE = blobs.c.swept_at.is_not(None)
 
 
 class BlobRecords:
@@ -32,95 +34,97 @@ class BlobRecords:
         self._clock = clock
 
     def hold(self, digest: str, seconds: float) -> str:
-        """Keep `digest` from being swept for so long; the hold's id, for `Registry.publish` or `discard`.
+        """Keep what is stored under `digest` for so long; the hold's id, for `Registry.publish` or `discard`.
 
         Call it before the first byte is stored.
         """
         check_digest(digest)
-        hold_id = uuid.uuid4().hex
+        hold_id, now = uuid.uuid4().hex, self._clock()
         with self._database.write() as tx:
-            use(tx, digest, stored=True)
-            expires_at = self._clock() + seconds
-            tx.execute(insert(holds).values(id=hold_id, digest=digest, expires_at=expires_at))
+            row = blobs.c.digest == digest
+            if tx.scalar(select(blobs.c.digest).where(row)) is None:
+                tx.execute(insert(blobs).values(digest=digest, swept_at=now))
+            else:
+                tx.execute(update(blobs).where(row).values(marked_at=None))
+            tx.execute(insert(holds).values(id=hold_id, digest=digest, expires_at=now + seconds))
         return hold_id
 
     def discard(self, digest: str, hold_id: str, remove: Callable[[str], None]) -> bool:
         """End the hold of an upload that failed, and `remove` the bytes if nobody else has or had a use for them.
 
-        Returns whether they were removed; else they are left to collection. What `remove` raises undoes all.
+        Returns whether they were removed; else they are left to collection.
         """
         with self._database.write() as tx:
             tx.execute(delete(holds).where(holds.c.id == hold_id))
             had = exists().where(versions.c.digest == blobs.c.digest)
-            alone = select(blobs.c.digest).where(blobs.c.digest == digest, ~had, ~self._held())
-            if tx.execute(alone).one_or_none() is None:
-                return False
-            self._sweep(tx, digest, remove)
-        return True
+            alone = and_(blobs.c.digest == digest, ~had, ~self._held())
+            tx.execute(update(blobs).where(alone).values(swept_at=self._clock(), marked_at=None))
+        return self.remove(digest, remove)
 
     def mark(self, stored: Iterable[str]) -> int:
         """Mark what is unused, also those of the digests in `stored` that no row knows of; returns how many."""
-        found = list(stored)
         now = self._clock()
         with self._database.write() as tx:
             tx.execute(delete(holds).where(holds.c.expires_at <= now))
-            known = dict(tx.execute(select(blobs.c.digest, blobs.c.swept_at)).all())
-            if unknown := [{"digest": digest} for digest in dict.fromkeys(found) if digest not in known]:
+            known = set(tx.scalars(select(blobs.c.digest)))
+            if unknown := [{"digest": digest} for digest in dict.fromkeys(stored) if digest not in known]:
                 tx.execute(insert(blobs), unknown)
-            for digest in found:
-                if known.get(digest) is not None:  # a power cut has brought it back
-                    tx.execute(
-                        update(blobs).where(blobs.c.digest == digest).values(swept_at=None, marked_at=None)
-                    )
-            unused = and_(blobs.c.marked_at.is_(None), blobs.c.swept_at.is_(None), ~_LIVE, ~self._held())
+            unused = and_(blobs.c.marked_at.is_(None), ~_GONE, ~_LIVE, ~self._held())
             marked = tx.execute(update(blobs).where(unused).values(marked_at=now))
         return marked.rowcount
 
-    def marked(self, grace_s: float) -> list[str]:
-        """Digests whose mark is at least `grace_s` seconds old."""
+    def due(self, grace_s: float) -> list[str]:
+        """Digests to sweep: their mark is at least `grace_s` seconds old."""
         with self._database.read() as tx:
-            return list(tx.scalars(select(blobs.c.digest).where(self._sweepable(grace_s))))
+            return list(tx.scalars(select(blobs.c.digest).where(self._is_due(grace_s))))
+
+    def gone(self) -> frozenset[str]:
+        """Digests declared gone that no upload holds: what is stored of them may be removed."""
+        with self._database.read() as tx:
+            return frozenset(tx.scalars(select(blobs.c.digest).where(_GONE, ~self._held())))
 
     def sweep(self, digest: str, grace_s: float, remove: Callable[[str], None]) -> bool:
-        """`remove` the bytes of a blob that is still unused; whether it was. What `remove` raises undoes all."""
+        """Declare a blob gone that is due and still unused, and `remove` its bytes; whether it was."""
         with self._database.write() as tx:
-            still = select(blobs.c.digest).where(
-                blobs.c.digest == digest, self._sweepable(grace_s), ~_LIVE, ~self._held()
-            )
-            if tx.execute(still).one_or_none() is None:
+            still = and_(blobs.c.digest == digest, self._is_due(grace_s), ~_LIVE, ~self._held())
+            values = {"swept_at": self._clock(), "marked_at": None}
+            if not tx.execute(update(blobs).where(still).values(values)).rowcount:
                 return False
-            self._sweep(tx, digest, remove)
+        return self.remove(digest, remove)
+
+    def remove(self, digest: str, remove: Callable[[str], None]) -> bool:
+        """`remove` the bytes of a blob that is declared gone and that no upload holds; whether it was so."""
+        with self._database.write() as tx:
+            unused = select(blobs.c.digest).where(blobs.c.digest == digest, _GONE, ~_LIVE, ~self._held())
+            if tx.scalar(unused) is None:
+                return False
+            remove(digest)  # in here: whoever wants to hold the digest waits for the end of this transaction
         return True
 
-    def _sweepable(self, grace_s: float) -> ColumnElement[bool]:
-        return and_(blobs.c.marked_at <= self._clock() - grace_s, blobs.c.swept_at.is_(None))
+    def confirm(self, tx: Connection, digest: str, hold_id: str | None) -> None:
+        """Note in a writing transaction that `digest` is stored and used, and end the hold under which it was stored.
+
+        Raises StoreError where it is declared gone and the hold has ended.
+        """
+        row = blobs.c.digest == digest
+        known = tx.execute(select(blobs.c.swept_at).where(row)).one_or_none()
+        mine = and_(holds.c.id == hold_id, holds.c.digest == digest, holds.c.expires_at > self._clock())
+        if known is None:
+            tx.execute(insert(blobs).values(digest=digest))
+        elif known.swept_at is not None and tx.scalar(select(holds.c.id).where(mine)) is None:
+            raise _collected(digest)
+        tx.execute(update(blobs).where(row).values(marked_at=None, swept_at=None))
+        tx.execute(delete(holds).where(holds.c.id == hold_id))
+
+    def _is_due(self, grace_s: float) -> ColumnElement[bool]:
+        return and_(blobs.c.marked_at <= self._clock() - grace_s, ~_GONE)
 
     def _held(self) -> ColumnElement[bool]:
         return exists().where(holds.c.digest == blobs.c.digest, holds.c.expires_at > self._clock())
 
-    def _sweep(self, tx: Connection, digest: str, remove: Callable[[str], None]) -> None:
-        remove(digest)
-        tx.execute(update(blobs).where(blobs.c.digest == digest).values(swept_at=self._clock()))
 
-
-def use(tx: Connection, digest: str, *, stored: bool) -> None:
-    """Note that `digest` is used from now on. `stored`: its bytes are there, or will be before anyone needs them.
-
-    Raises StoreError where they are swept and not `stored` again.
-    """
-    row = blobs.c.digest == digest
-    known = tx.execute(select(blobs.c.swept_at).where(row)).one_or_none()
-    if known is None:
-        tx.execute(insert(blobs).values(digest=digest))
-        return
-    if known.swept_at is not None and not stored:
-        raise StoreError(
-            f"The bytes of sha256:{digest} are collected: nothing has used them for a while.",
-            remedy="Upload the delta again.",
-        )
-    tx.execute(update(blobs).where(row).values(marked_at=None, swept_at=None))
-
-
-def end_hold(tx: Connection, hold_id: str) -> None:
-    """Remove a hold, where it is still there."""
-    tx.execute(delete(holds).where(holds.c.id == hold_id))
+def _collected(digest: str) -> StoreError:
+    return StoreError(
+        f"The bytes of sha256:{digest} are collected: nothing has used them for a while.",
+        remedy="Upload the delta again.",
+    )

@@ -30,7 +30,12 @@ class Collector:
     def collect(self) -> Collected:
         """Mark, then sweep. Raises RegistryUnavailable or StoreError, after which the next run goes on."""
         records = self._registry.blobs
-        marked = records.mark(self._store.iter_digests())
-        due = records.marked(self._grace_s)
-        swept = sum(records.sweep(digest, self._grace_s, self._store.delete) for digest in due)
+        stored = list(self._store.iter_digests())
+        # what a crash left: uploads that never got as far as a version, and sweeps that were broken off
+        gone = records.gone()
+        leftovers = [digest for digest in stored if digest in gone]
+        swept = sum(records.remove(digest, self._store.delete) for digest in leftovers)
+        marked = records.mark(stored)
+        due = records.due(self._grace_s)
+        swept += sum(records.sweep(digest, self._grace_s, self._store.delete) for digest in due)
         return Collected(marked, swept)

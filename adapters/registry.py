@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from sqlalchemy import ColumnElement, Connection, and_, func, insert, select, update
 
-from adapters.blob_records import BlobRecords, end_hold, use
+from adapters.blob_records import BlobRecords
 from adapters.errors import Conflict, InvalidRequest
 from adapters.migrations.database import Database
 from adapters.migrations.queries import (
@@ -107,9 +107,7 @@ class Registry:
             check_name(alias, what="alias")
         with self._database.write() as tx:
             now = self._clock()
-            use(tx, digest, stored=False)
-            if hold is not None:
-                end_hold(tx, hold)
+            self.blobs.confirm(tx, digest, hold)
             named = and_(adapters.c.tenant == tenant, adapters.c.name == name)
             adapter_id = tx.scalar(select(adapters.c.id).where(named))
             if adapter_id is None:
@@ -300,7 +298,7 @@ class Registry:
                 raise Conflict(
                     f"Version {found.version} of {name!r} has the same content as {version}.", param="version"
                 )
-            use(tx, gone.digest, stored=False)
+            self.blobs.confirm(tx, gone.digest, None)
             row = and_(versions.c.adapter_id == gone.id, versions.c.version == version)
             tx.execute(update(versions).where(row).values(deleted_at=None))
             self._advance_latest(tx, gone.id, version, gone.status)

@@ -162,18 +162,27 @@ class TestUploads:
         assert world.publish("sql", A, hold=hold).version == 1
         assert world.collect(after_s=1000) == Collected(marked=0, swept=0)
 
-    def test_a_killed_upload_goes_when_its_hold_and_the_grace_period_have_ended(self, world: World) -> None:
+    def test_a_killed_upload_goes_when_its_hold_has_ended(self, world: World) -> None:
         world.registry.blobs.hold(A, 10)
         world.store.put(A, b"m", b"t")
         assert world.collect(after_s=9) == Collected(marked=0, swept=0)
-        assert world.collect(after_s=1) == Collected(marked=1, swept=0)
-        assert world.collect(after_s=GRACE_S) == Collected(marked=0, swept=1)
+        assert world.collect(after_s=1) == Collected(marked=0, swept=1)
+        assert world.stored() == set()
 
-    def test_one_that_was_killed_before_its_first_byte_goes_too(self, world: World) -> None:
+    def test_one_that_was_killed_before_its_first_byte_leaves_nothing_to_do(self, world: World) -> None:
         world.registry.blobs.hold(A, 10)
-        assert world.collect(after_s=10) == Collected(marked=1, swept=0)
-        assert world.collect(after_s=GRACE_S) == Collected(marked=0, swept=1)
-        assert world.collect(after_s=GRACE_S) == Collected(marked=0, swept=0)
+        assert world.collect(after_s=10 + GRACE_S) == Collected(marked=0, swept=0)
+
+    def test_one_that_was_killed_before_its_first_byte_does_not_make_collected_bytes_seem_stored(
+        self, world: World
+    ) -> None:
+        world.upload("sql", A)
+        world.registry.delete_version(T, "sql", 1)
+        world.collect()
+        world.collect(after_s=GRACE_S)
+        world.registry.blobs.hold(A, 10)
+        with pytest.raises(StoreError, match="are collected"):
+            world.registry.undelete_version(T, "sql", 1)
 
     def test_one_that_outlived_its_hold_is_refused_and_nothing_is_visible(self, world: World) -> None:
         hold = world.registry.blobs.hold(A, 10)
@@ -220,7 +229,7 @@ class TestUploads:
 class TestFailures:
     @pytest.mark.parametrize("removed", [False, True])
     def test_a_sweep_that_breaks_off_is_finished_by_the_next(self, world: World, removed: bool) -> None:
-        """Broken off before or after the bytes are gone, and before the row says so: as a kill leaves it."""
+        """Broken off before or after the bytes are gone, as a kill leaves it: nothing may rely on them any more."""
         world.upload("sql", A)
         world.registry.delete_version(T, "sql", 1)
         world.collect()
@@ -233,7 +242,9 @@ class TestFailures:
 
         with pytest.raises(StoreError, match="out of order"):
             world.registry.blobs.sweep(A, GRACE_S, breaks)
-        assert world.collect() == Collected(marked=0, swept=1)
+        with pytest.raises(StoreError, match="are collected"):
+            world.registry.undelete_version(T, "sql", 1)
+        assert world.collect() == Collected(marked=0, swept=0 if removed else 1)
         assert world.stored() == set()
 
     def test_an_upload_after_a_sweep_that_broke_off_stores_its_bytes_again(self, world: World) -> None:
@@ -258,8 +269,7 @@ class TestFailures:
         world.collect()
         world.collect(after_s=GRACE_S)
         world.store.put(A, b"m", b"t")
-        assert world.collect() == Collected(marked=1, swept=0)
-        assert world.collect(after_s=GRACE_S) == Collected(marked=0, swept=1)
+        assert world.collect() == Collected(marked=0, swept=1)
         assert world.stored() == set()
 
 
