@@ -34,8 +34,9 @@ from tests.crash.model import Model, observed
 from tests.crash.worker import HTTP_TENANT, Plan, work
 from tests.unit.serving.http_support import lora
 
-NUM_CONTENTS = 5
-OPERATIONS = ("upload", "alias", "delete_version", "delete_adapter", "undelete", "collect")
+NUM_CONTENTS = 24  # enough that most uploads store new bytes, few enough that workers meet
+# to be killed in, as often as they have steps
+OPERATIONS = ("upload",) * 4 + ("collect",) * 3 + ("alias", "delete_version", "delete_adapter", "undelete")
 FAR_S = 1e6
 
 
@@ -46,7 +47,7 @@ class Tally:
     killed_at: Counter[str] = field(default_factory=Counter)
     acknowledged: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
-    most_steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OPERATIONS, 30))
+    most_steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OPERATIONS, 20))
     outcomes: Counter[str] = field(default_factory=Counter)
     collections: int = 0
 
