@@ -4,26 +4,21 @@ import json
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import FrozenInstanceError, dataclass, field, replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from sqlalchemy import insert
 
 from adapters.errors import (
     Conflict,
-    DeltamuxError,
     InvalidReference,
     InvalidRequest,
     NotFound,
@@ -835,136 +830,3 @@ def test_ten_thousand_adapters(url: str, capsys: pytest.CaptureFixture[str]) -> 
         print("\n10,000 adapters, p99 ms:", {kind: round(value, 2) for kind, value in took.items()})
     assert max(took[kind] for kind in references) <= 10  # the budget is 2 on a machine of its own
     assert took["page of 100"] <= 100
-
-
-@dataclass
-class Expected:
-    """A name as the model of the registry has it."""
-
-    versions: dict[int, tuple[str, str]] = field(default_factory=dict)  # live: number -> (digest, status)
-    used: int = 0
-    aliases: dict[str, int] = field(default_factory=dict)
-    revisions: dict[str, int] = field(default_factory=dict)
-
-    def point(self, alias: str, version: int | None) -> None:
-        self.revisions[alias] = self.revisions.get(alias, 0) + 1
-        self.aliases.pop(alias, None)
-        if version is not None:
-            self.aliases[alias] = version
-
-
-NAMES, DIGESTS, ALIASES = ("a", "b"), (A, B, C), ("latest", "prod")
-some_name, some_digest, some_alias = map(st.sampled_from, (NAMES, DIGESTS, ALIASES))
-some_version, some_revision = st.integers(1, 5), st.none() | st.integers(0, 4)
-
-
-class RegistryMachine(RuleBasedStateMachine):
-    """The registry against a dictionary."""
-
-    @initialize()
-    def open(self) -> None:
-        self.directory = tempfile.TemporaryDirectory()
-        self.url = f"sqlite:///{self.directory.name}/registry.db"
-        self.registry = Registry(self.url)
-        self.model = {name: Expected() for name in NAMES}
-
-    def teardown(self) -> None:
-        self.registry.close()
-        self.directory.cleanup()
-
-    @rule()
-    def reopen(self) -> None:
-        self.registry.close()
-        self.registry = Registry(self.url)
-
-    @rule(
-        name=some_name, digest=some_digest, status=st.sampled_from(["ready", "ready", "validating", "failed"])
-    )
-    def publish(self, name: str, digest: str, status: Status) -> None:
-        model = self.model[name]
-        record = publish(self.registry, name, digest, status=status)
-        same = [n for n, (d, s) in model.versions.items() if d == digest and s != "failed"]
-        if same:
-            assert ([record.version], record.republished) == (same, True)
-            return
-        model.used += 1
-        assert (record.version, record.republished) == (model.used, False)
-        model.versions[model.used] = (digest, status)
-        if status == "ready":
-            model.point("latest", model.used)
-
-    @rule(name=some_name, version=some_version, status=st.sampled_from(["ready", "failed"]))
-    def finish_validation(self, name: str, version: int, status: Any) -> None:
-        model = self.model[name]
-        known = model.versions.get(version)
-        error = NotFound if known is None else None if known[1] == "validating" else Conflict
-        if self.attempt(error, lambda: self.registry.finish_validation(T, name, version, status, proof={})):
-            assert known is not None
-            model.versions[version] = (known[0], status)
-            if status == "ready" and model.aliases.get("latest", 0) < version:
-                model.point("latest", version)
-
-    @rule(name=some_name, alias=some_alias, version=some_version, expected=some_revision)
-    def set_alias(self, name: str, alias: str, version: int, expected: int | None) -> None:
-        model = self.model[name]
-        current = model.revisions[alias] if alias in model.aliases else 0
-        error: type[DeltamuxError] | None = None
-        if version not in model.versions:
-            error = NotFound
-        elif model.versions[version][1] != "ready" or expected not in (None, current):
-            error = Conflict
-        if self.attempt(
-            error, lambda: self.registry.set_alias(T, name, alias, version, expected_revision=expected)
-        ):
-            model.point(alias, version)
-
-    @rule(name=some_name, version=some_version)
-    def delete_version(self, name: str, version: int) -> None:
-        model = self.model[name]
-        held = {alias for alias, target in model.aliases.items() if target == version}
-        error = NotFound if version not in model.versions else Conflict if held - {"latest"} else None
-        if self.attempt(error, lambda: self.registry.delete_version(T, name, version)):
-            del model.versions[version]
-            if "latest" in held:
-                model.point(
-                    "latest", max((n for n, (_, s) in model.versions.items() if s == "ready"), default=None)
-                )
-
-    @rule(name=some_name)
-    def delete_adapter(self, name: str) -> None:
-        model = self.model[name]
-        error = None if model.versions else NotFound
-        if self.attempt(error, lambda: self.registry.delete_adapter(T, name)):
-            model.versions.clear()
-            for alias in list(model.aliases):
-                model.point(alias, None)
-
-    def attempt(self, error: type[DeltamuxError] | None, action: Callable[[], object]) -> bool:
-        if error is None:
-            action()
-            return True
-        with pytest.raises(error):
-            action()
-        return False
-
-    @invariant()
-    def agrees(self) -> None:
-        live = {name: model for name, model in self.model.items() if model.versions}
-        listed = {item.name: item for item in self.registry.list_adapters(T).items}
-        assert set(listed) == set(live)
-        for name, model in live.items():
-            records = self.registry.list_versions(T, name)
-            assert {r.version: (r.digest, r.status) for r in records} == model.versions
-            got = {alias.alias: (alias.version, alias.revision) for alias in listed[name].aliases}
-            assert got == {alias: (target, model.revisions[alias]) for alias, target in model.aliases.items()}
-            for alias, target in model.aliases.items():
-                assert self.registry.resolve(ModelReference(None, name, alias=alias)).version == target
-        for digest in DIGESTS:
-            wanted = {digest for model in live.values() for d, _ in model.versions.values() if d == digest}
-            assert wanted == {digest} & self.registry.live_digests()
-
-
-TestAgainstModel = RegistryMachine.TestCase
-TestAgainstModel.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
