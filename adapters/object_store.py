@@ -41,6 +41,10 @@ _CLIENT: ClientConfig = {
 # 5xx answers, also "slow down", and broken connections are tried again for so long
 _RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
 
+# a deletion happens while other writers of the registry wait for their turn: it gives up early
+_BRIEF_CLIENT: ClientConfig = {**_CLIENT, "timeout": timedelta(seconds=3)}
+_BRIEF_RETRY: RetryConfig = {"max_retries": 1, "retry_timeout": timedelta(seconds=2)}
+
 _REASONS: dict[type[Exception], tuple[str, str]] = {
     FileNotFoundError: ("there is no such bucket", "Create it, or correct the store's URL."),
     exceptions.NotFoundError: ("there is no such bucket", "Create it, or correct the store's URL."),
@@ -82,6 +86,7 @@ class ObjectBlobStore:
             )
         with _object_errors("be opened"):
             self._store = from_url(url, client_options=client_options, retry_config=retry_config)
+            self._brief = from_url(url, client_options=_BRIEF_CLIENT, retry_config=_BRIEF_RETRY)
             next(iter(obstore.list(self._store, f"{_FOLDER}/", chunk_size=1)), None)
 
     def put(self, digest: str, manifest: bytes, tensors: Path | bytes) -> None:
@@ -125,7 +130,7 @@ class ObjectBlobStore:
         with _object_errors("delete a blob"):
             for name in (_MANIFEST, _TENSORS):
                 with suppress(FileNotFoundError, exceptions.NotFoundError):
-                    obstore.delete(self._store, f"{folder}/{name}")
+                    obstore.delete(self._brief, f"{folder}/{name}")
 
     def iter_digests(self) -> Iterator[str]:
         """See BlobStore."""
