@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,8 +156,10 @@ class Suite:
         self.tally.collections += 1
 
 
-def run(kills: int, *, seed: int, database: str, workers: int, http: bool) -> Tally:
-    """Rounds until so many workers have been killed. Raises AssertionError where a promise is broken."""
+def run(
+    kills: int, *, seed: int, database: str, workers: int, http: bool, report: Callable[[int], None]
+) -> Tally:
+    """Rounds until so many workers have been killed; `report` is told each hundred. Raises AssertionError."""
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="crash-"))
         stack.callback(shutil.rmtree, directory)
@@ -169,7 +171,9 @@ def run(kills: int, *, seed: int, database: str, workers: int, http: bool) -> Ta
         suite = Suite(url, directory / "blobs", seed=seed, workers=workers, http=http)
         done = 0
         while done < kills:
-            done += suite.round()
+            before, done = done, done + suite.round()
+            if before // 100 < done // 100:
+                report(done)
         suite.collect_all()
     return suite.tally
 
@@ -184,7 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--http", action="store_true", help="one worker, uploading through the gateway")
     given = parser.parse_args(arguments)
     began = time.monotonic()
-    tally = run(given.kills, seed=given.seed, database=given.database, workers=given.workers, http=given.http)
+    tally = run(
+        given.kills,
+        seed=given.seed,
+        database=given.database,
+        workers=given.workers,
+        http=given.http,
+        report=lambda done: print(f"{done} kills, {time.monotonic() - began:.0f} s", flush=True),
+    )
     print("killed at:")
     for name, count in sorted(tally.killed_at.items()):
         print(f"  {count:5d}  {name}")
