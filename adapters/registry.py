@@ -1,7 +1,8 @@
 """The registry: which digest a name, alias or version of a tenant means.
 
 Versions are immutable integers per name, counted from 1 and never used twice. Aliases move by compare-and-swap.
-Deletion is soft: rows stay, references stop resolving. Digests are the identity; a name is only a way to one.
+Deletion is soft: rows stay, references stop resolving, and until its bytes are collected a version can be undeleted.
+Digests are the identity; a name is only a way to one.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any, Literal, Self
 
 from sqlalchemy import ColumnElement, Connection, and_, func, insert, select, update
 
+from adapters.blob_records import BlobRecords
 from adapters.errors import Conflict, InvalidRequest
 from adapters.migrations.database import Database
 from adapters.migrations.queries import (
     ADAPTERS,
     ALIASES,
+    COUNTS,
     LIVE,
     POINTED_AT,
     VERSION_COLUMNS,
@@ -68,9 +71,10 @@ class Registry:
     def __init__(
         self, url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time
     ) -> None:
-        """Open the database at `url` (`sqlite:///path`), making or migrating its tables first."""
+        """Open the database at `url` (`sqlite:///path`, `postgresql://…`), making or migrating its tables first."""
         self._database = Database(url, busy_timeout_s=busy_timeout_s)
         self._clock = clock
+        self.blobs = BlobRecords(self._database, clock)
 
     def publish(  # noqa: PLR0913  one argument per column
         self,
@@ -86,12 +90,15 @@ class Registry:
         proof: Mapping[str, Any],
         status: Status = "ready",
         alias: str | None = None,
+        hold: str | None = None,
     ) -> VersionRecord:
         """Make `digest` the next version of `name`; a ready one becomes `latest` and, where given, `alias`.
 
         One transaction, durable once this returns. Where the digest is already a live version of this name (and did
         not fail), that version is returned with `republished` set and only `alias` moves: a retried upload has no
-        second effect. Raises Conflict where `alias` is wanted for a version that is not ready.
+        second effect. `hold` is ended, the hold under which the bytes were stored.
+        Raises Conflict where `alias` is wanted for a version that is not ready, StoreError where the bytes are
+        collected already.
         """
         check_name(tenant, what="tenant")
         check_name(name)
@@ -100,14 +107,13 @@ class Registry:
             check_name(alias, what="alias")
         with self._database.write() as tx:
             now = self._clock()
+            self.blobs.confirm(tx, digest, hold)
             named = and_(adapters.c.tenant == tenant, adapters.c.name == name)
             adapter_id = tx.scalar(select(adapters.c.id).where(named))
             if adapter_id is None:
                 row = insert(adapters).values(tenant=tenant, name=name, created_at=now)
                 adapter_id = tx.execute(row.returning(adapters.c.id)).scalar_one()
-            same = VERSIONS.where(
-                adapters.c.id == adapter_id, versions.c.digest == digest, versions.c.status != "failed"
-            )
+            same = VERSIONS.where(adapters.c.id == adapter_id, versions.c.digest == digest, COUNTS)
             if found := tx.execute(same).one_or_none():
                 known = VersionRecord(*found[1:])
                 if alias is not None:
@@ -159,9 +165,7 @@ class Registry:
                 )
             row = and_(versions.c.adapter_id == adapter_id, versions.c.version == version)
             tx.execute(update(versions).where(row).values(status=status, proof=dict(proof)))
-            latest = find_alias(tx, adapter_id, LATEST)
-            if status == "ready" and (latest is None or latest.version < version):
-                self._point(tx, adapter_id, LATEST, version)
+            self._advance_latest(tx, adapter_id, version, status)
         return replace(record, status=status, proof=dict(proof))
 
     def resolve(self, reference: ModelReference, *, default_tenant: str = DEFAULT_TENANT) -> VersionRecord:
@@ -273,6 +277,33 @@ class Registry:
                 self._point(tx, adapter_id, LATEST, tx.scalar(ready))
         return record
 
+    def undelete_version(self, tenant: str, name: str, version: int) -> VersionRecord:
+        """Undo the deletion of one version; a ready one becomes `latest` unless that is newer. Returns it.
+
+        Raises NotFound where no such version was deleted, Conflict where another live one has the same content,
+        and StoreError where the bytes are collected.
+        """
+        reference = ModelReference(tenant, name, version=version)
+        named = and_(adapters.c.tenant == tenant, adapters.c.name == name)
+        with self._database.write() as tx:
+            mine = and_(versions.c.adapter_id == adapters.c.id, versions.c.version == version)
+            query = select(adapters.c.id, versions.c.digest, versions.c.status).join_from(
+                adapters, versions, mine
+            )
+            gone = tx.execute(query.where(named, versions.c.deleted_at.is_not(None))).one_or_none()
+            if gone is None:
+                raise not_found(reference)
+            same = VERSIONS.where(adapters.c.id == gone.id, versions.c.digest == gone.digest)
+            if gone.status != "failed" and (found := tx.execute(same.where(COUNTS)).one_or_none()):
+                raise Conflict(
+                    f"Version {found.version} of {name!r} has the same content as {version}.", param="version"
+                )
+            self.blobs.confirm(tx, gone.digest, None)
+            row = and_(versions.c.adapter_id == gone.id, versions.c.version == version)
+            tx.execute(update(versions).where(row).values(deleted_at=None))
+            self._advance_latest(tx, gone.id, version, gone.status)
+            return require_version(tx, tenant, name, version)[1]
+
     def delete_adapter(self, tenant: str, name: str) -> tuple[VersionRecord, ...]:
         """Delete every version and alias of `name`; returns the versions, newest first. Raises NotFound."""
         reference = ModelReference(tenant, name)
@@ -320,6 +351,11 @@ class Registry:
         else:
             tx.execute(update(aliases).where(row).values(values))
         return revision, now
+
+    def _advance_latest(self, tx: Connection, adapter_id: int, version: int, status: str) -> None:
+        latest = find_alias(tx, adapter_id, LATEST)
+        if status == "ready" and (latest is None or latest.version < version):
+            self._point(tx, adapter_id, LATEST, version)
 
     def _delete(self, tx: Connection, *which: ColumnElement[bool]) -> None:
         tx.execute(update(versions).where(*which, LIVE).values(deleted_at=self._clock()))

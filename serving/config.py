@@ -120,15 +120,20 @@ class Engine(_Group):
 class Store(_Group):
     """Where the deltas' bytes are."""
 
-    path: Path = Path("deltamux-data/blobs")
-    """Directory of the blob store; created if missing."""
+    path: str = Field(default="deltamux-data/blobs", min_length=1)
+    """Directory of the blob store, created if missing; or `s3://`, `gs://` or `az://` with bucket and prefix."""
+
+    grace_s: float = Field(default=86_400.0, ge=0)
+    """Seconds for which the bytes of a deleted version are kept: as long it can be undeleted."""
+    collect_every_s: float = Field(default=3600.0, ge=0)
+    """Seconds between two collections of bytes that nobody needs; 0: only `deltamux adapters gc` collects."""
 
 
 class Database(_Group):
     """Where the deltas' names, versions and aliases are."""
 
     url: str = Field(default="sqlite:///deltamux-data/registry.db", min_length=1, repr=False)
-    """SQLAlchemy URL of the registry. Kept out of logs, since it can hold a password."""
+    """SQLAlchemy URL of the registry, SQLite or PostgreSQL. Kept out of logs, since it can hold a password."""
 
 
 class Limits(_Group):
@@ -169,6 +174,15 @@ class Settings(_Group):
     """Copies of the backbone, each with its own engine."""
     profile: Literal["laptop", "load"] = "laptop"
     """Ray Serve's shape: `laptop` starts leanest, `load` adds HAProxy and the throughput flags."""
+
+    @model_validator(mode="after")
+    def _grace_covers_requests(self) -> Settings:
+        if self.store.grace_s < self.limits.request_timeout_s:
+            raise ValueError(
+                f"store.grace_s: got {self.store.grace_s:g}, expected at least limits.request_timeout_s "
+                f"({self.limits.request_timeout_s:g}): a request may load a delta that is deleted after it came."
+            )
+        return self
 
 
 def load_settings(config_file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:

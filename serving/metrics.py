@@ -70,6 +70,16 @@ class GatewayMetrics:
             "Reads of /metrics that lack the replicas' part, since no replica answered.",
             registry=registry,
         )
+        self.blobs_collected = Counter(
+            "deltamux_blobs_collected_total",
+            "Deltas whose bytes a collection has removed from the store.",
+            registry=registry,
+        )
+        self.collection_failures = Counter(
+            "deltamux_collection_failures_total",
+            "Collections that the database or the store has broken off.",
+            registry=registry,
+        )
 
 
 class EngineMetrics:

@@ -1,4 +1,4 @@
-"""`deltamux adapters list|show|promote|rollback|delete`."""
+"""`deltamux adapters list|show|promote|rollback|delete|undelete|gc`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.markup import escape
 from adapters.errors import NotFound
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
 from serving.cli.console import out, table
+from serving.cli.gc import gc
 from serving.cli.push import show_version
 
 app = typer.Typer(help="List, show, promote, roll back and delete deltas.", no_args_is_help=True)
@@ -112,6 +113,21 @@ def delete(
     freed = gone["bytes_freed"]
     memory = "its memory is freed on demand" if freed is None else f"{freed} bytes of device memory freed"
     out.print(f"deleted [bold]{escape(what)}[/]; {memory}")
+
+
+@app.command()
+def undelete(
+    name: NameArgument,
+    version: Annotated[int, typer.Argument(help="The version to bring back.")],
+    *,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Undo the deletion of a version, as long as its bytes are not collected. Aliases stay as they are."""
+    with Client(server) as client:
+        show_version(client.call("POST", "v1", "adapters", name, "versions", str(version), "undelete"))
+
+
+app.command()(gc)
 
 
 def _move(client: Client, name: str, alias: str, version: int, revision: int) -> None:

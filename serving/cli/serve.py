@@ -42,7 +42,12 @@ def serve(  # noqa: PLR0913  one parameter per flag
     device: Annotated[Device | None, typer.Option(help="Where the model runs (auto).")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of weights and activations (auto).")] = None,
     replicas: Annotated[int | None, typer.Option(help="Copies of the backbone (1).")] = None,
-    store: Annotated[Path | None, typer.Option(help="Directory of the blob store.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory of the blob store, or s3://bucket/prefix, gs://, az://.", metavar="PATH_OR_URL"
+        ),
+    ] = None,
     database: Annotated[
         str | None, typer.Option(help="SQLAlchemy URL of the registry.", metavar="URL")
     ] = None,
@@ -58,7 +63,7 @@ def serve(  # noqa: PLR0913  one parameter per flag
         "database": {"url": database},
         "replicas": replicas,
     }
-    run(_given(flags), config)
+    run(given(flags), config)
 
 
 def run(flags: Mapping[str, Any], config: Path | None) -> None:
@@ -96,7 +101,7 @@ def load(flags: Mapping[str, Any], config: Path | None) -> Any:
         ) from None
 
 
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """`flags` without those that were not given, so that lower sources show through."""
-    kept = {name: _given(value) if isinstance(value, Mapping) else value for name, value in flags.items()}
+    kept = {name: given(value) if isinstance(value, Mapping) else value for name, value in flags.items()}
     return {name: value for name, value in kept.items() if value not in (None, {})}

@@ -27,23 +27,30 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP application."""
         # here, not above: the driver imports this module to deploy the class and must stay light
+        from adapters.collector import Collector  # noqa: PLC0415
         from adapters.registry import Registry  # noqa: PLC0415
-        from adapters.store import LocalBlobStore  # noqa: PLC0415
+        from adapters.store import LocalBlobStore, open_store  # noqa: PLC0415
+        from serving.deployments.collection import start_collecting  # noqa: PLC0415
         from serving.deployments.handle import RayBackend  # noqa: PLC0415
         from serving.http.app import create_app  # noqa: PLC0415
         from serving.metrics import GatewayMetrics  # noqa: PLC0415
 
-        store = LocalBlobStore(self._settings.store.path)
-        self._lock, alone = _share_store(self._settings.store.path)
-        # what a killed server left; with other gateways on the store, only what is old
-        store.sweep_staging(0.0 if alone else ABANDONED_AFTER_S)
+        store = open_store(self._settings.store.path)
+        if isinstance(store, LocalBlobStore):
+            self._lock, alone = _share_store(Path(self._settings.store.path))
+            # what a killed server left; with other gateways on the store, only what is old
+            store.sweep_staging(0.0 if alone else ABANDONED_AFTER_S)
+        registry = Registry(self._settings.database.url)
+        metrics = GatewayMetrics(CollectorRegistry())
+        collector = Collector(registry, store, grace_s=self._settings.store.grace_s)
+        start_collecting(collector, metrics, self._settings.store.collect_every_s)
         timeout_s = self._settings.limits.request_timeout_s
         return create_app(
             backend=RayBackend(self._backbone, timeout_s=timeout_s),
-            registry=Registry(self._settings.database.url),
+            registry=registry,
             store=store,
             settings=self._settings,
-            metrics=GatewayMetrics(CollectorRegistry()),
+            metrics=metrics,
         )
 
 

@@ -69,7 +69,7 @@ class BackboneReplica:
 
 def _build(settings: Settings) -> LocalBackend:
     # here, not above: the driver imports this module to deploy the class and must stay free of torch
-    from adapters.store import LocalBlobStore  # noqa: PLC0415
+    from adapters.store import open_store  # noqa: PLC0415
     from serving.engine.backend import LocalBackend  # noqa: PLC0415
     from serving.memory.budget import auto_capacity  # noqa: PLC0415
     from serving.model.backbone import load_backbone  # noqa: PLC0415
@@ -85,4 +85,4 @@ def _build(settings: Settings) -> LocalBackend:
     engine = settings.engine
     if engine.memory_bytes is None and backbone.device.type == "cpu":
         engine = engine.model_copy(update={"memory_bytes": auto_capacity() // settings.replicas})
-    return LocalBackend(backbone, LocalBlobStore(settings.store.path), engine, flush_s=FLUSH_S)
+    return LocalBackend(backbone, open_store(settings.store.path), engine, flush_s=FLUSH_S)

@@ -105,7 +105,7 @@ def adapters_router(services: Services) -> APIRouter:
 
     @router.delete("/v1/adapters/{name}")
     async def delete_adapter(name: str) -> JsonObject:
-        """Delete a delta with all its versions and aliases, and free its memory."""
+        """Delete a delta with all its versions and aliases, and free its memory. Each version can be undeleted."""
         with _no_model_field():
             gone = await in_thread(registry.delete_adapter, tenant, name)
         freed = await _release(services, {version.digest for version in gone})
@@ -118,6 +118,12 @@ def adapters_router(services: Services) -> APIRouter:
         with _no_model_field():
             gone = await in_thread(registry.delete_version, tenant, name, version)
         return _deleted(f"{name}@v{version}", "adapter.version", await _release(services, {gone.digest}))
+
+    @router.post("/v1/adapters/{name}/versions/{version}/undelete")
+    async def undelete_version(name: str, version: int) -> JsonObject:
+        """Undo the deletion of a version whose bytes are not collected yet."""
+        with _no_model_field():
+            return version_object(await in_thread(registry.undelete_version, tenant, name, version))
 
     return router
 

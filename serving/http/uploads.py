@@ -31,12 +31,17 @@ from serving.http.services import Services, in_thread
 
 log = logging.getLogger("deltamux.http")
 
+HOLD_REQUESTS = 3
+"""An upload holds its bytes for so many longest requests; one that is killed leaves them to collection then."""
+
 
 class Uploads:
     """Takes uploads, a bounded number at a time. Use from one event loop."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        # storing and admitting come behind receiving, and each may take as long as a request
+        self._hold_s = HOLD_REQUESTS * services.settings.limits.request_timeout_s
         self._num_receiving = 0
         self._publishing: set[asyncio.Task[VersionRecord]] = set()
 
@@ -109,12 +114,14 @@ class Uploads:
         delta, canonical = await in_thread(_read, parts, info.spec_json)
         digest = canonical.digest
         async with services.digest_lock(digest):
+            # before the first byte: no collector, in whatever process, removes what is held
+            hold = await in_thread(services.registry.blobs.hold, digest, self._hold_s)
             try:
                 await in_thread(services.store.put, digest, canonical.manifest, canonical.tensors)
                 proof = await self._admit(digest)
-                return await self._record(name, delta, canonical, proof, parts)
+                return await self._record(name, delta, canonical, proof, parts, hold)
             except Exception:
-                await self._discard(digest)
+                await self._discard(digest, hold)
                 raise
 
     async def _admit(self, digest: str) -> AdmissionProof:
@@ -124,7 +131,7 @@ class Uploads:
         return proof
 
     async def _record(
-        self, name: str, delta: Delta, canonical: Canonical, proof: AdmissionProof, parts: Parts
+        self, name: str, delta: Delta, canonical: Canonical, proof: AdmissionProof, parts: Parts, hold: str
     ) -> VersionRecord:
         """Version and alias in one transaction."""
         services = self._services
@@ -140,19 +147,18 @@ class Uploads:
             labels=parts.labels,
             proof=asdict(proof) | ({"parity": parts.parity.model_dump()} if parts.parity else {}),
             alias=parts.alias,
+            hold=hold,
         )
 
-    async def _discard(self, digest: str) -> None:
-        """Free the device memory and the bytes of a failed upload, unless a live version has the same content.
+    async def _discard(self, digest: str, hold: str) -> None:
+        """Free the device memory and the bytes of a failed upload, unless a version or an upload has the same content.
 
-        What can't be removed now is garbage: no row refers to it.
+        What can't be removed now is left to collection.
         """
         services = self._services
         try:
-            if digest in await in_thread(services.registry.live_digests):
-                return
-            await in_thread(services.store.delete, digest)
-            await services.backend.release(digest)
+            if await in_thread(services.registry.blobs.discard, digest, hold, services.store.delete):
+                await services.backend.release(digest)
         except DeltamuxError as error:
             log.warning("a failed upload left sha256:%s behind: %s", digest, type(error).__name__)
 

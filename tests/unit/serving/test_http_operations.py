@@ -79,7 +79,7 @@ async def test_docs_describe_every_route(tmp_path: Path) -> None:
         description = (await g.http.get("/openapi.json")).json()
         assert {"CompletionBody", "ChatBody", "AliasBody"} <= set(description["components"]["schemas"])
         operations = [op for path in description["paths"].values() for op in path.values()]
-        assert len(operations) == 15
+        assert len(operations) == 16
         assert all(op["description"] for op in operations)
 
 

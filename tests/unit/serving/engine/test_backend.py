@@ -126,9 +126,9 @@ async def test_admission_of_a_stored_delta_and_refusal_of_an_empty_one(backend: 
     assert refused.kind == "InvalidDelta"
 
 
-async def test_stored_bytes_that_changed_are_never_served(backend: LocalBackend) -> None:
+async def test_stored_bytes_that_changed_are_never_served(backend: LocalBackend, tmp_path: Path) -> None:
     digest = store_delta(backend)
-    path = backend.store.get(digest).tensors
+    (path,) = tmp_path.rglob(f"{digest}/tensors.safetensors")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.chmod(0o600)
