@@ -6,6 +6,8 @@
     │   ├── ContextLengthExceeded prompt + max_tokens do not fit the backbone
     │   ├── InvalidDelta          an upload that can't be served exactly; lists every problem
     │   └── PayloadTooLarge       a body or file over its limit
+    ├── Unauthenticated           no key, or one that is not valid
+    ├── Forbidden                 the key is valid and its scopes do not cover this
     ├── NotFound                  no such model, version, alias or route
     ├── Conflict                  compare-and-swap lost, or the thing is in use
     ├── Overloaded                a bounded queue or budget is full; try again
@@ -84,6 +86,14 @@ class InvalidDelta(InvalidRequest):
 
 class PayloadTooLarge(InvalidRequest):
     """A body, file or header is over its limit."""
+
+
+class Unauthenticated(DeltamuxError):
+    """The caller showed no key, or one that is unknown, expired or revoked."""
+
+
+class Forbidden(DeltamuxError):
+    """The caller is known and its key does not allow this."""
 
 
 class NotFound(DeltamuxError):

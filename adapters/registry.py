@@ -12,9 +12,11 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sqlalchemy import ColumnElement, Connection, and_, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
 
+from adapters import audit
 from adapters.errors import Conflict, InvalidRequest
+from adapters.migrations.access import grants
 from adapters.migrations.database import Database
 from adapters.migrations.queries import (
     ADAPTERS,
@@ -62,7 +64,8 @@ class Registry:
     """Versions and aliases of every tenant, in one database. Thread-safe; blocks, so call it off the event loop.
 
     Every method raises RegistryUnavailable where the database fails, after which nothing has changed, and
-    InvalidReference for names outside the grammar. `clock` gives Unix seconds.
+    InvalidReference for names outside the grammar. `clock` gives Unix seconds. Whatever changes something writes
+    its line of the audit log, naming `actor`, in the same transaction.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Registry:
         proof: Mapping[str, Any],
         status: Status = "ready",
         alias: str | None = None,
+        actor: str = audit.SYSTEM,
     ) -> VersionRecord:
         """Make `digest` the next version of `name`; a ready one becomes `latest` and, where given, `alias`.
 
@@ -112,6 +116,7 @@ class Registry:
                 known = VersionRecord(*found[1:])
                 if alias is not None:
                     self._point(tx, adapter_id, alias, _ready(known).version)
+                    self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=known.version)
                 return replace(known, republished=True)
             used = select(func.max(versions.c.version)).where(versions.c.adapter_id == adapter_id)
             record = VersionRecord(
@@ -134,6 +139,8 @@ class Registry:
                 self._point(tx, adapter_id, LATEST, record.version)
             if alias not in (None, LATEST):
                 self._point(tx, adapter_id, alias, _ready(record).version)
+            facts = {"digest": digest, "status": status, "alias": alias}
+            self._log(tx, actor, "version.publish", tenant, f"{name}@v{record.version}", **facts)
         return record
 
     def finish_validation(
@@ -144,6 +151,7 @@ class Registry:
         status: Literal["ready", "failed"],
         *,
         proof: Mapping[str, Any],
+        actor: str = audit.SYSTEM,
     ) -> VersionRecord:
         """End the validation of a version published as `validating`, with its final proof.
 
@@ -162,6 +170,7 @@ class Registry:
             latest = find_alias(tx, adapter_id, LATEST)
             if status == "ready" and (latest is None or latest.version < version):
                 self._point(tx, adapter_id, LATEST, version)
+            self._log(tx, actor, "version.validate", tenant, f"{name}@v{version}", status=status)
         return replace(record, status=status, proof=dict(proof))
 
     def resolve(self, reference: ModelReference, *, default_tenant: str = DEFAULT_TENANT) -> VersionRecord:
@@ -226,7 +235,14 @@ class Registry:
         return tuple(VersionRecord(*row[1:]) for row in rows)
 
     def set_alias(
-        self, tenant: str, name: str, alias: str, version: int, *, expected_revision: int | None
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        version: int,
+        *,
+        expected_revision: int | None,
+        actor: str = audit.SYSTEM,
     ) -> AliasRecord:
         """Point `alias` at a ready version.
 
@@ -246,9 +262,12 @@ class Registry:
                     remedy="Read the alias, decide again, and send its present revision (0: not set).",
                 )
             revision, updated_at = self._point(tx, adapter_id, alias, version)
+            self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=version, revision=revision)
         return AliasRecord(tenant, name, alias, version, revision, updated_at)
 
-    def delete_version(self, tenant: str, name: str, version: int) -> VersionRecord:
+    def delete_version(
+        self, tenant: str, name: str, version: int, *, actor: str = audit.SYSTEM
+    ) -> VersionRecord:
         """Delete one version and return it. `latest`, if it was that, falls back to the newest ready one left.
 
         Raises NotFound, and Conflict naming the aliases, other than `latest`, that point at the version.
@@ -271,10 +290,13 @@ class Registry:
                     versions.c.adapter_id == adapter_id, LIVE, versions.c.status == "ready"
                 )
                 self._point(tx, adapter_id, LATEST, tx.scalar(ready))
+            self._log(tx, actor, "version.delete", tenant, f"{name}@v{version}", digest=record.digest)
         return record
 
-    def delete_adapter(self, tenant: str, name: str) -> tuple[VersionRecord, ...]:
-        """Delete every version and alias of `name`; returns the versions, newest first. Raises NotFound."""
+    def delete_adapter(
+        self, tenant: str, name: str, *, actor: str = audit.SYSTEM
+    ) -> tuple[VersionRecord, ...]:
+        """Delete every version, alias and grant of `name`; returns the versions, newest first. Raises NotFound."""
         reference = ModelReference(tenant, name)
         query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == name)
         with self._database.write() as tx:
@@ -285,6 +307,9 @@ class Registry:
             self._delete(tx, versions.c.adapter_id == adapter_id)
             for alias in tx.execute(ALIASES.where(adapters.c.id == adapter_id)).all():
                 self._point(tx, adapter_id, alias.alias, None)
+            # the name may be used again, for something that was never meant to be shared
+            tx.execute(delete(grants).where(grants.c.owner == tenant, grants.c.adapter == name))
+            self._log(tx, actor, "adapter.delete", tenant, name, versions=[row.version for row in rows])
         return tuple(VersionRecord(*row[1:]) for row in rows)
 
     def live_digests(self) -> frozenset[str]:
@@ -320,6 +345,12 @@ class Registry:
         else:
             tx.execute(update(aliases).where(row).values(values))
         return revision, now
+
+    def _log(
+        self, tx: Connection, actor: str, action: str, tenant: str, subject: str, **details: object
+    ) -> None:
+        entry = audit.Entry(self._clock(), actor, action, tenant, subject, details)
+        audit.append(tx, entry)
 
     def _delete(self, tx: Connection, *which: ColumnElement[bool]) -> None:
         tx.execute(update(versions).where(*which, LIVE).values(deleted_at=self._clock()))

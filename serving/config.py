@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -23,6 +23,8 @@ from pydantic_settings import (
 
 ENV_PREFIX = "DELTAMUX_"
 ENV_DELIMITER = "__"
+CLIENT_VARIABLES = frozenset({"DELTAMUX_API_KEY"})
+"""Variables with our prefix that are not settings: the commands that talk to a server read them."""
 
 MIB = 1 << 20
 
@@ -50,20 +52,16 @@ class Server(_Group):
     """Where the HTTP server listens."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. An address other than loopback is refused unless `insecure` is set."""
+    """Address to listen on. Without keys, one other than loopback is refused unless `insecure` is set."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     insecure: bool = False
-    """Listen beyond loopback although no keys are configured: whoever reaches the port may do everything."""
+    """Listen beyond loopback although there are no keys: whoever reaches the port may do everything."""
 
-    @model_validator(mode="after")
-    def _loopback_unless_insecure(self) -> Server:
-        if not (self.insecure or _is_loopback(self.host)):
-            raise ValueError(
-                f"host: got {self.host!r}, expected a loopback address, since no keys are configured. "
-                "Listen on 127.0.0.1, or set insecure (--insecure) if all who reach the port may use it."
-            )
-        return self
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches `host`."""
+        return _is_loopback(self.host)
 
 
 class Backbone(_Group):
@@ -117,6 +115,13 @@ class Database(_Group):
     """SQLAlchemy URL of the registry. Kept out of logs, since it can hold a password."""
 
 
+class Auth(_Group):
+    """How keys are checked. Keys themselves are in the database; see `deltamux keys`."""
+
+    secret_file: Path = Path("deltamux-data/secret")
+    """File of the secret that keys are hashed with; made if missing. All gateways of one database need the same."""
+
+
 class Limits(_Group):
     """Bounds on what one caller can ask for."""
 
@@ -149,6 +154,8 @@ class Settings(_Group):
     """Where the deltas' bytes are."""
     database: Database = Database()
     """Where the deltas' names, versions and aliases are."""
+    auth: Auth = Auth()
+    """How keys are checked."""
     limits: Limits = Limits()
     """Bounds on what one caller can ask for."""
     replicas: int = Field(default=1, ge=1, le=1024)
@@ -206,7 +213,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     """Refuse a misspelt variable: pydantic-settings would ignore it without a word."""
     groups = {name.upper() for name in Settings.model_fields}
-    given = [name for name in environ if name.upper().startswith(ENV_PREFIX)]
+    given = [n for n in environ if n.upper().startswith(ENV_PREFIX) and n.upper() not in CLIENT_VARIABLES]
     wrong = [n for n in given if n.upper().removeprefix(ENV_PREFIX).partition(ENV_DELIMITER)[0] not in groups]
     if wrong:
         expected = ", ".join(sorted(ENV_PREFIX + group for group in groups))

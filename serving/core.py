@@ -26,6 +26,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class ServiceClass(StrEnum):
+    """How urgent a tenant's requests are, from most to least."""
+
+    REALTIME = "realtime"
+    STANDARD = "standard"
+    BATCH = "batch"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn.
@@ -99,7 +107,8 @@ class GenerateCall:
     """What the gateway asks of a backend: one prompt, one delta, one stream of tokens.
 
     `prompt`: text, token ids, or chat messages. `adapter_digest` is a content digest, resolved by the gateway; it is
-    BASE for the bare backbone. `adapter_name` labels metrics and errors only.
+    BASE for the bare backbone. `adapter_name` labels metrics and errors only. `tenant` is who asks, `weight` its
+    share against other tenants' (1: an ordinary one), as the gateway's operator set them.
     """
 
     request_id: str
@@ -108,17 +117,21 @@ class GenerateCall:
     adapter_digest: str | None = BASE
     adapter_name: str = ""
     tenant: str = "default"
+    weight: float = 1.0
+    service_class: ServiceClass = ServiceClass.STANDARD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A tokenised request as the engine admits it."""
+    """A tokenised request as the engine admits it. `tenant`, `weight`, `service_class`: as in `GenerateCall`."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter_digest: str | None = BASE
     tenant: str = "default"
+    weight: float = 1.0
+    service_class: ServiceClass = ServiceClass.STANDARD
 
 
 @dataclass(frozen=True, slots=True)

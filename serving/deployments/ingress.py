@@ -32,6 +32,7 @@ class Gateway:
         from serving.deployments.handle import RayBackend  # noqa: PLC0415
         from serving.http.app import create_app  # noqa: PLC0415
         from serving.metrics import GatewayMetrics  # noqa: PLC0415
+        from serving.tenancy.tenancy import Tenancy  # noqa: PLC0415
 
         store = LocalBlobStore(self._settings.store.path)
         self._lock, alone = _share_store(self._settings.store.path)
@@ -42,6 +43,7 @@ class Gateway:
             backend=RayBackend(self._backbone, timeout_s=timeout_s),
             registry=Registry(self._settings.database.url),
             store=store,
+            tenancy=Tenancy(self._settings),
             settings=self._settings,
             metrics=GatewayMetrics(CollectorRegistry()),
         )

@@ -177,6 +177,8 @@ class LocalBackend:
             sampling=call.sampling,
             adapter_digest=call.adapter_digest,
             tenant=call.tenant,
+            weight=call.weight,
+            service_class=call.service_class,
         )
 
     async def admit(self, digest: str) -> AdmissionProof | ErrorInfo:

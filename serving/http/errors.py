@@ -45,6 +45,10 @@ ANSWERS: Mapping[type[errors.DeltamuxError], Answer] = {
     errors.ContextLengthExceeded: Answer(400, INVALID_REQUEST_TYPE, "context_length_exceeded"),
     errors.InvalidDelta: Answer(400, INVALID_REQUEST_TYPE, "invalid_adapter"),
     errors.PayloadTooLarge: Answer(413, INVALID_REQUEST_TYPE, "payload_too_large"),
+    errors.Unauthenticated: Answer(
+        401, INVALID_REQUEST_TYPE, "invalid_api_key", {"www-authenticate": "Bearer"}
+    ),
+    errors.Forbidden: Answer(403, INVALID_REQUEST_TYPE, "insufficient_permissions"),
     errors.NotFound: Answer(404, INVALID_REQUEST_TYPE, "not_found"),
     # the SDK repeats every 409 unless told otherwise; a lost compare-and-swap stays lost
     errors.Conflict: Answer(409, INVALID_REQUEST_TYPE, "conflict", {"x-should-retry": "false"}),

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from adapters.errors import InvalidRequest
 from serving.core import ChatMessage, GenerateCall
-from serving.http.bodies import json_route
+from serving.http.access import Infer
 from serving.http.edge import set_adapter_digest
 from serving.http.generate import Job, Style, reply, stream
 from serving.http.models import resolve
@@ -18,6 +18,7 @@ from serving.http.schemas import ChatBody, CompletionBody, GenerateBody
 from serving.http.services import Services
 from serving.http.sse import EventStream, unless_disconnected
 from serving.http.styles import ChatStyle, CompletionStyle
+from serving.tenancy.principal import Principal
 
 _Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
 
@@ -25,16 +26,16 @@ _Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
 def generation_router(services: Services) -> APIRouter:
     """The routes that generate text."""
     limits = services.settings.limits
-    router = APIRouter(route_class=json_route(limits.max_body_bytes), tags=["generation"])
+    router = APIRouter(route_class=services.route_class, tags=["generation"])
 
     @router.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionBody, request: Request) -> Response:
+    async def completions(body: CompletionBody, request: Request, caller: Infer) -> Response:
         """Continue a prompt, or several, each `n` times."""
         style = CompletionStyle(return_token_ids=bool(body.return_token_ids))
-        return await answer(request, body, body.prompts(), style, id_prefix="cmpl")
+        return await answer(request, caller, body, body.prompts(), style, id_prefix="cmpl")
 
     @router.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatBody, request: Request) -> Response:
+    async def chat(body: ChatBody, request: Request, caller: Infer) -> Response:
         """Answer a chat. `max_tokens` is by default whatever the context has left."""
         info = await services.backbone()
         if not info.has_chat_template:
@@ -45,12 +46,18 @@ def generation_router(services: Services) -> APIRouter:
             )
         messages = tuple(message.message() for message in body.messages)
         style = ChatStyle(return_token_ids=bool(body.return_token_ids))
-        return await answer(request, body, [messages], style, id_prefix="chatcmpl")
+        return await answer(request, caller, body, [messages], style, id_prefix="chatcmpl")
 
     async def answer(
-        request: Request, body: GenerateBody, prompts: Sequence[_Prompt], style: Style, *, id_prefix: str
+        request: Request,
+        caller: Principal,
+        body: GenerateBody,
+        prompts: Sequence[_Prompt],
+        style: Style,
+        *,
+        id_prefix: str,
     ) -> Response:
-        job = await plan(request, body, prompts, id_prefix)
+        job = await plan(request, caller, body, prompts, id_prefix)
         if body.stream:
             return EventStream(
                 lambda: stream(services.backend, job, style, services.metrics), request.state.request_id
@@ -58,9 +65,11 @@ def generation_router(services: Services) -> APIRouter:
         work = reply(services.backend, job, style, services.metrics)
         return JSONResponse(await unless_disconnected(request.receive, work))
 
-    async def plan(request: Request, body: GenerateBody, prompts: Sequence[_Prompt], id_prefix: str) -> Job:
+    async def plan(
+        request: Request, caller: Principal, body: GenerateBody, prompts: Sequence[_Prompt], id_prefix: str
+    ) -> Job:
         _within_limits(body.num_samples, len(prompts), limits.max_n, limits.max_choices)
-        target = await resolve(services, body.model)
+        target = await resolve(services, caller, body.model)
         set_adapter_digest(request, target.digest)
         # not the x-request-id: callers choose that, and two may choose the same
         job_id = f"{id_prefix}-{uuid.uuid4().hex}"
@@ -72,7 +81,9 @@ def generation_router(services: Services) -> APIRouter:
                 sampling=sampling,
                 adapter_digest=target.digest,
                 adapter_name=target.name,
-                tenant=services.tenant,
+                tenant=caller.tenant,
+                weight=caller.limits.weight,
+                service_class=caller.limits.service_class,
             )
             for place, prompt in enumerate(prompts)
             for sample, sampling in enumerate(samplings)

@@ -22,7 +22,10 @@ ALLOWED = {
         "adapters", "serving.core", "serving.config", "serving.metrics", "serving.kernels", "serving.memory",
         "serving.model", "serving.engine",
     },
-    "serving.http": {"adapters", "serving.core", "serving.config", "serving.metrics", "serving.http"},
+    "serving.tenancy": {"adapters", "serving.core", "serving.config", "serving.metrics", "serving.tenancy"},
+    "serving.http": {
+        "adapters", "serving.core", "serving.config", "serving.metrics", "serving.tenancy", "serving.http",
+    },
     "serving.deployments": {"adapters", "serving"},
     "serving.cli": {"adapters", "serving"},
 }  # fmt: skip
@@ -31,6 +34,7 @@ FORBIDDEN_LIBRARIES = {
     "adapters": {"ray", "fastapi", "transformers", "peft"},
     "serving.engine": {"ray", "fastapi"},
     "serving.model": {"ray", "fastapi", "peft"},
+    "serving.tenancy": {"ray", "torch", "transformers", "fastapi", "starlette"},
     "serving.http": {"ray", "torch", "transformers"},
     "serving.cli": {"ray"},
 }

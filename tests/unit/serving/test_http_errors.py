@@ -40,6 +40,8 @@ def tree(root: type[DeltamuxError] = DeltamuxError) -> Iterator[type[DeltamuxErr
         ("ContextLengthExceeded", openai.BadRequestError, 400, "context_length_exceeded"),
         ("InvalidDelta", openai.BadRequestError, 400, "invalid_adapter"),
         ("PayloadTooLarge", openai.APIStatusError, 413, "payload_too_large"),
+        ("Unauthenticated", openai.AuthenticationError, 401, "invalid_api_key"),
+        ("Forbidden", openai.PermissionDeniedError, 403, "insufficient_permissions"),
         ("NotFound", openai.NotFoundError, 404, "not_found"),
         ("Conflict", openai.ConflictError, 409, "conflict"),
         ("Overloaded", openai.RateLimitError, 429, "rate_limit_exceeded"),
