@@ -11,6 +11,8 @@
     ├── NotFound                  no such model, version, alias or route
     ├── Conflict                  compare-and-swap lost, or the thing is in use
     ├── Overloaded                a bounded queue or budget is full; try again
+    │   ├── RateLimited           the tenant has used its share for now; says when to try again
+    │   └── QuotaExceeded         the request is more than the tenant's whole share; it can never pass
     ├── Unavailable               a part of the service is not there at present
     │   ├── StoreError            the blob store failed (disk full, I/O error)
     │   └── RegistryUnavailable   the database failed (locked, I/O error)
@@ -106,6 +108,25 @@ class Conflict(DeltamuxError):
 
 class Overloaded(DeltamuxError):
     """A bounded queue or budget is full; the same request may pass later."""
+
+
+class RateLimited(Overloaded):
+    """The tenant has used its share for now. `retry_after_s`: when the same request would pass."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float = 1.0,
+        param: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param, remedy=remedy)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(Overloaded):
+    """The request alone is more than the tenant's share; trying again does not help."""
 
 
 class Unavailable(DeltamuxError):

@@ -137,6 +137,10 @@ class Limits(_Group):
     """Most choices of one request: its prompts times `n`."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Longest duration of one request, from its first byte to its last."""
+    max_wait_s: float | None = Field(default=None, gt=0)
+    """Longest wait for a request's first token, in the queue and in prefill; then it is ended and answered 429."""
+    rates_counted_in: Literal["process", "database"] = "process"
+    """Where tenants' rates are counted. `process`: G gateways let up to G times a limit through. `database`: exact."""
     max_heartbeat_age_s: float = Field(default=30.0, gt=0)
     """Age of the engine's last turn beyond which `/health/ready` answers 503."""
 

@@ -81,3 +81,15 @@ audit_head = Table(
     Column("seq", Integer, nullable=False),
     Column("hash", String(64), nullable=False),
 )
+
+buckets = Table(
+    "buckets",
+    metadata,
+    Column("tenant", String(63), ForeignKey("tenants.name"), primary_key=True),
+    Column("kind", String(8), primary_key=True),
+    Column(
+        "level", Float, nullable=False
+    ),  # what may still be taken at `at`; more than the limit counts as the limit
+    Column("at", Float, nullable=False),
+    CheckConstraint("kind IN ('requests', 'tokens')", name="ck_buckets_kind"),
+)

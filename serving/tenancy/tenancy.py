@@ -11,6 +11,7 @@ from adapters import audit
 from adapters.migrations.database import Database
 from adapters.registry import DEFAULT_TENANT
 from serving.config import Settings
+from serving.tenancy.buckets import Buckets, DatabaseBuckets, ProcessBuckets
 from serving.tenancy.grants import Grants
 from serving.tenancy.keyring import Keyring
 from serving.tenancy.keys import read_secret
@@ -34,6 +35,11 @@ class Tenancy:
         self.tenants = Tenants(self._database, clock=clock)
         self.keys = Keyring(self._database, secret, clock=clock)
         self.grants = Grants(self._database, clock=clock)
+        self.buckets: Buckets = (
+            ProcessBuckets(clock=clock)
+            if settings.limits.rates_counted_in == "process"
+            else DatabaseBuckets(self._database, clock=clock)
+        )
 
     def caller(self, key: str | None) -> Principal:
         """Who calls with `key`: while there has never been a key, DEFAULT_TENANT with every scope.

@@ -11,10 +11,11 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters import audit
 from adapters.errors import Conflict, NotFound
-from adapters.migrations.access import tenants
+from adapters.migrations.access import buckets, tenants
 from adapters.migrations.database import Database
 from adapters.names import check_name
 from serving.core import ServiceClass
+from serving.tenancy.buckets import FULL, Kind
 from serving.tenancy.principal import Limits
 
 
@@ -45,6 +46,7 @@ class Tenants:
         try:
             with self._database.write() as tx:
                 tx.execute(insert(tenants).values(name=name, created_at=made.created_at, **asdict(limits)))
+                tx.execute(insert(buckets), [{"tenant": name, "kind": kind, **FULL} for kind in Kind])
                 audit.append(
                     tx, audit.Entry(made.created_at, actor, "tenant.create", name, name, asdict(limits))
                 )

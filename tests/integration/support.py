@@ -61,7 +61,8 @@ class ServerProcess:
         self.home.mkdir(exist_ok=True)
         command = [str(Path(sys.executable).with_name("deltamux")), "serve", "--backbone", str(self.backbone)]
         command += ["--port", str(self.port), "--replicas", "2", "--device", "cpu"]
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), **SMALL, **self.environment}
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        environment = {**kept, "HOME": str(self.home), **SMALL, **self.environment}
         with (self.home / "output").open("wb") as output:
             self.process = subprocess.Popen(
                 command,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -169,6 +170,16 @@ class FakeBackend:
             raise self.failure
 
 
+class Clock:
+    """Time that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @dataclass
 class Gateway:
     """A running application and what it stands on."""
@@ -193,6 +204,13 @@ class Gateway:
         wanted = scopes or (Scope.INFER, Scope.UPLOAD, Scope.MANAGE)
         return self.tenancy.keys.create(tenant, wanted, adapters=adapters, actor="test")[1].text
 
+    def limited(self, **limits: Any) -> str:
+        """A key, in use from now on, of the tenant `acme`, whose limits these are from now on."""
+        key = self.key("acme")
+        self.tenancy.tenants.set_limits("acme", TenantLimits(**limits), actor="test")
+        self.use(key)
+        return key
+
     def use(self, key: str) -> None:
         """Have both clients show this key from now on."""
         self.openai.api_key = key
@@ -210,6 +228,7 @@ async def gateway(
     *,
     registry_type: type[Registry] = Registry,
     store_type: type[LocalBlobStore] = LocalBlobStore,
+    clock: Callable[[], float] = time.time,
     **limits: Any,
 ) -> AsyncIterator[Gateway]:
     """A gateway in this process, reached without sockets."""
@@ -222,7 +241,7 @@ async def gateway(
     )
     metrics = GatewayMetrics(CollectorRegistry())
     store = store_type(tmp_path / "blobs")
-    with registry_type(settings.database.url) as registry, Tenancy(settings) as tenancy:
+    with registry_type(settings.database.url) as registry, Tenancy(settings, clock=clock) as tenancy:
         app = create_app(
             backend=backend,
             registry=registry,

@@ -45,6 +45,8 @@ def tree(root: type[DeltamuxError] = DeltamuxError) -> Iterator[type[DeltamuxErr
         ("NotFound", openai.NotFoundError, 404, "not_found"),
         ("Conflict", openai.ConflictError, 409, "conflict"),
         ("Overloaded", openai.RateLimitError, 429, "rate_limit_exceeded"),
+        ("RateLimited", openai.RateLimitError, 429, "rate_limit_exceeded"),
+        ("QuotaExceeded", openai.RateLimitError, 429, "insufficient_quota"),
         ("Unavailable", openai.InternalServerError, 503, "unavailable"),
         ("StoreError", openai.InternalServerError, 503, "unavailable"),
         ("RegistryUnavailable", openai.InternalServerError, 503, "unavailable"),

@@ -20,16 +20,7 @@ from serving.deployments.app import check_exposure
 from serving.tenancy.keys import hash_of, id_of, make_key, read_secret
 from serving.tenancy.principal import Limits, Principal, Scope, check_globs
 from serving.tenancy.tenancy import Tenancy
-
-
-class Clock:
-    """Time that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.unit.serving.http_support import Clock
 
 
 @pytest.fixture
