@@ -155,10 +155,12 @@ class TokenLogprobs:
 class PromptEvent:
     """The first event of every accepted call: the tokens that the prompt became.
 
-    `logprobs` is given where asked for, one entry a token, None for the first.
+    `logprobs` is given where asked for, one entry a token, None for the first. `num_cached_tokens`: those of the
+    prompt whose keys and values were there already.
     """
 
     prompt_token_ids: tuple[int, ...]
+    num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 

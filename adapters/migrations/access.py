@@ -93,3 +93,24 @@ buckets = Table(
     Column("at", Float, nullable=False),
     CheckConstraint("kind IN ('requests', 'tokens')", name="ck_buckets_kind"),
 )
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("id", String(64), primary_key=True),  # of the request, as its answer has it
+    Column("tenant", String(63), nullable=False),
+    Column("key_id", String(16), nullable=False),  # empty: there were no keys
+    Column("adapter_digest", String(64)),  # null: the bare backbone
+    Column("hour", Integer, nullable=False),  # opened_at // 3600
+    Column("opened_at", Float, nullable=False),
+    Column("closed_at", Float),
+    Column("outcome", String(9), nullable=False),
+    Column("reserved_tokens", Integer, nullable=False),  # what it could have come to at most
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("cached_tokens", Integer, nullable=False),  # of the prompt's, those that were not computed again
+    Column("completion_tokens", Integer, nullable=False),
+    CheckConstraint(
+        "outcome IN ('open', 'completed', 'cancelled', 'failed', 'crashed')", name="ck_usage_outcome"
+    ),
+    Index("ix_usage_tenant_hour", "tenant", "hour"),
+)

@@ -13,6 +13,7 @@ from serving.cli.keys import app as keys_commands
 from serving.cli.push import push as push_command
 from serving.cli.serve import serve as serve_command
 from serving.cli.tenants import app as tenants_commands
+from serving.cli.usage import usage as usage_command
 
 app = typer.Typer(
     name="deltamux",
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve_command, push_command, demo_command, doctor_command):
+for command in (serve_command, push_command, usage_command, demo_command, doctor_command):
     app.command()(command)
 app.add_typer(adapters_commands, name="adapters")
 app.add_typer(tenants_commands, name="tenants")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -14,7 +15,7 @@ from serving.config import Settings
 
 _LOCK = "gateway.lock"
 ABANDONED_AFTER_S = 3600.0
-"""Age from which an upload's staging is taken for abandoned while other gateways use the store."""
+"""Age from which staging and open rows of the ledger are taken for abandoned while there are other gateways."""
 
 
 class Gateway:
@@ -39,13 +40,19 @@ class Gateway:
         # what a killed server left; with other gateways on the store, only what is old
         store.sweep_staging(0.0 if alone else ABANDONED_AFTER_S)
         timeout_s = self._settings.limits.request_timeout_s
+        metrics = GatewayMetrics(CollectorRegistry())
+        tenancy = Tenancy(
+            self._settings, on_closed=lambda outcome, tokens: metrics.count_usage(outcome, asdict(tokens))
+        )
+        # requests that a killed gateway left open; while others run, only those that can't be theirs any more
+        tenancy.ledger.recover(older_than_s=0.0 if alone else timeout_s + ABANDONED_AFTER_S)
         return create_app(
             backend=RayBackend(self._backbone, timeout_s=timeout_s),
             registry=Registry(self._settings.database.url),
             store=store,
-            tenancy=Tenancy(self._settings),
+            tenancy=tenancy,
             settings=self._settings,
-            metrics=GatewayMetrics(CollectorRegistry()),
+            metrics=metrics,
         )
 
 

@@ -1,4 +1,4 @@
-"""From a request that is understood to one that runs: rates, then concurrency; and what it did not use given back.
+"""From a request that is understood to one that runs: rates, concurrency, its row in the ledger; and all of it back.
 
 The order of refusals: key (401), scope (403), visible model (404), requests per minute, tokens per minute, concurrency
 (429 each), and behind these the engine's own queue (429).
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
 from fastapi import Request
@@ -20,6 +21,7 @@ from serving.http.edge import set_answer_headers
 from serving.http.errors import log_unhandled
 from serving.http.generate import Job
 from serving.tenancy.buckets import Buckets, Kind, Share, Standings
+from serving.tenancy.ledger import Ledger, Outcome
 from serving.tenancy.principal import Limits, Principal
 
 CONCURRENCY_RETRY_S = 1.0
@@ -31,35 +33,44 @@ class Admission:
     Concurrency is counted here, per gateway: a count that several processes share would have to survive their deaths.
     """
 
-    def __init__(self, buckets: Buckets) -> None:
+    def __init__(self, buckets: Buckets, ledger: Ledger) -> None:
         self._buckets = buckets
+        self._ledger = ledger
         self._running: Counter[str] = Counter()
         self._giving: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def admitted(self, request: Request, caller: Principal, job: Job) -> AsyncIterator[None]:
+    async def admitted(
+        self, request: Request, caller: Principal, job: Job
+    ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Run the block as one of the caller's requests, whose tokens are in `job.usage` when it ends.
 
-        Raises RateLimited, QuotaExceeded; a refused request costs nothing.
+        What the block gets it has to await before its first output: then the request is in the ledger. Raises
+        RateLimited, QuotaExceeded, after which the request has cost nothing.
         """
         await self._take(request, caller, job)
         self._running[caller.tenant] += 1
-        used = 0
+        written = self._ledger.open(
+            job.id,
+            caller.tenant,
+            caller.key_id,
+            adapter_digest=job.calls[0].adapter_digest,
+            reserved_tokens=job.usage.reserved_tokens,
+        )
+        outcome = Outcome.FAILED
         try:
-            yield
+            yield lambda: _wait(written)
+            outcome = Outcome.COMPLETED
         except (GeneratorExit, asyncio.CancelledError, ClientDisconnect):
-            used = job.usage.spent(unknown_prompts=True)
+            outcome = Outcome.CANCELLED
             raise
-        except BaseException:
-            used = job.usage.spent(unknown_prompts=False)
-            raise
-        else:
-            used = job.usage.spent(unknown_prompts=False)
         finally:
             self._running[caller.tenant] -= 1
             if not self._running[caller.tenant]:
                 del self._running[caller.tenant]
+            used = job.usage.spent(unknown_prompts=outcome is Outcome.CANCELLED)
             self._give_back(caller, tokens=job.usage.reserved_tokens - used, requests=0)
+            self._ledger.close(job.id, outcome, job.usage.tokens())
 
     async def _take(self, request: Request, caller: Principal, job: Job) -> None:
         shares = _shares(caller.limits, requests=1, tokens=job.usage.reserved_tokens)
@@ -92,6 +103,13 @@ class Admission:
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             # the bucket refills all the same, only more slowly
             log_unhandled(error, "giving back tokens")
+
+
+async def _wait(written: Future[None]) -> None:
+    if written.done():  # the usual case after the first token, at no cost
+        written.result()
+    else:
+        await asyncio.wrap_future(written)
 
 
 def _shares(limits: Limits, *, requests: int, tokens: int) -> Sequence[Share]:

@@ -18,6 +18,7 @@ from serving.http.grants import grants_router
 from serving.http.models import models_router
 from serving.http.operations import operations_router
 from serving.http.services import Services
+from serving.http.usage import usage_router
 from serving.metrics import GatewayMetrics
 from serving.tenancy.tenancy import Tenancy
 
@@ -47,6 +48,7 @@ def create_app(
         adapters_router,
         grants_router,
         admin_router,
+        usage_router,
         operations_router,
     )
     for make_router in routers:

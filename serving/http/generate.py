@@ -14,6 +14,7 @@ from serving.http import sse
 from serving.http.errors import JsonObject
 from serving.http.fanout import Checked, Patience, run
 from serving.metrics import GatewayMetrics
+from serving.tenancy.ledger import Tokens
 
 
 class Style(Protocol):
@@ -46,12 +47,16 @@ class Usage:
     prompt_bounds: Sequence[int] = ()
     reserved_tokens: int = 0
     prompt_tokens: dict[int, int] = field(default_factory=dict)
+    cached_tokens: dict[int, int] = field(default_factory=dict)
     completion_tokens: int = 0
 
     def add(self, index: int, event: Checked) -> None:
         """Count one event of call `index`."""
         if isinstance(event, PromptEvent):
-            self.prompt_tokens[index // self.num_samples] = len(event.prompt_token_ids)
+            place = index // self.num_samples
+            self.prompt_tokens[place] = len(event.prompt_token_ids)
+            # the choices of a prompt share its count, so they share the least that was cached for one of them
+            self.cached_tokens[place] = min(self.cached_tokens.get(place, 1 << 31), event.num_cached_tokens)
         else:
             self.completion_tokens += len(event.token_ids)
 
@@ -60,6 +65,14 @@ class Usage:
         unknown = [b for place, b in enumerate(self.prompt_bounds) if place not in self.prompt_tokens]
         known = sum(self.prompt_tokens.values()) + self.completion_tokens
         return known + sum(unknown) if unknown_prompts else known
+
+    def tokens(self) -> Tokens:
+        """The same for the ledger."""
+        return Tokens(
+            prompt=sum(self.prompt_tokens.values()),
+            cached=sum(self.cached_tokens.values()),
+            completion=self.completion_tokens,
+        )
 
     def body(self) -> JsonObject:
         """The usage object of a reply."""

@@ -35,7 +35,7 @@ MESSAGE_TOKENS = 16
 def generation_router(services: Services) -> APIRouter:
     """The routes that generate text."""
     limits = services.settings.limits
-    admission = Admission(services.tenancy.buckets)
+    admission = Admission(services.tenancy.buckets, services.tenancy.ledger)
     router = APIRouter(route_class=services.route_class, tags=["generation"])
 
     @router.post("/v1/completions", response_model=None)
@@ -73,17 +73,20 @@ def generation_router(services: Services) -> APIRouter:
         return JSONResponse(await unless_disconnected(request.receive, replied(request, caller, job, style)))
 
     async def replied(request: Request, caller: Principal, job: Job, style: Style) -> JsonObject:
-        async with admission.admitted(request, caller, job):
-            return await reply(services.backend, job, style, services.metrics)
+        async with admission.admitted(request, caller, job) as in_ledger:
+            answer = await reply(services.backend, job, style, services.metrics)
+            await in_ledger()
+            return answer
 
     async def streamed(
         request: Request, caller: Principal, job: Job, style: Style
     ) -> AsyncGenerator[bytes, None]:
         async with (
-            admission.admitted(request, caller, job),
+            admission.admitted(request, caller, job) as in_ledger,
             aclosing(stream(services.backend, job, style, services.metrics)) as events,
         ):
             async for event in events:
+                await in_ledger()
                 yield event
 
     async def plan(

