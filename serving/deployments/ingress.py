@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
 from serving.config import Settings
+from serving.deployments.logs import write_to_serves_file
 
 _LOCK = "gateway.lock"
 ABANDONED_AFTER_S = 3600.0
@@ -27,6 +28,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP application."""
+        write_to_serves_file()
         # here, not above: the driver imports this module to deploy the class and must stay light
         from adapters.registry import Registry  # noqa: PLC0415
         from adapters.store import LocalBlobStore  # noqa: PLC0415

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.dependencies.models import Dependant
+from fastapi.openapi.models import HTTPBearer as HTTPBearerModel
 from fastapi.routing import APIRoute, iter_route_contexts
+from fastapi.security.base import SecurityBase
 from starlette.routing import BaseRoute
 
 from adapters.errors import Forbidden
@@ -33,11 +35,14 @@ PUBLIC = {
 Gate = Callable[[Request], Awaitable[None]]
 
 
-class Requires:
+class Requires(SecurityBase):
     """A dependency that gives the caller, and by which a route says which scopes it takes: any one of them."""
 
     def __init__(self, *scopes: Scope) -> None:
         self.scopes = scopes
+        # what /docs shows, and asks for
+        self.scheme_name = "API key"
+        self.model = HTTPBearerModel(description="A key of this server; none while it has no keys.")
 
     def __call__(self, request: Request) -> Principal:
         """The caller, whom the route's gate has let in."""

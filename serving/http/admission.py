@@ -17,9 +17,9 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from adapters.errors import DeltamuxError, RateLimited
+from serving.http.counting import Usage
 from serving.http.edge import set_answer_headers
 from serving.http.errors import log_unhandled
-from serving.http.generate import Job
 from serving.tenancy.buckets import Buckets, Kind, Share, Standings
 from serving.tenancy.ledger import Ledger, Outcome
 from serving.tenancy.principal import Limits, Principal
@@ -41,22 +41,24 @@ class Admission:
 
     @asynccontextmanager
     async def admitted(
-        self, request: Request, caller: Principal, job: Job
+        self, request: Request, caller: Principal, job_id: str, *, adapter_digest: str | None, usage: Usage
     ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-        """Run the block as one of the caller's requests, whose tokens are in `job.usage` when it ends.
+        """Run the block as one of the caller's requests, whose tokens are in `usage` when it ends.
 
-        What the block gets it has to await before its first output: then the request is in the ledger. Raises
-        RateLimited, QuotaExceeded, after which the request has cost nothing.
+        `job_id`: unique; the ledger's row has it. `adapter_digest`: bare hex, or BASE. What the block gets it has to
+        await before its first output: then the request is in the ledger. Raises RateLimited, QuotaExceeded, after
+        which the request has cost nothing.
         """
-        await self._take(request, caller, job)
+        await self._take(request, caller, usage)
         self._running[caller.tenant] += 1
         written = self._ledger.open(
-            job.id,
+            job_id,
             caller.tenant,
             caller.key_id,
-            adapter_digest=job.calls[0].adapter_digest,
-            reserved_tokens=job.usage.reserved_tokens,
+            adapter_digest=adapter_digest,
+            reserved_tokens=usage.reserved_tokens,
         )
+        usage.on_surplus = lambda surplus: self._give_back(caller, tokens=surplus, requests=0)
         outcome = Outcome.FAILED
         try:
             yield lambda: _wait(written)
@@ -68,12 +70,12 @@ class Admission:
             self._running[caller.tenant] -= 1
             if not self._running[caller.tenant]:
                 del self._running[caller.tenant]
-            used = job.usage.spent(unknown_prompts=outcome is Outcome.CANCELLED)
-            self._give_back(caller, tokens=job.usage.reserved_tokens - used, requests=0)
-            self._ledger.close(job.id, outcome, job.usage.tokens())
+            used = usage.spent(unknown_prompts=outcome is Outcome.CANCELLED)
+            self._give_back(caller, tokens=usage.reserved_tokens - used, requests=0)
+            self._ledger.close(job_id, outcome, usage.tokens())
 
-    async def _take(self, request: Request, caller: Principal, job: Job) -> None:
-        shares = _shares(caller.limits, requests=1, tokens=job.usage.reserved_tokens)
+    async def _take(self, request: Request, caller: Principal, usage: Usage) -> None:
+        shares = _shares(caller.limits, requests=1, tokens=usage.reserved_tokens)
         if shares:
             try:
                 standings = await self._buckets.take(caller.tenant, shares)
@@ -83,7 +85,7 @@ class Admission:
             set_answer_headers(request, _headers(standings))
         most = caller.limits.max_concurrency
         if most is not None and self._running[caller.tenant] >= most:
-            self._give_back(caller, tokens=job.usage.reserved_tokens, requests=1)
+            self._give_back(caller, tokens=usage.reserved_tokens, requests=1)
             raise RateLimited(
                 f"{most} requests of this tenant are in progress, which is its limit.",
                 retry_after_s=CONCURRENCY_RETRY_S,

@@ -11,10 +11,10 @@ from typing import Protocol
 
 from serving.core import Backend, GenerateCall, PromptEvent, TokenEvent
 from serving.http import sse
+from serving.http.counting import Usage
 from serving.http.errors import JsonObject
 from serving.http.fanout import Checked, Patience, run
 from serving.metrics import GatewayMetrics
-from serving.tenancy.ledger import Tokens
 
 
 class Style(Protocol):
@@ -34,54 +34,6 @@ class Style(Protocol):
     def parts(self, index: int, output: TokenEvent) -> Sequence[JsonObject]:
         """The choices, one a chunk, that new tokens become."""
         ...
-
-
-@dataclass(slots=True)
-class Usage:
-    """Tokens of one request; a prompt counts once, however many choices it has.
-
-    `prompt_bounds`: tokens that each prompt can come to at most. `reserved_tokens`: those of prompts and choices.
-    """
-
-    num_samples: int
-    prompt_bounds: Sequence[int] = ()
-    reserved_tokens: int = 0
-    prompt_tokens: dict[int, int] = field(default_factory=dict)
-    cached_tokens: dict[int, int] = field(default_factory=dict)
-    completion_tokens: int = 0
-
-    def add(self, index: int, event: Checked) -> None:
-        """Count one event of call `index`."""
-        if isinstance(event, PromptEvent):
-            place = index // self.num_samples
-            self.prompt_tokens[place] = len(event.prompt_token_ids)
-            # the choices of a prompt share its count, so they share the least that was cached for one of them
-            self.cached_tokens[place] = min(self.cached_tokens.get(place, 1 << 31), event.num_cached_tokens)
-        else:
-            self.completion_tokens += len(event.token_ids)
-
-    def spent(self, *, unknown_prompts: bool) -> int:
-        """Tokens so far; with `unknown_prompts`, those that did not get to their first token at their bounds."""
-        unknown = [b for place, b in enumerate(self.prompt_bounds) if place not in self.prompt_tokens]
-        known = sum(self.prompt_tokens.values()) + self.completion_tokens
-        return known + sum(unknown) if unknown_prompts else known
-
-    def tokens(self) -> Tokens:
-        """The same for the ledger."""
-        return Tokens(
-            prompt=sum(self.prompt_tokens.values()),
-            cached=sum(self.cached_tokens.values()),
-            completion=self.completion_tokens,
-        )
-
-    def body(self) -> JsonObject:
-        """The usage object of a reply."""
-        prompt = sum(self.prompt_tokens.values())
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": prompt + self.completion_tokens,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

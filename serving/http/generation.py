@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -12,11 +12,11 @@ from fastapi.responses import JSONResponse
 from adapters.errors import InvalidRequest
 from serving.core import ChatMessage, GenerateCall
 from serving.http.access import Infer
-from serving.http.admission import Admission
+from serving.http.counting import Usage
 from serving.http.edge import set_adapter_digest
 from serving.http.errors import JsonObject
 from serving.http.fanout import Patience
-from serving.http.generate import Job, Style, Usage, reply, stream
+from serving.http.generate import Job, Style, reply, stream
 from serving.http.models import resolve
 from serving.http.schemas import ChatBody, CompletionBody, GenerateBody
 from serving.http.services import Services
@@ -35,7 +35,6 @@ MESSAGE_TOKENS = 16
 def generation_router(services: Services) -> APIRouter:
     """The routes that generate text."""
     limits = services.settings.limits
-    admission = Admission(services.tenancy.buckets, services.tenancy.ledger)
     router = APIRouter(route_class=services.route_class, tags=["generation"])
 
     @router.post("/v1/completions", response_model=None)
@@ -72,8 +71,14 @@ def generation_router(services: Services) -> APIRouter:
             return EventStream(lambda: streamed(request, caller, job, style), request.state.request_id)
         return JSONResponse(await unless_disconnected(request.receive, replied(request, caller, job, style)))
 
+    def admitted(
+        request: Request, caller: Principal, job: Job
+    ) -> AbstractAsyncContextManager[Callable[[], Awaitable[None]]]:
+        digest = job.calls[0].adapter_digest
+        return services.admission.admitted(request, caller, job.id, adapter_digest=digest, usage=job.usage)
+
     async def replied(request: Request, caller: Principal, job: Job, style: Style) -> JsonObject:
-        async with admission.admitted(request, caller, job) as in_ledger:
+        async with admitted(request, caller, job) as in_ledger:
             answer = await reply(services.backend, job, style, services.metrics)
             await in_ledger()
             return answer
@@ -82,7 +87,7 @@ def generation_router(services: Services) -> APIRouter:
         request: Request, caller: Principal, job: Job, style: Style
     ) -> AsyncGenerator[bytes, None]:
         async with (
-            admission.admitted(request, caller, job) as in_ledger,
+            admitted(request, caller, job) as in_ledger,
             aclosing(stream(services.backend, job, style, services.metrics)) as events,
         ):
             async for event in events:
@@ -146,7 +151,7 @@ def planned_usage(
     bounds = [min(_max_prompt_tokens(prompt), max_model_len) for prompt in prompts]
     output = max_model_len if max_tokens is None else min(max_tokens, max_model_len)
     reserved = sum(min(bound + output, max_model_len) + (num_samples - 1) * output for bound in bounds)
-    return Usage(num_samples, prompt_bounds=bounds, reserved_tokens=reserved)
+    return Usage(num_samples, bounds, reserved)
 
 
 def _max_prompt_tokens(prompt: _Prompt) -> int:

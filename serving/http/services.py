@@ -12,6 +12,7 @@ from adapters.store import BlobStore
 from serving.config import Settings
 from serving.core import BackboneInfo, Backend
 from serving.http.access import Access
+from serving.http.admission import Admission
 from serving.http.bodies import json_route
 from serving.metrics import GatewayMetrics
 from serving.tenancy.tenancy import Tenancy
@@ -34,6 +35,7 @@ class Services:
         self.registry = registry
         self.store = store
         self.tenancy = tenancy
+        self.admission = Admission(tenancy.buckets, tenancy.ledger)
         self.route_class = json_route(settings.limits.max_body_bytes, Access(tenancy).gate)
         self.settings = settings
         self.metrics = metrics

@@ -45,6 +45,12 @@ async def test_every_route_declares_its_scopes_or_is_public(g: Gateway) -> None:
     assert {scopes for _, path, scopes in guarded(g) if path.startswith("/v1/admin")} == {(Scope.ADMIN,)}
 
 
+async def test_the_description_says_which_routes_take_a_key(g: Gateway) -> None:
+    paths = (await g.http.get("/openapi.json")).json()["paths"]
+    without = {path for path, item in paths.items() if not all("security" in op for op in item.values())}
+    assert without == set(PUBLIC) & set(paths)
+
+
 def test_an_application_with_an_undeclared_route_is_not_made() -> None:
     app = FastAPI()
     require_declared(app)

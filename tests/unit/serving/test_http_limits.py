@@ -280,6 +280,27 @@ async def post_and_leave(g: Gateway, body: dict[str, Any], begun: asyncio.Event)
     await g.app(scope, receive, send)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_bound_on_a_text_holds_only_until_its_tokens_are_known(
+    tmp_path: Path, stream: bool
+) -> None:
+    backend = FakeBackend(hold=asyncio.Event())
+    async with gateway(tmp_path, backend, clock=Clock()) as g:
+        g.limited(tokens_per_min=1000)
+        text = "x" * 40  # a bound of 48; it comes to 3 tokens
+        body = {"model": BACKBONE, "prompt": [text, text], "max_tokens": 7, "stream": stream}
+        sending = asyncio.create_task(g.http.post("/v1/completions", json=body))
+        async with asyncio.timeout(5):
+            while await left(g, limit=1000) != 1000 - 2 * (3 + 7):
+                await asyncio.sleep(0.005)
+        assert backend.hold is not None
+        backend.hold.set()
+        assert (await sending).headers["x-ratelimit-remaining-tokens"] == str(1000 - 2 * (48 + 7))
+        async with asyncio.timeout(5):
+            while await left(g, limit=1000) != 1000 - 2 * USED:
+                await asyncio.sleep(0.005)
+
+
 async def test_the_order_of_refusals(tmp_path: Path) -> None:
     async with gateway(tmp_path, clock=Clock()) as g:
         g.limited(requests_per_min=1, tokens_per_min=8, max_concurrency=1)
