@@ -78,7 +78,7 @@ class Admission:
         shares = _shares(caller.limits, requests=1, tokens=usage.reserved_tokens)
         if shares:
             try:
-                standings = await self._buckets.take(caller.tenant, shares)
+                standings = await self._taken(caller, usage, shares)
             except DeltamuxError:
                 set_answer_headers(request, _headers(await self._buckets.standings(caller.tenant, shares)))
                 raise
@@ -91,6 +91,21 @@ class Admission:
                 retry_after_s=CONCURRENCY_RETRY_S,
                 remedy="Wait for one of them to end.",
             )
+
+    async def _taken(self, caller: Principal, usage: Usage, shares: Sequence[Share]) -> Standings:
+        """`Buckets.take`, which goes on where its caller does not: what it took then comes back."""
+        tokens = usage.reserved_tokens
+
+        def undo(taking: asyncio.Future[Standings]) -> None:
+            if not taking.cancelled() and taking.exception() is None:
+                self._give_back(caller, tokens=tokens, requests=1)
+
+        taking = asyncio.ensure_future(self._buckets.take(caller.tenant, shares))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(undo)
+            raise
 
     def _give_back(self, caller: Principal, *, tokens: int, requests: int) -> None:
         """Without waiting for it: the caller may be gone, and whoever waits for it may be cancelled."""

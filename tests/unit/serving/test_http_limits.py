@@ -250,6 +250,31 @@ async def test_a_caller_who_leaves_before_the_first_token_pays_for_its_prompt(tm
         assert int(after.headers["x-ratelimit-remaining-tokens"]) == 1000 - 3 - 4
 
 
+async def test_a_caller_who_leaves_while_it_is_counted_gets_all_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with gateway(tmp_path, clock=Clock()) as g:
+        g.limited(tokens_per_min=1000, requests_per_min=10)
+        counting, counted, take = asyncio.Event(), asyncio.Event(), g.tenancy.buckets.take
+
+        async def slowly(tenant: str, shares: Sequence[Share]) -> Any:
+            counting.set()
+            await counted.wait()
+            return await take(tenant, shares)
+
+        monkeypatch.setattr(g.tenancy.buckets, "take", slowly)
+        await post_and_leave(g, {"model": BACKBONE, "prompt": PROMPT, "max_tokens": 50}, counting)
+        counted.set()
+        monkeypatch.undo()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        reply = await g.http.post(
+            "/v1/completions", json={"model": BACKBONE, "prompt": PROMPT, "max_tokens": 1}
+        )
+        assert reply.headers["x-ratelimit-remaining-tokens"] == "996"
+        assert reply.headers["x-ratelimit-remaining-requests"] == "9"
+
+
 async def post_and_leave(g: Gateway, body: dict[str, Any], begun: asyncio.Event) -> None:
     """Send a request through the application itself, and disconnect once it has begun."""
     messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
