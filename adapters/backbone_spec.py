@@ -49,7 +49,9 @@ class BackboneSpec:
     `digest` identifies the checkpoint's weights and configuration. `names` are the spellings of
     `base_model_name_or_path` under which uploads may name it. `max_positions`: entries of the longest row that is
     served exactly. Widths: H `num_kv_heads`, D `head_dim`.
-    `tied_embeddings`: the head's weight is the embedding.
+    `tied_embeddings`: the head's weight is the embedding. `sees_queries`: the engine runs the attention and sees its
+    queries; `free_positions`: position ids are given to the forward, not counted by it. Both depend on the layout that
+    serves the backbone.
     """
 
     name: str
@@ -65,6 +67,8 @@ class BackboneSpec:
     max_positions: int
     modules: tuple[ModuleSpec, ...]
     tied_embeddings: bool = False
+    sees_queries: bool = True
+    free_positions: bool = True
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleSpec]:

@@ -7,22 +7,12 @@ columns are, in this order, q, k, v (sizes from the head counts) or equal parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape, ModuleSpec, Slice
 from adapters.errors import BackboneRefused
 from adapters.normal_form import Site
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One module: path template, the site it reads (None: token ids), the sites it writes."""
-
-    path: str
-    read: str | None
-    writes: tuple[str, ...]
-
+from adapters.site_maps_early import EARLY_MAPS, EARLY_REQUIRED, falcon_kv_heads
+from adapters.site_rows import Config, Required, Row, SiteMap
 
 # Rows that many architectures share.
 _START = (
@@ -63,7 +53,8 @@ _FOUR_NORMS = (
     *_END,
 )
 
-SITE_MAPS: Mapping[str, tuple[Row, ...]] = {
+SITE_MAPS: Mapping[str, SiteMap] = {
+    **EARLY_MAPS,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -132,16 +123,20 @@ SITE_MAPS: Mapping[str, tuple[Row, ...]] = {
     ),
 }
 
-# Architectures that a site map alone can't serve, and why.
-UNSERVED: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("bloom", "falcon", "mpt", "gptj", "gpt_neo", "codegen"),
-        "its transformers code computes attention itself, without the attention interface that the engine hooks",
-    ),
+REQUIRED: Mapping[str, Mapping[str, Required]] = {
+    **EARLY_REQUIRED,
+    "opt": {"do_layer_norm_before": Required(True, "its norms then follow the blocks")},
 }
+"""Config values that a map is written for."""
 
-# Config values that a map is written for.
-REQUIRED: Mapping[str, Mapping[str, object]] = {"opt": {"do_layer_norm_before": True}}
+KV_HEADS: Mapping[str, Callable[[Config], int]] = {"falcon": falcon_kv_heads}
+"""Key heads of a cache entry where `num_key_value_heads` does not say it."""
+
+POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
+"""Names of the number of positions, in this order; the last is BLOOM's, in checkpoints that say it."""
+
+UNBOUNDED_POSITIONS = 2048
+"""Where no config value bounds the positions: what BLOOM was trained on."""
 
 COMMON_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 """Attributes that transformers configs have under these names, whatever the architecture's own spelling."""
@@ -150,7 +145,7 @@ ONCE = frozenset({"embed", "final.pre", "final", "logits"})
 
 
 def build_spec(
-    config: Mapping[str, Any],
+    config: Config,
     shape_of: Callable[[str], ModuleShape],
     *,
     name: str,
@@ -165,18 +160,17 @@ def build_spec(
     model_type = config["model_type"]
     rows = SITE_MAPS.get(model_type)
     if rows is None:
-        why = f": {UNSERVED[model_type]}" if model_type in UNSERVED else ""
         raise BackboneRefused(
-            f"No site map for model_type {model_type!r}{why}.",
+            f"No site map for model_type {model_type!r}.",
             param="backbone",
             remedy=f"Supported: {', '.join(sorted(SITE_MAPS))}.",
         )
     _check_config(config, model_type)
     num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    num_kv_heads = KV_HEADS.get(model_type, _kv_heads)(config)
     modules: list[ModuleSpec] = []
-    for row in rows:
+    for row in rows if isinstance(rows, tuple) else rows(config):
         for layer in range(num_layers) if "*" in row.path else (-1,):
             path = row.path.replace("*", str(layer))
             shape = shape_of(path)
@@ -211,16 +205,20 @@ def build_spec(
     )
 
 
-def _check_config(config: Mapping[str, Any], model_type: str) -> None:
+def _kv_heads(config: Config) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def _check_config(config: Config, model_type: str) -> None:
     for key, needed in REQUIRED.get(model_type, {}).items():
-        if config.get(key) != needed:
+        if config.get(key) != needed.value:
             raise BackboneRefused(
-                f"{model_type} with {key}={config.get(key)!r} is not served; its site map is for {needed!r}.",
+                f"{model_type} with {key}={config.get(key)!r} is not served, only with {needed.value!r}: {needed.why}.",
                 param="backbone",
             )
 
 
-def _max_positions(config: Mapping[str, Any]) -> int:
+def _max_positions(config: Config) -> int:
     """Positions up to which a row's numbers are its own.
 
     Beyond its original range, rope of type longrope (and of type dynamic, whose original range is the whole one)
@@ -233,7 +231,8 @@ def _max_positions(config: Mapping[str, Any]) -> int:
         for parameters in (rope, *by_layer_type)
         if parameters.get("rope_type") == "longrope"
     ]
-    return int(min([config["max_position_embeddings"], *limits]))
+    bound = next((config[name] for name in POSITIONS if config.get(name)), UNBOUNDED_POSITIONS)
+    return int(min([bound, *limits]))
 
 
 def _site(name: str, layer: int) -> Site:

@@ -205,7 +205,8 @@ class BackboneInfo:
 class AdmissionProof:
     """What the backend measured when it placed a delta for the first time.
 
-    `effect`: max absolute logit change on the probe tokens against the bare row. Sizes in bytes, times in seconds.
+    `effect`: max absolute logit change on the probe tokens against the bare row, above 0: a delta without one is not
+    admitted. Sizes in bytes, times in seconds.
     """
 
     effect: float

@@ -117,7 +117,9 @@ def shape_of(module: torch.nn.Module) -> ModuleShape:
 
 def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) -> BackboneSpec:
     """The spec of a live model; `name` is the only spelling under which uploads may name it."""
-    config = model.config.to_dict() | {key: getattr(model.config, key) for key in COMMON_NAMES}
+    config = model.config.to_dict() | {
+        key: getattr(model.config, key) for key in COMMON_NAMES if hasattr(model.config, key)
+    }
     return build_spec(
         config, lambda path: shape_of(model.get_submodule(path)), name=name, digest=digest, names=(name,)
     )
@@ -215,8 +217,8 @@ def _prefix(**changes: Any) -> Callable[[], PeftConfig]:
     return lambda: PrefixTuningConfig(num_virtual_tokens=5, task_type=TaskType.CAUSAL_LM, **changes)
 
 
-def _prompt() -> PeftConfig:
-    return PromptTuningConfig(num_virtual_tokens=6, task_type=TaskType.CAUSAL_LM)
+def _prompt(**changes: Any) -> Callable[[], PeftConfig]:
+    return lambda: PromptTuningConfig(num_virtual_tokens=6, task_type=TaskType.CAUSAL_LM, **changes)
 
 
 ATTENTION_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -228,15 +230,20 @@ def _standard(
     ia3: list[str],
     feedforward: list[str],
     lora: str | list[str] = "all-linear",
+    prefix: Mapping[str, int] | None = None,
+    prompt: Mapping[str, int] | None = None,
 ) -> tuple[Case, ...]:
-    """The cases that every family has; IA3 on PEFT's own targets for the family where it has some."""
+    """The cases that every family has; IA3 on PEFT's own targets for the family where it has some.
+
+    `prefix`, `prompt`: sizes that PEFT does not find in the family's config.
+    """
     name = "lora_all_linear" if lora == "all-linear" else "lora_attention"
     return (
         Case(name, family, _lora(target_modules=lora, r=3, lora_alpha=1)),
         Case("dora", family, _lora(target_modules=dora, use_dora=True), "T2"),
         Case("ia3", family, _ia3(ia3, feedforward)),
-        Case("prefix", family, _prefix()),
-        Case("prompt", family, _prompt),
+        Case("prefix", family, _prefix(**(prefix or {}))),
+        Case("prompt", family, _prompt(**(prompt or {}))),
     )
 
 
@@ -392,6 +399,7 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
         forward=_FIRST_TASK,
     ),
 )
+_WHOLE = ["lm_head", "embed_tokens", "norm"]  # every module whose path ends so: the norms of the layers too
 ROTATED = ["q_proj", "v_proj", "down_proj"]  # widths 32, 16 and 64 to 32
 
 PEFT_CASES: tuple[Case, ...] = (
@@ -427,8 +435,8 @@ PEFT_CASES: tuple[Case, ...] = (
     Case("prefix", "llama", _prefix()),
     Case("prefix", "gpt2", _prefix()),
     Case("prefix_projection", "llama", _prefix(prefix_projection=True, encoder_hidden_size=24)),
-    Case("prompt", "llama", _prompt),
-    Case("prompt", "gpt2", _prompt),
+    Case("prompt", "llama", _prompt()),
+    Case("prompt", "gpt2", _prompt()),
     *_standard("qwen2", ["q_proj", "gate_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
     *_standard("mistral", ["k_proj", "up_proj"], ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
     *_standard("qwen3", ["k_proj", "down_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
@@ -447,6 +455,30 @@ PEFT_CASES: tuple[Case, ...] = (
     ),
     *_standard("gemma2", ["q_proj", "up_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
     *_standard("gemma3_text", ["k_proj", "o_proj"], ["q_proj", "v_proj", "down_proj"], ["down_proj"]),
+    *_standard(
+        "bloom", ["query_key_value", "dense_h_to_4h"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]
+    ),
+    *_standard(
+        "falcon", ["query_key_value", "dense"], ["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]
+    ),
+    *_standard(
+        "falcon_mq",
+        ["query_key_value", "dense"],
+        ["query_key_value", "dense_4h_to_h"],
+        ["dense_4h_to_h"],
+        prefix={"num_attention_heads": 1, "token_dim": 8},  # the one key head of a cache entry
+    ),
+    *_standard("gptj", ["k_proj", "fc_in"], ["q_proj", "v_proj", "fc_out"], ["fc_out"]),
+    *_standard("gpt_neo", ["k_proj", "c_fc"], ["q_proj", "v_proj", "c_proj"], ["c_proj"]),
+    *_standard("codegen", ["qkv_proj", "fc_in"], ["qkv_proj", "fc_out"], ["fc_out"]),
+    *_standard(
+        "mpt",
+        ["Wqkv", "up_proj"],
+        ["Wqkv", "down_proj"],
+        ["down_proj"],
+        prefix={"num_attention_heads": 4},
+        prompt={"num_attention_heads": 4},
+    ),
     *LOW_RANK_FAMILY_CASES,
     Case("oft", "llama", _of(OFTConfig, target_modules=ROTATED, oft_block_size=8), sigma=0.1),
     Case(
@@ -517,6 +549,39 @@ PEFT_CASES: tuple[Case, ...] = (
         "trainable_tokens_lora",
         "gpt2",
         _lora(target_modules=["c_attn"], trainable_token_indices=list(range(2, 30)), lora_alpha=2),
+    ),
+    *(
+        Case(
+            "saved_head",
+            family,
+            _lora(target_modules=[target, "lm_head"], modules_to_save=["lm_head"]),
+        )
+        for family, target in (("llama", "q_proj"), ("gpt2", "c_attn"))  # untied, tied
+    ),
+    Case("saved_embedding", "gpt2", _lora(target_modules=["c_attn"], modules_to_save=["wte", "ln_f"])),
+    Case("saved_embedding", "gemma", _lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
+    Case(
+        "saved_all",
+        "llama",
+        _of(IA3Config, target_modules=["v_proj"], feedforward_modules=[], modules_to_save=_WHOLE),
+    ),
+    Case("prefix_saved", "gpt2", _prefix(modules_to_save=["wte", "lm_head"])),
+    Case(
+        "prompt_saved",
+        "llama",
+        _of(PromptTuningConfig, num_virtual_tokens=4, modules_to_save=["lm_head", "model.norm"]),
+    ),
+    Case("alora", "llama", _lora(target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[91, 7])),
+    Case(
+        "alora_bias",
+        "gpt2",
+        _lora(
+            target_modules=["c_attn", "lm_head"],
+            alora_invocation_tokens=[91],
+            lora_bias=True,
+            bias="lora_only",
+            modules_to_save=["ln_f"],
+        ),
     ),
     Case("adaption_prompt", "llama", _of(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
 )

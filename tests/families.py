@@ -9,14 +9,20 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from transformers import (
+    BloomConfig,
+    CodeGenConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    MptConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -41,8 +47,18 @@ Family = Literal[
     "gpt_neox",
     "gemma2",
     "gemma3_text",
+    "bloom",
+    "falcon",
+    "falcon_mq",
+    "gptj",
+    "gpt_neo",
+    "codegen",
+    "mpt",
 ]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+
+PADDED: frozenset[Family] = frozenset({"bloom", "falcon", "falcon_mq", "gptj", "gpt_neo", "codegen", "mpt"})
+"""Families whose own code attends."""
 
 _TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -57,12 +73,19 @@ _TINY: dict[str, Any] = {
 }
 _GATED: dict[str, Any] = {**_TINY, "intermediate_size": 64, "num_key_value_heads": 2}
 _EXPERTS: dict[str, Any] = {**_GATED, "num_experts_per_tok": 2}
+_GPT: dict[str, Any] = {
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "vocab_size": 97,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 CONFIGS: dict[Family, PreTrainedConfig] = {
     "llama": LlamaConfig(**{**_GATED, "pad_token_id": None}),
-    "gpt2": GPT2Config(
-        n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=256, bos_token_id=1, eos_token_id=2
-    ),
+    "gpt2": GPT2Config(**_GPT),
     "qwen2": Qwen2Config(**_GATED, use_sliding_window=True, sliding_window=7, max_window_layers=1),
     "mistral": MistralConfig(**_GATED, sliding_window=7),
     "qwen3": Qwen3Config(
@@ -107,5 +130,31 @@ CONFIGS: dict[Family, PreTrainedConfig] = {
         query_pre_attn_scalar=12,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "bloom": BloomConfig(**{**_TINY, "tie_word_embeddings": True}),
+    "falcon": FalconConfig(
+        **{**_TINY, "num_attention_heads": 8},
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+        bias=True,
+        ffn_hidden_size=64,
+    ),
+    "falcon_mq": FalconConfig(**{**_TINY, "tie_word_embeddings": True}),
+    "gptj": GPTJConfig(**_GPT, rotary_dim=4),
+    "gpt_neo": GPTNeoConfig(
+        **_TINY,
+        attention_types=[[["global", "local"], 1], [["local"], 1]],
+        window_size=7,
+        intermediate_size=64,
+    ),
+    "codegen": CodeGenConfig(**{**_GPT, "n_head": 8}, rotary_dim=2),
+    "mpt": MptConfig(
+        d_model=32,
+        n_heads=4,
+        n_layers=3,
+        vocab_size=97,
+        max_seq_len=256,
+        attn_config={"clip_qkv": 2.0},
+        eos_token_id=2,
     ),
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import (
     AdaLoraConfig,
+    AdamssConfig,
     AdaptionPromptConfig,
     BeftConfig,
     BOFTConfig,
@@ -36,6 +37,7 @@ from peft import (
     MissConfig,
     MultitaskPromptTuningConfig,
     OFTConfig,
+    OSFConfig,
     PeanutConfig,
     PeftConfig,
     PolyConfig,
@@ -47,6 +49,7 @@ from peft import (
     RandLoraConfig,
     RoadConfig,
     ShiraConfig,
+    SupertuningConfig,
     TaskType,
     TinyLoraConfig,
     TrainableTokensConfig,
@@ -64,12 +67,14 @@ from tests.families import Family
 class Targets:
     """The modules of one family, as PEFT matches them: by the end of their path.
 
-    `feedforward` is the linear whose input IA3 scales; a mixture of experts has none that is a module.
+    `feedforward` is the linear whose input IA3 scales; a mixture of experts has none that is a module. `prompt`: what
+    PEFT's prompt methods do not find in the family's config.
     """
 
     attention: tuple[str, ...]
     feedforward: tuple[str, ...]
     norms: tuple[str, ...]
+    prompt: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def linears(self) -> list[str]:
@@ -102,6 +107,15 @@ TARGETS: Mapping[Family, Targets] = {
     ),
     "gemma2": _SANDWICHED,
     "gemma3_text": _SANDWICHED,
+    "bloom": Targets(  # as in gpt_neox
+        ("query_key_value",), ("dense_4h_to_h",), ("input_layernorm", "post_attention_layernorm", "ln_f")
+    ),
+    "falcon": Targets(("query_key_value",), ("dense_4h_to_h",), ("ln_attn", "ln_mlp", "ln_f")),
+    "falcon_mq": Targets(("query_key_value",), ("dense_4h_to_h",), ("input_layernorm", "ln_f")),
+    "gptj": Targets(("q_proj", "v_proj"), ("fc_out",), ("ln_1", "ln_f")),
+    "gpt_neo": Targets(("q_proj", "v_proj"), ("c_proj",), ("ln_1", "ln_2", "ln_f")),
+    "codegen": Targets(("qkv_proj",), ("fc_out",), ("ln_1", "ln_f")),  # parts of q, v and k alternate
+    "mpt": Targets(("Wqkv",), ("down_proj",), ("norm_1", "norm_2", "norm_f"), {"num_attention_heads": 4}),
 }
 
 
@@ -136,6 +150,11 @@ def _whole(config: type[PeftConfig], **values: Any) -> Callable[[Targets], PeftC
     return lambda _: config(task_type=TaskType.CAUSAL_LM, **values)
 
 
+def _prompt(config: type[PeftConfig], **values: Any) -> Callable[[Targets], PeftConfig]:
+    """Of a method of virtual tokens."""
+    return lambda targets: config(task_type=TaskType.CAUSAL_LM, **targets.prompt, **values)
+
+
 def _ia3(targets: Targets) -> PeftConfig:
     return IA3Config(
         task_type=TaskType.CAUSAL_LM,
@@ -157,16 +176,19 @@ _CPT = {
     "opt_projection_format_epsilon": 9.0,
 }
 
-# Methods that `adapters/formats/peft_refused.py` names: their cells say why.
+# Methods without a reader (`adapters/formats/peft_refused.py`): `deltamux convert` probes them, or says why not.
 _WITHOUT_READER: Mapping[str, Callable[[Targets], PeftConfig]] = {
+    "adamss": _linear(AdamssConfig, r=4, num_subspaces=2),  # needs scikit-learn, which no test installs
     "deft": _linear(DeftConfig),
     "fourierft": _linear(FourierFTConfig, n_frequency=50),
     "frod": _linear(FrodConfig),
     "glora": _linear(GloraConfig),
     "hira": _linear(HiraConfig, r=4),
     "lily": _linear(LilyConfig, r=4),
+    "osf": _linear(OSFConfig),
     "peanut": _linear(PeanutConfig, r=4),
     "psoft": _linear(PsoftConfig, r=4),
+    "supertuning": _linear(SupertuningConfig, r=2),
     "tinylora": _linear(TinyLoraConfig),
     "waveft": _linear(WaveFTConfig, n_frequency=50),
 }
@@ -175,12 +197,14 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("lora", _linear(LoraConfig, r=4, lora_alpha=6)),
     MethodRow("dora", _linear(LoraConfig, r=4, lora_alpha=6, use_dora=True), "T2"),
     MethodRow("adalora", _linear(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9)),
+    MethodRow("lora_saved_head", _linear(LoraConfig, r=4, modules_to_save=["lm_head"])),
+    MethodRow("alora", _linear(LoraConfig, r=4, alora_invocation_tokens=[91, 7])),
     MethodRow("adaption_prompt", _whole(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
     MethodRow("beft", _linear(BeftConfig)),
     MethodRow("boft", _linear(BOFTConfig, boft_block_size=8)),
     MethodRow("c3a", _linear(C3AConfig, block_size=8), sigma=4.0),
-    MethodRow("cartridge", _whole(CartridgeConfig, num_virtual_tokens=5, num_frozen_tokens=2)),
-    MethodRow("cpt", _whole(CPTConfig, **_CPT)),
+    MethodRow("cartridge", _prompt(CartridgeConfig, num_virtual_tokens=5, num_frozen_tokens=2)),
+    MethodRow("cpt", _prompt(CPTConfig, **_CPT)),
     MethodRow("delora", _linear(DeloraConfig, r=3, delora_lambda=2), "T2"),
     MethodRow("gralora", _linear(GraloraConfig, r=4, alpha=3), "T2"),
     MethodRow("hra", _linear(HRAConfig, r=5)),
@@ -191,14 +215,14 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("miss", _linear(MissConfig, r=6), "T2"),
     MethodRow(
         "multitask_prompt_tuning",
-        _whole(MultitaskPromptTuningConfig, num_virtual_tokens=4, num_tasks=1, num_ranks=2),
+        _prompt(MultitaskPromptTuningConfig, num_virtual_tokens=4, num_tasks=1, num_ranks=2),
         forward=_FIRST_TASK,
     ),
     MethodRow("oft", _linear(OFTConfig, oft_block_size=8), sigma=0.1),
-    MethodRow("p_tuning", _whole(PromptEncoderConfig, num_virtual_tokens=4, encoder_hidden_size=16)),
+    MethodRow("p_tuning", _prompt(PromptEncoderConfig, num_virtual_tokens=4, encoder_hidden_size=16)),
     MethodRow("poly", _linear(PolyConfig, r=4, n_skills=3, n_splits=2), "T2", forward=_FIRST_TASK),
-    MethodRow("prefix_tuning", _whole(PrefixTuningConfig, num_virtual_tokens=5)),
-    MethodRow("prompt_tuning", _whole(PromptTuningConfig, num_virtual_tokens=6)),
+    MethodRow("prefix_tuning", _prompt(PrefixTuningConfig, num_virtual_tokens=5)),
+    MethodRow("prompt_tuning", _prompt(PromptTuningConfig, num_virtual_tokens=6)),
     MethodRow("pvera", _linear(PveraConfig, r=5), "T2"),
     MethodRow("randlora", _linear(RandLoraConfig, r=5, randlora_alpha=1), "T2"),
     MethodRow("road", _linear(RoadConfig, variant="road_2", group_size=8)),
@@ -207,5 +231,5 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("unilora", _linear(UniLoraConfig, r=3, theta_d_length=60, save_indices=True), "T2"),
     MethodRow("vblora", _linear(VBLoRAConfig, r=3, num_vectors=12, vector_length=8, topk=3), "T2"),
     MethodRow("vera", _linear(VeraConfig, r=6), "T2"),
-    *(MethodRow(name, config) for name, config in _WITHOUT_READER.items()),
+    *(MethodRow(name, config, "T2") for name, config in _WITHOUT_READER.items()),
 )

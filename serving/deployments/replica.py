@@ -76,5 +76,11 @@ def _build(settings: Settings) -> LocalBackend:
     from serving.model.backbone import load_backbone  # noqa: PLC0415
 
     wanted = settings.backbone
-    backbone = load_backbone(wanted.path, name=wanted.served_name, device=wanted.device, dtype=wanted.dtype)
+    backbone = load_backbone(
+        wanted.path,
+        name=wanted.served_name,
+        device=wanted.device,
+        dtype=wanted.dtype,
+        kernels=settings.engine.kernels,
+    )
     return LocalBackend(backbone, LocalBlobStore(settings.store.path), settings.engine, flush_s=FLUSH_S)

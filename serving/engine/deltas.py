@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, Rows, VirtualTokens, WeightDelta
+from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
 from serving.memory.host_cache import HostCache
@@ -99,7 +99,7 @@ class DeltaManager:
             self.runner.forget_programs()
             self._metrics.adapter_evictions.inc(evicted)
         started = time.perf_counter()
-        self.residency.insert(place(delta, digest, self.runner.backbone, self.runner.kernels))
+        self.residency.insert(place(delta, digest, self.runner.backbone))
         self._metrics.adapter_load_seconds.observe(time.perf_counter() - started)
         self._metrics.adapter_loads.inc()
         self._report()
@@ -114,8 +114,8 @@ class DeltaManager:
         # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
         doubled = sum(
             t.numel()
-            for i, _, t in delta.tensors()
-            if isinstance(delta.ops[i], LinearMap | WeightDelta | Rows | AttnPrefix)
+            for i, name, t in delta.tensors()
+            if name == "ids" or isinstance(delta.ops[i], LinearMap | WeightDelta | AttnPrefix)
         )
         return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
 
@@ -164,7 +164,7 @@ class DeltaManager:
             cache.write_prefix(1, placed.prefix)
         segments = [DeltaSegment(PROBE_TOKENS, 2 * PROBE_TOKENS, placed)]
         programs = compile_programs(
-            len(backbone.spec.modules), self.runner.kernels, segments, segments, backbone.logit_modules
+            len(backbone.spec.modules), backbone.kernels, segments, segments, backbone.logit_modules
         )
         spans = [RowSpan(0, PROBE_TOKENS, 0, 0), RowSpan(PROBE_TOKENS, 2 * PROBE_TOKENS, 1, prefix)]
         positions = torch.arange(PROBE_TOKENS)
@@ -178,12 +178,12 @@ class DeltaManager:
         if not torch.isfinite(changed).all():
             raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
         effect = float((changed - bare).abs().max())
-        if effect == 0.0:
+        if not effect > 0.0:  # also true for NaN
             raise InvalidDelta(
                 [
                     f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
                 ],
-                remedy="Upload trained weights; a freshly initialised adapter changes nothing.",
+                remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
             )
         return effect, float(bare.abs().max())
 

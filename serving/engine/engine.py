@@ -38,7 +38,6 @@ from serving.engine.kv_manager import SlotKVManager
 from serving.engine.runner import RowLogits, Runner
 from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
 from serving.engine.scheduler import Scheduler, Sequence, max_total_len
-from serving.kernels.reference import ReferenceKernels
 from serving.memory.host_cache import HostCache
 from serving.metrics import EngineMetrics
 from serving.model.backbone import Backbone
@@ -79,9 +78,7 @@ class Engine:
         self._publish = publish
         self._events: list[tuple[str, Event]] = []
         self._tokenizer: Tokenizer | None = getattr(backbone.tokenizer, "backend_tokenizer", None)
-        self.runner = Runner(
-            backbone, ReferenceKernels(), num_slots=settings.max_num_seqs, max_len=self.max_len
-        )
+        self.runner = Runner(backbone, num_slots=settings.max_num_seqs, max_len=self.max_len)
         self._wake = threading.Event()
         host = HostCache(load_delta, settings.host_cache_bytes)
         self.deltas = DeltaManager(

@@ -1,4 +1,4 @@
-"""One step on the device: scheduled rows -> flattened batch -> logits.
+"""One step on the device: scheduled rows -> flattened batches -> logits. Most layouts run all rows in one batch.
 
 Rows are sorted by delta, so that the tokens of one delta are one segment. The delta programs of the last batch are
 kept: a decode step with the same rows pays nothing for them.
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from serving.engine.scheduler import ScheduledRow
-from serving.kernels.ops import DeltaKernels
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
-from serving.model.programs import DeltaSegment, ModuleProgram, PlacedDelta, compile_programs
+from serving.model.programs import DeltaSegment, PlacedDelta, Program, compile_programs
 
 
 class RowLogits(NamedTuple):
@@ -45,18 +44,21 @@ class Batch:
 class Runner:
     """Runs batches through the backbone; owns the KV tensors."""
 
-    def __init__(self, backbone: Backbone, kernels: DeltaKernels, *, num_slots: int, max_len: int) -> None:
+    def __init__(self, backbone: Backbone, *, num_slots: int, max_len: int) -> None:
         self.backbone = backbone
-        self.kernels = kernels
         self.cache = backbone.new_cache(num_slots, max_len)
-        self._programs: list[ModuleProgram | None] = []
+        self._programs: list[Program | None] = []
         self._programs_key: tuple[object, ...] | None = None
 
     def run(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
-        """One forward pass. New rows get their delta's keys and values first."""
+        """One step of all rows. New rows get their delta's keys and values first."""
         for seq, _ in rows:
             if seq.num_computed == 0 and isinstance(seq.delta, PlacedDelta) and seq.delta.prefix is not None:
                 self.cache.write_prefix(seq.slot, seq.delta.prefix)
+        groups = self.backbone.layout.groups([row.num_tokens for row in rows])
+        return [output for group in groups for output in self._forward([rows[index] for index in group])]
+
+    def _forward(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
         batch = build_batch(rows)
         device = self.backbone.device
         logits = self.backbone.forward(
@@ -68,12 +70,12 @@ class Runner:
         parts = torch.split(logits, batch.logits_counts)
         return [RowLogits(row, part) for row, part in zip(batch.rows, parts, strict=True)]
 
-    def _compile(self, batch: Batch) -> list[ModuleProgram | None]:
+    def _compile(self, batch: Batch) -> list[Program | None]:
         key = (tuple(batch.token_segments), tuple(batch.logit_segments))
         if key != self._programs_key:
             self._programs = compile_programs(
                 len(self.backbone.spec.modules),
-                self.kernels,
+                self.backbone.kernels,
                 batch.token_segments,
                 batch.logit_segments,
                 self.backbone.logit_modules,
@@ -103,15 +105,22 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
         batch.logits_counts.append(wanted)
         if seq.delta is not None:
             assert isinstance(seq.delta, PlacedDelta)
-            _extend(batch.token_segments, start, stop, seq.delta)
-            if wanted:
-                _extend(batch.logit_segments, logits_start, logits_start + wanted, seq.delta)
+            before = seq.invoked_at - first  # tokens of this step that come before the delta's invocation
+            _extend(batch.token_segments, start, count, before, seq.delta)
+            _extend(batch.logit_segments, logits_start, wanted, before - (count - wanted), seq.delta)
     return batch
 
 
-def _extend(segments: list[DeltaSegment], start: int, stop: int, delta: PlacedDelta) -> None:
-    """Add tokens [start, stop), joined with the segment before where that is the same delta's."""
-    if segments and segments[-1].delta is delta and segments[-1].stop == start:
-        segments[-1] = DeltaSegment(segments[-1].start, stop, delta)
-    else:
-        segments.append(DeltaSegment(start, stop, delta))
+def _extend(segments: list[DeltaSegment], start: int, count: int, before: int, delta: PlacedDelta) -> None:
+    """Add `count` tokens, the first `before` of them before the delta's invocation.
+
+    A segment is joined with the one before it where that is alike.
+    """
+    split = start + min(max(before, 0), count)
+    for begin, stop, form in ((start, split, delta.before), (split, start + count, delta)):
+        if begin == stop or form is None:
+            continue
+        if segments and segments[-1].delta is form and segments[-1].stop == begin:
+            segments[-1] = DeltaSegment(segments[-1].start, stop, form)
+        else:
+            segments.append(DeltaSegment(begin, stop, form))

@@ -50,7 +50,9 @@ class Sampled(NamedTuple):
 def sample(logits_RV: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """One token per row. Shapes: logits [R, V] fp32, R = len(states)."""
     greedy = logits_RV.argmax(dim=-1)
-    finite = torch.isfinite(logits_RV).all(dim=-1)
+    finite = torch.isfinite(
+        logits_RV.sum(dim=-1)
+    )  # one pass over the row; whatever is not finite stays so in a sum
     tokens, healthy = greedy.tolist(), finite.tolist()
     result = []
     for index, state in enumerate(states):

@@ -7,6 +7,7 @@ loading is passed over, so a cold delta delays nobody else.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ class LeasedDelta(Protocol):
     @property
     def position_offset(self) -> int: ...
 
+    @property
+    def invocation(self) -> tuple[int, ...]: ...
+
 
 class DeltaLeases(Protocol):
     """Grants leases on deltas in device memory."""
@@ -44,6 +48,7 @@ class Sequence:
     """One request in flight. `tokens` are prompt and generated ones; the first `num_computed` are in the KV cache.
 
     `slot`, `delta`, `max_len` are set on admission; `state` belongs to the engine (sampler, detokenizer).
+    `invoked_at`: index of the token from which on all of the delta acts; before it, only what needs no invocation.
     """
 
     request: Request
@@ -53,10 +58,17 @@ class Sequence:
     slot: int = -1
     delta: LeasedDelta | None = None
     max_len: int = 0
+    invoked_at: int = 0
     wants_prompt_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.wants_prompt_logits = self.request.sampling.prompt_logprobs is not None
+
+    def admit(self, slot: int, delta: LeasedDelta | None) -> None:
+        """Take a slot and a leased delta."""
+        self.slot, self.delta = slot, delta
+        invocation = () if delta is None else delta.invocation
+        self.invoked_at = last_occurrence(invocation, self.request.prompt_token_ids)
 
     @property
     def num_prompt(self) -> int:
@@ -180,7 +192,7 @@ class Scheduler:
             if digest is not None:
                 self.leases.end_lease(digest)
             return None
-        seq.slot, seq.delta = slot, delta
+        seq.admit(slot, delta)
         return True
 
     def _allocate(self, seq: Sequence, delta: LeasedDelta | None) -> int | None:
@@ -199,6 +211,14 @@ class Scheduler:
             seq.slot, seq.delta = -1, None
         elif seq in self.waiting:
             self.waiting.remove(seq)
+
+
+def last_occurrence(wanted: tuple[int, ...], tokens: tuple[int, ...]) -> int:
+    """Index at which `wanted` starts for the last time in `tokens`, 0 for an empty one; past all where it does not."""
+    if not wanted:
+        return 0
+    starts = range(len(tokens) - len(wanted), -1, -1)
+    return next((at for at in starts if tokens[at : at + len(wanted)] == wanted), sys.maxsize)
 
 
 def max_total_len(num_prompt: int, max_tokens: int | None, room: int) -> int:

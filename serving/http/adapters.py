@@ -28,7 +28,8 @@ _UPLOAD_BODY = {
     "requestBody": {
         "required": True,
         "description": "One part per file, whose file name says what it is; optional fields "
-        "`labels` (a JSON object of strings), `backbone_digest` and `alias`.",
+        "`labels` (a JSON object of strings), `backbone_digest`, `alias` and `parity` (what `deltamux verify` wrote; "
+        "kept in the admission proof).",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -38,6 +39,7 @@ _UPLOAD_BODY = {
                         "labels": {"type": "string"},
                         "backbone_digest": {"type": "string"},
                         "alias": {"type": "string"},
+                        "parity": {"type": "string"},
                     },
                 }
             }

@@ -17,7 +17,6 @@ from adapters.errors import (
     DeltamuxError,
     ErrorInfo,
     Forbidden,
-    InvalidDelta,
     Overloaded,
     Unavailable,
     from_info,
@@ -127,11 +126,6 @@ class Uploads:
         proof = await self._services.backend.admit(digest)
         if isinstance(proof, ErrorInfo):
             raise from_info(proof)
-        if not proof.effect > 0:  # also true for NaN
-            raise InvalidDelta(
-                ["The delta has no effect: the logits on the probe inputs are the backbone's own."],
-                remedy="Check that the trained weights were saved.",
-            )
         return proof
 
     async def _record(
@@ -155,7 +149,7 @@ class Uploads:
             task=delta.task,
             size_bytes=canonical.size_bytes,
             labels=parts.labels,
-            proof=asdict(proof),
+            proof=asdict(proof) | ({"parity": parts.parity.model_dump()} if parts.parity else {}),
             alias=parts.alias,
             actor=caller.actor,
         )
@@ -178,4 +172,7 @@ class Uploads:
 def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical]:
     spec = BackboneSpec.from_json(spec_json)
     delta = read_upload(parts.files, spec, backbone_digest=parts.backbone_digest)
-    return delta, to_canonical(delta)
+    canonical = to_canonical(delta)
+    if parts.parity is not None:
+        parts.parity.require_proof_of(canonical.digest, delta.backbone_digest)
+    return delta, canonical

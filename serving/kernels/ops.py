@@ -5,20 +5,21 @@ Legend: T tokens, I input width, O output width, r rank. Tokens of one delta are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from adapters.normal_form import Activation
+from adapters.normal_form import Activation, Site
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankWeights:
-    """A placed LowRank: A [r, I], B [columns, r], a_bias [r], b_bias [columns], all fp32 on the device.
+    """A placed LowRank: A [r, I], B [r, columns], a_bias [r], b_bias [columns], all fp32 on the device.
 
-    Columns [start, stop) of the module's output are written.
+    Columns [start, stop) of the module's output are written. B is the transpose of what files hold, so that both
+    factors are rows of a rank that a kernel streams through.
     """
 
     A: Tensor
@@ -114,6 +115,38 @@ class PromptWeights:
     value: Tensor
 
 
+Replacement = Callable[[Tensor], Tensor]
+"""A module's forward with a delta's own parameters, rows [t, I] -> [t, O]."""
+
+
+@dataclass(slots=True)
+class PlacedModule:
+    """One delta's ops at one module. `remote` LowRanks read a site that another module sees.
+
+    `prompts` are attended to by the attention whose heads (`ctx`) the module reads. `reflections` are LowRanks that act
+    on the module's input, in place. `replacement` takes the place of the base module's own forward.
+    """
+
+    prompts: list[PromptWeights] = field(default_factory=list)
+    inputs: list[AffineWeights] = field(default_factory=list)
+    input_maps: list[LinearMapWeights] = field(default_factory=list)
+    reflections: list[LowRankWeights] = field(default_factory=list)
+    replacement: Replacement | None = None
+    embeddings: list[RowsWeights] = field(default_factory=list)
+    logits: list[RowsWeights] = field(default_factory=list)
+    weight_deltas: list[WeightDeltaWeights] = field(default_factory=list)
+    parallel: list[LowRankWeights] = field(default_factory=list)
+    remote: list[tuple[Site, LowRankWeights]] = field(default_factory=list)
+    outputs: list[AffineWeights] = field(default_factory=list)
+    output_maps: list[LinearMapWeights] = field(default_factory=list)
+    sequential: list[LowRankWeights] = field(default_factory=list)
+
+    @property
+    def is_row_wise(self) -> bool:
+        """True where all ops are LowRank, Affine or LinearMap, which `FusedRows` runs."""
+        return not (self.prompts or self.replacement or self.embeddings or self.logits or self.weight_deltas)
+
+
 class PromptSegment(NamedTuple):
     """Tokens [start, stop) attend to `weights`."""
 
@@ -168,7 +201,7 @@ class DeltaKernels(Protocol):
     def add_low_rank(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[LowRankSegment]) -> None:
         """Add each segment's low-rank delta in place.
 
-        Semantics: y[t, cols] += scaling * (f(x[t] @ A.T + a_bias) @ B.T + b_bias) for t in the segment. All x are
+        Semantics: y[t, cols] += scaling * (f(x[t] @ A.T + a_bias) @ B + b_bias) for t in the segment. All x are
         read before any y of the same segment is written, so y and x may be the same storage (sequential adapters).
         Shapes: y [T, O] fp32, x [T, I] fp32. Source: LoRA section 4.1; Houlsby et al. section 2.
         """
@@ -221,3 +254,98 @@ class DeltaKernels(Protocol):
         Shapes: y [T, H * D] fp32, query [H, T, D] after rotary. Source: LLaMA-Adapter section 3.2.
         """
         ...
+
+
+class FusedSegment(NamedTuple):
+    """Tokens [start, stop) belong to the delta that was encoded as `encoded`."""
+
+    start: int
+    stop: int
+    encoded: Any
+
+
+class FusedBatch(Protocol):
+    """Encoded deltas over the tokens of one batch. Lists and sets go by module index."""
+
+    changes_input: Sequence[bool]
+    changes_output: Sequence[bool]
+    taps: frozenset[int]
+
+    def capture(self, module: int, x_TI: Tensor) -> None:
+        """Keep the input of a module in `taps` for the modules that read it from afar."""
+        ...
+
+    def run_input(self, module: int, x_TI: Tensor) -> None:
+        """Apply what acts on the module's input, in place on a contiguous copy, fp32 or the backbone's dtype."""
+        ...
+
+    def run_output(self, module: int, y_TO: Tensor, x_TI: Tensor) -> None:
+        """Apply what acts after the base module, in place. x is the module's own input, before `run_input`."""
+        ...
+
+
+class FusedRows(Protocol):
+    """Executor of LowRank, Affine and LinearMap ops of short segments, all ops of a module in one call.
+
+    Semantics: per segment and module what `DeltaKernels` computes in the order of `PlacedModule`'s fields, in fp32,
+    rounded once to the dtype of y.
+    """
+
+    max_segment_tokens: int
+
+    def encode(self, modules: Mapping[int, PlacedModule], taps: Mapping[Site, int], num_modules: int) -> Any:
+        """A delta's row-wise modules in the executor's own form; `taps` names the module that sees a site."""
+        ...
+
+    def bind(self, segments: Sequence[FusedSegment]) -> FusedBatch:
+        """A batch of encoded deltas; segments do not overlap."""
+        ...
+
+
+class TokenHeads(NamedTuple):
+    """Heads of a batch's tokens: query [H, T, D], key and value [K, T, D]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class ScoreRule(NamedTuple):
+    """How scores are made: scaling * q·k, bounded by softcap * tanh(s / softcap), over the last `window` entries."""
+
+    scaling: float
+    softcap: float | None
+    window: int | None
+
+
+class DecodeAttention(Protocol):
+    """Attention of rows with one new token each over contiguous KV slots."""
+
+    def attend(
+        self,
+        out_THD: Tensor,
+        heads: TokenHeads,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        rule: ScoreRule,
+    ) -> None:
+        """Append each row's key and value to its slot and write its attention to `out`.
+
+        Semantics per row (t, s, p) of `rows` [3, B] int64 (token, slot, entries before it), g the key head of h:
+        keys[s, g, p] = key[g, t]; likewise values; out[t, h] = softmax(scores of query[h, t]) @ values[s, g] over what
+        `rule` shows of the slot's p + 1 entries. fp32 inside; no other entry is read. Shapes: out [T, H, D], keys and
+        values [slots, K, L, D].
+        """
+        ...
+
+
+class Kernels(NamedTuple):
+    """The executors of one replica: any op on segments of any length, and what takes the short ones, if anything.
+
+    `decode` is None where attention of single tokens is torch's.
+    """
+
+    general: DeltaKernels
+    fused: FusedRows | None
+    decode: DecodeAttention | None

@@ -68,7 +68,7 @@ class ReferenceKernels:
             if w.activation != "identity":
                 hidden = ACTIVATIONS[w.activation](hidden)
             y = y_TO[start:stop, w.start : w.stop]
-            y.addmm_(hidden, w.B.t(), alpha=w.scaling)
+            y.addmm_(hidden, w.B, alpha=w.scaling)
             if w.b_bias is not None:
                 y.add_(w.b_bias, alpha=w.scaling)
 

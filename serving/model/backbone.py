@@ -23,10 +23,13 @@ from transformers import (
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.errors import BackboneRefused
 from adapters.site_maps import COMMON_NAMES, build_spec
-from serving.model.attention import ATTENTION_NAME
-from serving.model.context import ForwardContext, forward_context
-from serving.model.kv_cache import SlotKVCache
-from serving.model.parity import parity_error, stock_probe
+from serving.kernels.ops import Kernels
+from serving.kernels.select import Choice, select_kernels
+from serving.model.context import ForwardContext
+from serving.model.kv_cache import KVShape, SlotKVCache
+from serving.model.layout import Flattened, Layout
+from serving.model.packed import pack_linears
+from serving.model.parity import choose_layout, stock_probe
 from serving.model.sites import install_sites
 
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation")
@@ -34,7 +37,10 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 
 @dataclass(eq=False)
 class Backbone:
-    """A frozen model on its device, with every site hooked and attention redirected to the KV cache."""
+    """A frozen model on its device, with every site hooked and keys and values redirected to the KV cache.
+
+    `kernels` run the deltas and, flattened, the attention of single tokens.
+    """
 
     model: PreTrainedModel
     spec: BackboneSpec
@@ -42,6 +48,8 @@ class Backbone:
     eos_token_ids: frozenset[int]
     device: torch.device
     dtype: torch.dtype
+    kernels: Kernels
+    layout: Layout
     parity_error: float
 
     @property
@@ -53,14 +61,12 @@ class Backbone:
         """A KV cache that fits this backbone."""
         spec = self.spec
         return SlotKVCache(
-            num_layers=spec.num_layers,
+            KVShape(spec.num_layers, spec.num_kv_heads, spec.num_heads, spec.head_dim),
             num_slots=num_slots,
-            num_kv_heads=spec.num_kv_heads,
-            num_heads=spec.num_heads,
-            head_dim=spec.head_dim,
             max_len=max_len,
             dtype=self.dtype,
             device=self.device,
+            decode=self.kernels.decode,
         )
 
     @torch.inference_mode()
@@ -72,25 +78,26 @@ class Backbone:
         Shapes: tokens [T] ids or [T, d] embeddings, positions [T], logits_rows [R] -> logits [R, V] fp32.
         `logits_rows` None means that only the KV cache is wanted: returns an empty tensor.
         """
-        inputs = {"input_ids" if tokens.dim() == 1 else "inputs_embeds": tokens[None]}
-        keep = torch.zeros(1, dtype=torch.long, device=self.device) if logits_rows is None else logits_rows
-        with forward_context(context):
-            out = self.model(**inputs, position_ids=positions[None], use_cache=False, logits_to_keep=keep)
+        logits = self.layout.forward(self.model, tokens, positions, context, logits_rows).float()
         if (count := len(context.attention.attended)) != self.spec.num_layers:
             raise BackboneRefused(
                 f"{count} of {self.spec.num_layers} layers attended through the KV cache.",
                 param="backbone",
             )
-        logits: Tensor = out.logits[0].float()
         return logits if logits_rows is not None else logits[:0]
 
 
 def load_backbone(
-    source: str, *, name: str | None = None, device: str = "auto", dtype: str = "auto"
+    source: str,
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernels: Choice = "auto",
 ) -> Backbone:
     """Load a transformers causal LM from a directory or hub id.
 
-    `dtype` auto: bfloat16 on CUDA, float32 on CPU. Raises BackboneRefused with the reason.
+    `dtype` auto: bfloat16 on CUDA, float32 on CPU; `kernels`: see `select_kernels`. Raises BackboneRefused.
     """
     try:
         config = AutoConfig.from_pretrained(source)
@@ -104,7 +111,9 @@ def load_backbone(
         ) from error
     label = name or Path(source).name
     names = tuple(dict.fromkeys((label, source, Path(source).name, config.name_or_path or label)))
-    return adopt_backbone(model, name=label, names=names, tokenizer=tokenizer, device=device, dtype=dtype)
+    return adopt_backbone(
+        model, name=label, names=names, tokenizer=tokenizer, device=device, dtype=dtype, kernels=kernels
+    )
 
 
 def adopt_backbone(
@@ -115,8 +124,9 @@ def adopt_backbone(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    kernels: Choice = "auto",
 ) -> Backbone:
-    """Take over a loaded model: freeze, hash, cast, hook, and prove that the flattened path equals the stock one.
+    """Take over a loaded model: freeze, hash, cast, hook, and choose the layout that equals the stock forward.
 
     The model is changed in place and must not be used by others afterwards.
     """
@@ -139,10 +149,21 @@ def adopt_backbone(
         names=tuple(names) or (name,),
     )
     stock = stock_probe(model, spec)
-    model.set_attn_implementation(ATTENTION_NAME)
+    if place.type == "cpu":
+        pack_linears(model)
     install_sites(model, spec)
-    backbone = Backbone(model, spec, tokenizer, _eos_ids(model), place, served, parity_error=0.0)
-    backbone.parity_error = parity_error(backbone, stock)
+    backbone = Backbone(
+        model,
+        spec,
+        tokenizer,
+        _eos_ids(model),
+        place,
+        served,
+        kernels=select_kernels(kernels, place, served),
+        layout=Flattened(),
+        parity_error=0.0,
+    )
+    choose_layout(backbone, stock)
     return backbone
 
 

@@ -17,16 +17,21 @@ from torch import Tensor
 from adapters.normal_form import Site
 
 if TYPE_CHECKING:
-    from serving.model.programs import ModuleProgram
+    from serving.model.kv_cache import RowSpan
+    from serving.model.padded import Padding
+    from serving.model.programs import Program
 
 
 class AttentionPlan(Protocol):
     """Attention of one step over the KV cache; built by the cache for the rows of the batch.
 
-    `attended` lists the calls as (layer, window): a layer that went another way shows.
+    `attended` lists the calls as (layer, window): a layer that went another way shows. `rows` are in the order of their
+    tokens; `longest` counts the entries of the longest, its new tokens included.
     """
 
     attended: list[tuple[int, int | None]]
+    rows: Sequence[RowSpan]
+    longest: int
 
     def attend(
         self,
@@ -45,20 +50,30 @@ class AttentionPlan(Protocol):
         """
         ...
 
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append key and value to the cache and give all entries of every row, for a model that attends by itself.
+
+        Shapes: key and value [T, kv_heads, D] -> [B, kv_heads, longest, D] each, rows aligned to the right. What stands
+        to the left of a row is finite and must be masked.
+        """
+        ...
+
 
 @dataclass(slots=True)
 class ForwardContext:
     """One batch's view. `programs[i]` is what module i does beside its base forward, None for nothing.
 
     `captured` holds the sites that other modules read, filled by the modules that see them. `query` [heads, T, D]
-    after rotary and `scaling` are those of the attention that ran last, filled by the attention function.
+    after rotary and `scaling` are those of the attention that ran last, filled by the attention function. `padding`
+    says which of the rows that modules see are tokens, None where all are.
     """
 
-    programs: Sequence[ModuleProgram | None]
+    programs: Sequence[Program | None]
     attention: AttentionPlan
     captured: dict[Site, Tensor] = field(default_factory=dict)
     query: Tensor | None = None
     scaling: float = 1.0
+    padding: Padding | None = None
 
 
 class _Active(threading.local):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serving.kernels.ops import DecodeAttention, ScoreRule, TokenHeads
+
 DENSE_SHARE = 0.5
 """Batched decode reads every slot up to the highest used one; below this share of useful cells, go row by row."""
 
@@ -30,31 +32,39 @@ class RowSpan(NamedTuple):
     past: int
 
 
+class KVShape(NamedTuple):
+    """What one entry is made of."""
+
+    num_layers: int
+    num_kv_heads: int
+    num_heads: int
+    head_dim: int
+
+
 class SlotKVCache:
     """Keys and values of `num_slots` requests of up to `max_len` entries each. Entries include virtual tokens."""
 
     def __init__(
         self,
+        shape: KVShape,
         *,
-        num_layers: int,
         num_slots: int,
-        num_kv_heads: int,
-        num_heads: int,
-        head_dim: int,
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        decode: DecodeAttention | None,
     ) -> None:
-        # Half-precision attention with one query per key head runs at 2 GB/s on CPU; fp32 storage is faster there.
-        slow_half = device.type == "cpu" and num_heads == num_kv_heads
+        # torch's half-precision attention with one query per key head runs at 2 GB/s on CPU; fp32 is faster there
+        slow_half = device.type == "cpu" and decode is None and shape.num_heads == shape.num_kv_heads
+        self.decode = decode
         self.dtype = torch.float32 if slow_half else dtype
         self.device = device
         self.num_slots = num_slots
         self.max_len = max_len
-        self.groups = num_heads // num_kv_heads
-        shape = (num_slots, num_kv_heads, max_len, head_dim)
-        self.keys = [self._reserve(shape) for _ in range(num_layers)]
-        self.values = [self._reserve(shape) for _ in range(num_layers)]
+        self.groups = shape.num_heads // shape.num_kv_heads
+        pool = (num_slots, shape.num_kv_heads, max_len, shape.head_dim)
+        self.keys = [self._reserve(pool) for _ in range(shape.num_layers)]
+        self.values = [self._reserve(pool) for _ in range(shape.num_layers)]
 
     def _reserve(self, shape: tuple[int, ...]) -> Tensor:
         if self.device.type != "cpu":
@@ -100,6 +110,18 @@ class View:
     decode_mask: Tensor | None
 
 
+class Entries(NamedTuple):
+    """Where the tokens of one step go, and where all entries of its rows are, rows aligned to the right.
+
+    Shapes: token_slots, token_entries [T], row_slots [B, 1], row_entries [B, L].
+    """
+
+    token_slots: Tensor
+    token_entries: Tensor
+    row_slots: Tensor
+    row_entries: Tensor
+
+
 class SlotAttention:
     """`AttentionPlan` over a `SlotKVCache`: masks and indices are made once per window and shared by all layers.
 
@@ -109,17 +131,19 @@ class SlotAttention:
 
     def __init__(self, cache: SlotKVCache, rows: Sequence[RowSpan]) -> None:
         self.cache = cache
+        self.rows = rows
         self.attended: list[tuple[int, int | None]] = []
         self.prefills = [row for row in rows if row.stop - row.start > 1]
         self.decodes = [row for row in rows if row.stop - row.start == 1]
         self.only_decodes = not self.prefills
         self.longest = max(row.past + row.stop - row.start for row in rows)
         self._views: dict[int | None, View] = {}
+        self._entries: Entries | None = None
         if self.decodes:
             device = cache.device
-            self.tokens_B = torch.tensor([row.start for row in self.decodes], device=device)
-            self.slots_B = torch.tensor([row.slot for row in self.decodes], device=device)
-            self.past_B = torch.tensor([row.past for row in self.decodes], device=device)
+            columns = [(row.start, row.slot, row.past) for row in self.decodes]
+            self.rows_3B = torch.tensor(columns, device=device).t().contiguous()
+            self.tokens_B, self.slots_B, self.past_B = self.rows_3B
             self.used_slots = max(row.slot for row in self.decodes) + 1
             self.longest_decode = max(row.past for row in self.decodes) + 1
 
@@ -134,6 +158,8 @@ class SlotAttention:
 
     def _make_view(self, window: int | None) -> View:
         prefills = [self._prefill_view(row, window) for row in self.prefills]
+        if self.cache.decode is not None:  # it needs no masks
+            return View(window, prefills, batched=False, decode_mask=None)
         lengths = [min(row.past + 1, window or row.past + 1) for row in self.decodes]
         batched = bool(lengths) and sum(lengths) >= DENSE_SHARE * self.used_slots * self.longest_decode
         return View(window, prefills, batched, self._decode_mask(window) if batched else None)
@@ -173,10 +199,15 @@ class SlotAttention:
         """See `AttentionPlan.attend`. The result does not depend on the other rows beyond rounding."""
         cache = self.cache
         self.attended.append((layer, window))
-        view, scores = self.view(window), _Scores(scaling, softcap)
+        view = self.view(window)
+        rule, scores = ScoreRule(scaling, softcap, view.window), _Scores(scaling, softcap)
+        keys, values = cache.keys[layer], cache.values[layer]
+        if cache.decode is not None and self.only_decodes:  # nothing to convert or to transpose
+            out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+            cache.decode.attend(out, TokenHeads(query[0], key[0], value[0]), keys, values, self.rows_3B, rule)
+            return out[None]
         query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1).to(cache.dtype) for x in (query, key, value))
         out = query_THD.new_empty(query_THD.shape)
-        keys, values = cache.keys[layer], cache.values[layer]
         for row, (begin, mask) in zip(self.prefills, view.prefills, strict=True):
             tokens, end = slice(row.start, row.stop), row.past + row.stop - row.start
             keys[row.slot, :, row.past : end] = key_TKD[tokens].transpose(0, 1)
@@ -189,13 +220,43 @@ class SlotAttention:
                 causal=mask is None,
             )
             out[tokens] = attended[0].transpose(0, 1)
-        if self.decodes:
+        if self.decodes and cache.decode is not None:
+            heads = TokenHeads(*(x.transpose(0, 1) for x in (query_THD, key_TKD, value_TKD)))
+            cache.decode.attend(out, heads, keys, values, self.rows_3B, rule)
+        elif self.decodes:
             chosen = slice(None) if self.only_decodes else self.tokens_B
             keys[self.slots_B, :, self.past_B] = key_TKD[chosen]
             values[self.slots_B, :, self.past_B] = value_TKD[chosen]
             decode = self._decode_batched if view.batched else self._decode_each
             out[chosen] = decode(query_THD[chosen], keys, values, view, scores)
         return out.to(query.dtype)[None]
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionPlan.extend`."""
+        self.attended.append((layer, None))
+        if self._entries is None:
+            self._entries = self._make_entries()
+        at = self._entries
+        found = []
+        for pool, new_TKD in ((self.cache.keys[layer], key), (self.cache.values[layer], value)):
+            pool[at.token_slots, :, at.token_entries] = new_TKD.to(pool.dtype)
+            rows_BLKD = pool.transpose(1, 2)[at.row_slots, at.row_entries]
+            found.append(rows_BLKD.transpose(1, 2).to(new_TKD.dtype))
+        return found[0], found[1]
+
+    def _make_entries(self) -> Entries:
+        device = self.cache.device
+        counts = torch.tensor([row.stop - row.start for row in self.rows], device=device)
+        slots = torch.tensor([row.slot for row in self.rows], device=device)
+        entries = [torch.arange(row.past, row.past + row.stop - row.start) for row in self.rows]
+        lengths = torch.tensor([row.past for row in self.rows], device=device) + counts
+        columns = torch.arange(self.longest, device=device)[None] - (self.longest - lengths[:, None])
+        return Entries(
+            token_slots=slots.repeat_interleave(counts),
+            token_entries=torch.cat(entries).to(device),
+            row_slots=slots[:, None],
+            row_entries=columns.clamp_(min=0),  # to the left of a row stands its own first entry
+        )
 
     def _decode_batched(
         self, query_BHD: Tensor, keys: Tensor, values: Tensor, view: View, scores: _Scores

@@ -1,13 +1,16 @@
-"""The load-time parity probe: the engine's flattened forward against the stock one on ragged random input.
+"""The load-time parity probe: the engine's forward against the stock one on ragged random input.
 
-A window of thousands of tokens is longer than any probe that one would wait for. There the probe compares what the
-layers ask for with what the config says, and that windows are then executed right is shown on tiny models, whose
-windows are shorter than their rows (`tests/contract`).
+It takes the flattened layout where that is exact, else the padded one, else it refuses the model. A window of thousands
+of tokens is longer than any probe that one would wait for. There the probe compares what the layers ask for with what
+the config says, and that windows are then executed right is shown on tiny models, whose windows are shorter than their
+rows (`tests/contract`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +21,19 @@ from adapters.backbone_spec import BackboneSpec
 from adapters.errors import BackboneRefused
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
+from serving.model.layout import Flattened
+from serving.model.padded import Padded
 
 if TYPE_CHECKING:
     from serving.model.backbone import Backbone
+
+log = logging.getLogger(__name__)
 
 LENGTHS = (5, 1, 40, 3)
 """Ragged rows of the probe."""
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest accepted |flattened - stock| logit, relative to max(1, max|stock logit|)."""
+"""Largest accepted |served - stock| logit, relative to max(1, max|stock logit|)."""
 
 
 @torch.inference_mode()
@@ -42,8 +49,31 @@ def stock_probe(model: PreTrainedModel, spec: BackboneSpec) -> list[Tensor]:
     ]
 
 
+def choose_layout(backbone: Backbone, stock: Sequence[Tensor]) -> None:
+    """Give `backbone` the first layout that equals the stock forward. Raises BackboneRefused where none does."""
+    refusals: list[str] = []
+    for layout in (Flattened(), Padded(backbone.model, backbone.logit_modules)):
+        backbone.layout = layout
+        try:
+            layout.adopt(backbone.model)
+            backbone.parity_error = parity_error(backbone, stock)
+        except BackboneRefused as error:
+            refusals.append(f"{layout.name}: {error}")
+            continue
+        backbone.spec = replace(
+            backbone.spec, sees_queries=layout.sees_queries, free_positions=layout.free_positions
+        )
+        log.info("%s is served %s. %s", backbone.spec.model_type, layout.name, " ".join(refusals))
+        return
+    raise BackboneRefused(
+        f"{backbone.spec.model_type!r} can't be served exactly. {' '.join(refusals)}",
+        param="backbone",
+        remedy="This architecture or option is not served exactly yet.",
+    )
+
+
 def parity_error(backbone: Backbone, stock: Sequence[Tensor]) -> float:
-    """Largest relative logit difference, flattened against stock. Raises BackboneRefused.
+    """Largest relative logit difference, served against stock. Raises BackboneRefused.
 
     Rows run in two chunks and a last single token, so that prefill, chunked prefill and decode are compared.
     """
@@ -73,10 +103,9 @@ def parity_error(backbone: Backbone, stock: Sequence[Tensor]) -> float:
     limit = TOLERANCE[backbone.dtype]
     if not error <= limit:
         raise BackboneRefused(
-            f"The flattened forward of {backbone.spec.model_type!r} differs from the stock one by {error:.2e} of the "
-            f"logit scale, limit {limit:.0e}.",
+            f"The forward of {backbone.spec.model_type!r} differs from the stock one by {error:.2e} of the logit "
+            f"scale, limit {limit:.0e}.",
             param="backbone",
-            remedy="This architecture or option is not served exactly yet.",
         )
     return error
 
@@ -94,7 +123,6 @@ def _check_windows(attended: Sequence[tuple[int, int | None]], config: Any) -> N
                 f"Layer {layer} is of type {kinds[layer]!r} in a model with sliding_window={window}, but its attention "
                 f"asks for the window {asked}.",
                 param="backbone",
-                remedy="This architecture or option is not served exactly yet.",
             )
 
 

@@ -7,17 +7,19 @@ from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec
 from adapters.normal_form import AttnPrefix, Delta, Site, VirtualTokens
-from serving.kernels.ops import DeltaKernels, PromptWeights
+from serving.kernels.ops import PromptWeights
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
+from serving.model.packed import plain_weight
 from serving.model.place_matrices import Copy
 from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 
 
 def base_parameter(backbone: Backbone, module: ModuleSpec, name: str) -> Tensor:
     """A parameter of the base module, as served, in fp32 on the host."""
-    parameter: Tensor = backbone.model.get_parameter(f"{module.path}.{name}")
+    base = backbone.model.get_submodule(module.path)
+    parameter: Tensor = plain_weight(base) if name == "weight" else base.get_parameter(name)
     return parameter.float().cpu()
 
 
@@ -42,14 +44,12 @@ def _projected(rows: Tensor, site: str, op: AttnPrefix, backbone: Backbone) -> T
     return out.view(-1, backbone.spec.num_kv_heads, backbone.spec.head_dim)
 
 
-def place_prefix(
-    delta: Delta, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
-) -> list[tuple[Tensor, Tensor]] | None:
+def place_prefix(delta: Delta, placed: PlacedDelta, backbone: Backbone) -> list[tuple[Tensor, Tensor]] | None:
     """The keys and values that the delta owns, per layer, or None."""
     layers = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix) and op.merge == "joint"}
     virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
     if virtual is not None:
-        return _run_virtual_tokens(virtual, placed, backbone, kernels)
+        return _run_virtual_tokens(virtual, placed.before or placed, backbone)
     if not layers:
         return None
     device, dtype = backbone.device, backbone.dtype
@@ -58,13 +58,13 @@ def place_prefix(
 
 
 def _run_virtual_tokens(
-    op: VirtualTokens, placed: PlacedDelta, backbone: Backbone, kernels: DeltaKernels
+    op: VirtualTokens, placed: PlacedDelta, backbone: Backbone
 ) -> list[tuple[Tensor, Tensor]]:
     length = op.embeddings.shape[0]
     cache = backbone.new_cache(num_slots=1, max_len=length)
     spec = backbone.spec
     segments = [DeltaSegment(0, length, placed)]
-    programs = compile_programs(len(spec.modules), kernels, segments, [], backbone.logit_modules)
+    programs = compile_programs(len(spec.modules), backbone.kernels, segments, [], backbone.logit_modules)
     context = ForwardContext(programs, cache.plan([RowSpan(0, length, slot=0, past=0)]))
     positions = torch.arange(length, device=backbone.device)
     backbone.forward(op.embeddings.to(backbone.device, backbone.dtype), positions, context, logits_rows=None)

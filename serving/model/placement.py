@@ -6,7 +6,8 @@ Whatever depends on the base weights is computed here, in fp32, from the weights
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,27 +18,29 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    Head,
     LinearMap,
     LowRank,
     Rows,
     Site,
     WeightDelta,
 )
-from serving.kernels.ops import AffineWeights, DeltaKernels, LowRankWeights
+from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
 from serving.model.backbone import Backbone
 from serving.model.place_matrices import (
     Copy,
     place_blocks,
+    place_head,
     place_reflections,
     place_replaced_norm,
     place_rows,
     place_weight_delta,
 )
 from serving.model.place_prefix import base_parameter, place_prefix, place_prompt
-from serving.model.programs import PlacedDelta, PlacedModule
+from serving.model.programs import PlacedDelta
 
 
-def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) -> PlacedDelta:
+def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
     """Put `delta` on the backbone's device, ready to run.
 
     Runs one forward pass where the delta has virtual tokens: on a causal model their keys and values never change.
@@ -58,21 +61,60 @@ def place(delta: Delta, digest: str, backbone: Backbone, kernels: DeltaKernels) 
             placer.affines[op.site, op.side].append(op)
         elif isinstance(op, AttnPrefix) and op.merge == "separate":
             placer.prompts.append(op)
-        elif isinstance(op, LinearMap | WeightDelta | Rows):
+        elif isinstance(op, LinearMap | WeightDelta | Rows | Head):
             placer.matrices.append(op)
     modules = placer.modules()
-    placed = PlacedDelta(
+    placed = _placed(delta, digest, modules, placer)
+    placed.device_bytes = placer.device_bytes
+    if delta.invocation:
+        placed.before = _placed(delta, digest, _without(modules, placer.invoked), placer)
+    if (prefix := place_prefix(delta, placed, backbone)) is not None:
+        placed.prefix = prefix
+        placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
+    return placed
+
+
+def _placed(delta: Delta, digest: str, modules: Mapping[int, PlacedModule], placer: _Placer) -> PlacedDelta:
+    backbone = placer.backbone
+    general = _general_modules(modules, backbone)
+    encoded = None
+    if (fused := backbone.kernels.fused) is not None:
+        rest = {index: ops for index, ops in modules.items() if index not in general}
+        encoded = fused.encode(rest, placer.taps, len(backbone.spec.modules))
+    return PlacedDelta(
         digest=digest,
         modules=modules,
         taps=placer.taps,
         prefix=None,
         position_offset=delta.position_offset,
-        device_bytes=placer.device_bytes,
+        device_bytes=0,
+        encoded=encoded,
+        general_modules=general,
+        invocation=delta.invocation,
     )
-    if (prefix := place_prefix(delta, placed, backbone, kernels)) is not None:
-        placed.prefix = prefix
-        placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
-    return placed
+
+
+def _without(modules: Mapping[int, PlacedModule], invoked: set[int]) -> dict[int, PlacedModule]:
+    """`modules` without the weights whose ids are in `invoked`; what is left of none is left out."""
+    kept = {
+        index: replace(
+            ops,
+            parallel=[w for w in ops.parallel if id(w) not in invoked],
+            remote=[(site, w) for site, w in ops.remote if id(w) not in invoked],
+            sequential=[w for w in ops.sequential if id(w) not in invoked],
+        )
+        for index, ops in modules.items()
+    }
+    return {index: ops for index, ops in kept.items() if ops != PlacedModule()}
+
+
+def _general_modules(modules: Mapping[int, PlacedModule], backbone: Backbone) -> frozenset[int]:
+    """Where the fused kernels can't go: other ops, token ids for input, or rows of logits instead of tokens."""
+    if backbone.kernels.fused is None:
+        return frozenset(modules)
+    others = {index for index, ops in modules.items() if not ops.is_row_wise}
+    others |= {i for i, m in enumerate(backbone.spec.modules) if m.shape.kind == "embedding"} & modules.keys()
+    return frozenset(others | (backbone.logit_modules & modules.keys()))
 
 
 class _Placer:
@@ -84,17 +126,21 @@ class _Placer:
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
-        self.matrices: list[LinearMap | WeightDelta | Rows] = []
+        self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
+        self.invoked: set[int] = set()  # ids of the weights that act only from the invocation on
         self.device_bytes = 0
-        self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
-    def to_device(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A copy on the device; the same tensor is copied once."""
-        key = (id(tensor), dtype)
+    def to_device(
+        self, tensor: Tensor, dtype: torch.dtype = torch.float32, *, transpose: bool = False
+    ) -> Tensor:
+        """A contiguous copy on the device, transposed or not; the same tensor is copied once."""
+        key = (id(tensor), dtype, transpose)
         if key not in self._copies:
-            copy = tensor.to(self.backbone.device, dtype, copy=True).contiguous()
+            source = tensor.t() if transpose else tensor
+            copy = source.to(self.backbone.device, dtype, copy=True).contiguous()
             self._copies[key] = (tensor, copy)  # the source too: a freed tensor's id comes back
             self.device_bytes += copy.nbytes
         return self._copies[key][1]
@@ -125,7 +171,7 @@ class _Placer:
         return dict(placed)
 
     def _place_matrix(
-        self, target: PlacedModule, op: LinearMap | WeightDelta | Rows, part: Slice, module: ModuleSpec
+        self, target: PlacedModule, op: LinearMap | WeightDelta | Rows | Head, part: Slice, module: ModuleSpec
     ) -> None:
         copy: Copy = self.to_device
         if isinstance(op, WeightDelta):
@@ -135,6 +181,8 @@ class _Placer:
         elif isinstance(op, Rows):
             rows = place_rows(op, self.backbone.model.get_submodule(module.path), copy)
             (target.logits if op.site.name == "logits" else target.embeddings).append(rows)
+        elif isinstance(op, Head):
+            target.replacement = place_head(op, copy)
         elif op.reflections is not None:
             target.reflections.append(place_reflections(op.reflections, copy))
         elif op.side == "input":
@@ -160,7 +208,7 @@ class _Placer:
     def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
         weights = LowRankWeights(
             A=self.to_device(op.A),
-            B=self.to_device(op.B),
+            B=self.to_device(op.B, transpose=True),
             scaling=op.scaling,
             activation=op.activation,
             a_bias=None if op.a_bias is None else self.to_device(op.a_bias),
@@ -168,6 +216,8 @@ class _Placer:
             start=part.start,
             stop=part.stop,
         )
+        if op.positions is not None:
+            self.invoked.add(id(weights))
         if op.sequential:
             target.sequential.append(weights)
         elif op.read == module.read:
@@ -240,6 +290,7 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
                 and last.read == op.read
                 and last.scaling == op.scaling
                 and last.activation == op.activation
+                and last.positions == op.positions
                 and last.a_bias is op.a_bias
                 and (last.b_bias is None) == (op.b_bias is None)
             )
@@ -256,6 +307,7 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
                     activation=op.activation,
                     a_bias=op.a_bias,
                     b_bias=b_bias,
+                    positions=op.positions,
                 )
                 joined[-1] = (wider, Slice(span.site, span.start, part.stop))
                 continue

@@ -2,14 +2,15 @@
 
 A `PlacedDelta` holds, per module index, its weights on the device. `compile_programs` turns the segments of a batch
 into one `ModuleProgram` per touched module; a module that no delta of the batch touches keeps None and runs at bare
-speed. The order of operations is that of `adapters.normal_form`.
+speed. Short segments go through the fused kernels as far as these know a delta's ops; which segments are short is
+decided here, once per batch. The order of operations is that of `adapters.normal_form`.
 Legend: T tokens, I input width, O output width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,46 +19,22 @@ from torch import Tensor
 from adapters.normal_form import Site
 from serving.kernels.ops import (
     AffineSegment,
-    AffineWeights,
     DeltaKernels,
+    FusedBatch,
+    FusedSegment,
+    Kernels,
     LinearMapSegment,
-    LinearMapWeights,
     LowRankSegment,
-    LowRankWeights,
+    PlacedModule,
     PromptSegment,
-    PromptWeights,
+    Replacement,
     RowsSegment,
-    RowsWeights,
     WeightDeltaSegment,
-    WeightDeltaWeights,
 )
 from serving.model.context import ForwardContext
+from serving.model.packed import Forward
 
-Replacement = Callable[[Tensor], Tensor]
-"""A module's forward with a delta's own parameters, rows [t, I] -> [t, O]."""
-
-
-@dataclass(slots=True)
-class PlacedModule:
-    """One delta's ops at one module. `remote` LowRanks read a site that another module sees.
-
-    `prompts` are attended to by the attention whose heads (`ctx`) the module reads. `reflections` are LowRanks that act
-    on the module's input, in place. `replacement` takes the place of the base module's own forward.
-    """
-
-    prompts: list[PromptWeights] = field(default_factory=list)
-    inputs: list[AffineWeights] = field(default_factory=list)
-    input_maps: list[LinearMapWeights] = field(default_factory=list)
-    reflections: list[LowRankWeights] = field(default_factory=list)
-    replacement: Replacement | None = None
-    embeddings: list[RowsWeights] = field(default_factory=list)
-    logits: list[RowsWeights] = field(default_factory=list)
-    weight_deltas: list[WeightDeltaWeights] = field(default_factory=list)
-    parallel: list[LowRankWeights] = field(default_factory=list)
-    remote: list[tuple[Site, LowRankWeights]] = field(default_factory=list)
-    outputs: list[AffineWeights] = field(default_factory=list)
-    output_maps: list[LinearMapWeights] = field(default_factory=list)
-    sequential: list[LowRankWeights] = field(default_factory=list)
+NOTHING_MERGED: Mapping[int, Forward] = {}
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +42,8 @@ class PlacedDelta:
     """A delta in device memory. `taps`: for each site that is read from afar, the module whose input it is.
 
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
+    `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
+    `before`: what acts on the tokens before the last `invocation` in the prompt, where the delta has one.
     """
 
     digest: str
@@ -73,6 +52,10 @@ class PlacedDelta:
     prefix: list[tuple[Tensor, Tensor]] | None
     position_offset: int
     device_bytes: int
+    encoded: Any
+    general_modules: frozenset[int]
+    invocation: tuple[int, ...] = ()
+    before: PlacedDelta | None = None
 
     @property
     def prefix_len(self) -> int:
@@ -94,6 +77,8 @@ class ModuleProgram:
     __slots__ = (
         "capture",
         "embeddings",
+        "fused",
+        "index",
         "input_maps",
         "inputs",
         "kernels",
@@ -109,8 +94,10 @@ class ModuleProgram:
         "weight_deltas",
     )
 
-    def __init__(self, kernels: DeltaKernels) -> None:
+    def __init__(self, index: int, kernels: DeltaKernels, fused: FusedBatch | None) -> None:
+        self.index = index
         self.kernels = kernels
+        self.fused = fused
         self.capture: Site | None = None
         self.prompts: list[PromptSegment] = []
         self.inputs: list[AffineSegment] = []
@@ -127,7 +114,7 @@ class ModuleProgram:
         self.sequential: list[LowRankSegment] = []
 
     def add(self, start: int, stop: int, ops: PlacedModule) -> None:
-        """Let tokens [start, stop) run through `ops`."""
+        """Let tokens [start, stop) run through `ops` by the general kernels."""
         self.prompts += [PromptSegment(start, stop, w) for w in ops.prompts]
         self.inputs += [AffineSegment(start, stop, w) for w in ops.inputs]
         self.input_maps += [LinearMapSegment(start, stop, w) for w in ops.input_maps]
@@ -152,14 +139,24 @@ class ModuleProgram:
         Shapes: x [1, T, I], or [T, I] in blocks that flatten (token ids [1, T] at `embed`) -> the same with O.
         Branches are computed and summed in fp32 and rounded once, as PEFT does on a half-precision base.
         """
+        fused = self.fused
         x_TI = x.reshape(-1, x.shape[-1])
         if self.capture is not None:
             context.captured[self.capture] = x_TI
+        if fused is not None and self.index in fused.taps:
+            fused.capture(self.index, x_TI)
         base_x = self._input(context, x)
         y: Tensor = base(base_x, *args, **kwargs)
-        if not self.changes_output:
-            return y
-        # y itself where it is fp32 already: modules return fresh tensors
+        out = self._general_output(context, base_x, x_TI, y) if self._has_general_output else None
+        if fused is None or not fused.changes_output[self.index]:
+            return y if out is None else out.to(y.dtype).view(y.shape)
+        if out is None:  # in y itself: modules return fresh tensors
+            out = y.reshape(-1, y.shape[-1]).contiguous()
+        fused.run_output(self.index, out, x_TI)
+        return out.to(y.dtype).view(y.shape)
+
+    def _general_output(self, context: ForwardContext, base_x: Tensor, x_TI: Tensor, y: Tensor) -> Tensor:
+        # y itself where it is fp32 already
         out = y.reshape(-1, y.shape[-1]).to(torch.float32)
         base_TI = base_x.reshape(-1, base_x.shape[-1])
         for start, stop, replacement in self.replacements:
@@ -180,11 +177,11 @@ class ModuleProgram:
             self.kernels.apply_linear_map(out, self.output_maps)
         if self.sequential:
             self.kernels.add_low_rank(out, out, self.sequential)
-        return out.to(y.dtype).view(y.shape)
+        return out
 
     @property
-    def changes_output(self) -> bool:
-        """True where anything happens after the module's input."""
+    def _has_general_output(self) -> bool:
+        """True where the general kernels act after the module's input."""
         return bool(
             self.replacements
             or self.embeddings
@@ -199,9 +196,11 @@ class ModuleProgram:
 
     def _input(self, context: ForwardContext, x: Tensor) -> Tensor:
         """What the base module reads: x with attention to prompts added, scaled and mapped, rounded to x's dtype."""
-        if not (self.prompts or self.inputs or self.input_maps or self.reflections):
+        fused = self.fused if self.fused is not None and self.fused.changes_input[self.index] else None
+        general = bool(self.prompts or self.inputs or self.input_maps or self.reflections)
+        if fused is None and not general:
             return x
-        changed = x.reshape(-1, x.shape[-1]).to(torch.float32, copy=True)
+        changed = x.reshape(-1, x.shape[-1]).to(torch.float32 if general else x.dtype, copy=True)
         if self.prompts:
             assert context.query is not None, "no attention ran before its heads are read"
             self.kernels.add_prompt_attention(changed, context.query, context.scaling, self.prompts)
@@ -211,33 +210,73 @@ class ModuleProgram:
             self.kernels.apply_linear_map(changed, self.input_maps)
         if self.reflections:
             self.kernels.add_low_rank(changed, changed, self.reflections)
+        if fused is not None:
+            fused.run_input(self.index, changed)
         return changed.to(x.dtype).view(x.shape)
+
+
+class MergedModule:
+    """A module whose matrix has the ops of the batch's only delta in it."""
+
+    __slots__ = ("forward",)
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def run(
+        self, context: ForwardContext, base: Callable[..., Any], x: Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The merged forward in place of `base`. Shapes: x [..., I] -> [..., O]."""
+        del context, base, args, kwargs  # those of `ModuleProgram.run`; linear layers take x alone
+        return self.forward(x)
+
+
+Program = ModuleProgram | MergedModule
 
 
 def compile_programs(
     num_modules: int,
-    kernels: DeltaKernels,
+    kernels: Kernels,
     token_segments: Sequence[DeltaSegment],
     logit_segments: Sequence[DeltaSegment],
     logit_modules: frozenset[int],
-) -> list[ModuleProgram | None]:
+    merged: Mapping[int, Forward] = NOTHING_MERGED,
+) -> list[Program | None]:
     """One program per module that a delta of the batch touches.
 
-    `logit_modules` see one row per sampled position instead of one per token, hence their own segments.
+    `logit_modules` see one row per sampled position instead of one per token, hence their own segments; the general
+    kernels run them. `merged` modules run so for every token of the batch: only for a batch of one delta.
     """
+    fused = kernels.fused
+    most = 0 if fused is None else fused.max_segment_tokens
+    short = [segment for segment in token_segments if segment.stop - segment.start <= most]
+    long = [segment for segment in token_segments if segment.stop - segment.start > most]
+    bound = (
+        fused.bind([FusedSegment(a, b, delta.encoded) for a, b, delta in short]) if fused and short else None
+    )
     programs: list[ModuleProgram | None] = [None] * num_modules
+    assert not merged or len({id(segment.delta) for segment in token_segments}) == 1, (
+        "merged weights are one delta's"
+    )
+    if bound is not None:
+        for index in range(num_modules):
+            if bound.changes_input[index] or bound.changes_output[index] or index in bound.taps:
+                programs[index] = ModuleProgram(index, kernels.general, bound)
 
     def program(index: int) -> ModuleProgram:
         found = programs[index]
         if found is None:
-            found = programs[index] = ModuleProgram(kernels)
+            found = programs[index] = ModuleProgram(index, kernels.general, None)
         return found
 
-    for segments, on_logits in ((token_segments, False), (logit_segments, True)):
+    for segments, by_fused in ((short, True), (long, False)):
         for start, stop, delta in segments:
-            for index, ops in delta.modules.items():
-                if (index in logit_modules) == on_logits:
-                    program(index).add(start, stop, ops)
+            for index in delta.general_modules if by_fused else delta.modules:
+                if index not in logit_modules:
+                    program(index).add(start, stop, delta.modules[index])
             for site, index in delta.taps.items():
                 program(index).capture = site
-    return programs
+    for start, stop, delta in logit_segments:
+        for index in logit_modules & delta.modules.keys():
+            program(index).add(start, stop, delta.modules[index])
+    return [MergedModule(merged[index]) if index in merged else found for index, found in enumerate(programs)]

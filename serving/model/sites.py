@@ -28,6 +28,8 @@ def _hook(module: nn.Module, index: int) -> None:
         if program is None:
             return base(x, *args, **kwargs)
         assert context is not None
+        if context.padding is not None:
+            return context.padding.run(index, program, context, base, x, args, kwargs)
         return program.run(context, base, x, args, kwargs)
 
     module.forward = forward

@@ -47,9 +47,47 @@ PATHS: dict[Family, dict[str, str]] = {
         "ffn_norm": "post_attention_layernorm",
         "ffn": "mlp",
     },
+    "bloom": {
+        "layer": "transformer.h.{}",
+        "o": "self_attention.dense",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn": "mlp.dense_4h_to_h",  # the block returns it with the residual stream
+    },
+    "falcon": {
+        "layer": "transformer.h.{}",
+        "o": "self_attention.dense",
+        "ffn_norm": "ln_mlp",
+        "ffn": "mlp",
+    },
+    "falcon_mq": {"layer": "transformer.h.{}", "o": "self_attention.dense", "ffn": "mlp"},
+    "gptj": {"layer": "transformer.h.{}", "o": "attn.out_proj", "ffn": "mlp"},
+    "codegen": {"layer": "transformer.h.{}", "o": "attn.out_proj", "ffn": "mlp"},
+    "gpt_neo": {
+        "layer": "transformer.h.{}",
+        "o": "attn.attention.out_proj",
+        "ffn_norm": "ln_2",
+        "ffn": "mlp",
+    },
+    "mpt": {
+        "layer": "transformer.blocks.{}",
+        "o": "attn.out_proj",
+        "ffn_norm": "norm_2",
+        "ffn": "ffn.down_proj",  # the block returns it with the residual stream
+    },
 }
 LAYER_ONLY: frozenset[Family] = frozenset({"mixtral", "qwen3_moe", "gemma2", "gemma3_text"})
 """Families without a site for a feed-forward block's output, or with a norm after it: seq_bn only."""
+
+ONE_NORM: frozenset[Family] = frozenset({"falcon_mq", "gptj", "codegen"})
+"""Families whose feed-forward block has no norm of its own, at whose input a parallel adapter would read."""
+
+
+def refused_placements(family: Family) -> tuple[Placement, ...]:
+    """Where `family` has no exact place for an adapter."""
+    if family in LAYER_ONLY:
+        return ("double_seq_bn", "par_bn")
+    return ("par_bn",) if family in ONE_NORM else ()
+
 
 PLACES = {"seq_bn": ("output_adapters",), "double_seq_bn": ("attention_adapters", "output_adapters"),
           "par_bn": ("output_adapters",)}  # fmt: skip
@@ -75,7 +113,12 @@ class Bottleneck:
         hidden = model.config.hidden_size
         source["config"] |= {"non_linearity": self.activation, "reduction_factor": hidden / self.width,
                              "scaling": self.scaling}  # fmt: skip
-        source |= {"name": "a", "hidden_size": hidden, "model_name": None, "model_type": family}
+        source |= {
+            "name": "a",
+            "hidden_size": hidden,
+            "model_name": None,
+            "model_type": model.config.model_type,
+        }
         draw = torch.Generator().manual_seed(self.width)
         tensors = {}
         for layer in range(model.config.num_hidden_layers):
@@ -131,7 +174,7 @@ class Bottleneck:
 
         out = branches["output_adapters"]
         if self.placement == "seq_bn":
-            on("", lambda _m, _i, y: y + out(y))
+            on("", lambda _m, _i, y: (y[0] + out(y[0]), *y[1:]) if isinstance(y, tuple) else y + out(y))
         elif self.placement == "double_seq_bn":
             attn = branches["attention_adapters"]
             on(paths["o"], lambda _m, _i, y: y + attn(y))

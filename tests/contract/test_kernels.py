@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from serving.kernels.ops import AffineSegment, AffineWeights, DeltaKernels, LowRankSegment, LowRankWeights
-from serving.kernels.reference import ACTIVATIONS, ReferenceKernels
-
-EXECUTORS: Sequence[DeltaKernels] = (ReferenceKernels(),)
+from serving.kernels.reference import ACTIVATIONS
+from tests.contract.executors import ROW_WISE
 
 D_IN, D_OUT = 24, 40
 SEGMENTS = {
@@ -32,7 +31,7 @@ def low_rank(
     stop = start + 32 if start else D_OUT
     return LowRankWeights(
         A=torch.randn(rank, d_in, generator=draw),
-        B=torch.randn(stop - start, rank, generator=draw),
+        B=torch.randn(rank, stop - start, generator=draw),
         scaling=(0.5, 2.0, -1.0)[seed % 3],
         activation=activation,  # type: ignore[arg-type]
         a_bias=torch.randn(rank, generator=draw) if bias else None,
@@ -49,12 +48,12 @@ def formula(y: Tensor, x: Tensor, segments: Sequence[LowRankSegment]) -> Tensor:
         hidden = hidden + (0 if w.a_bias is None else w.a_bias.double())
         if w.activation != "identity":
             hidden = ACTIVATIONS[w.activation](hidden)
-        delta = hidden @ w.B.double().T + (0 if w.b_bias is None else w.b_bias.double())
+        delta = hidden @ w.B.double() + (0 if w.b_bias is None else w.b_bias.double())
         out[start:stop, w.start : w.stop] += w.scaling * delta
     return out
 
 
-@pytest.mark.parametrize("kernels", EXECUTORS, ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize("kernels", ROW_WISE, ids=lambda k: type(k).__name__)
 @pytest.mark.parametrize("shape", sorted(SEGMENTS))
 @pytest.mark.parametrize("activation", ["identity", *sorted(ACTIVATIONS)])
 @pytest.mark.parametrize("bias", [False, True])
@@ -74,7 +73,7 @@ def test_low_rank_equals_its_formula(kernels: DeltaKernels, shape: str, activati
     assert bool(segments) == bool((y != before).any())
 
 
-@pytest.mark.parametrize("kernels", EXECUTORS, ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize("kernels", ROW_WISE, ids=lambda k: type(k).__name__)
 def test_sequential_reads_before_it_writes(kernels: DeltaKernels) -> None:
     torch.manual_seed(2)
     y = torch.randn(6, D_OUT)
@@ -85,7 +84,7 @@ def test_sequential_reads_before_it_writes(kernels: DeltaKernels) -> None:
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernels", EXECUTORS, ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize("kernels", ROW_WISE, ids=lambda k: type(k).__name__)
 @pytest.mark.parametrize(("scaled", "shifted"), [(True, False), (False, True), (True, True)])
 def test_affine_equals_its_formula(kernels: DeltaKernels, scaled: bool, shifted: bool) -> None:
     torch.manual_seed(3)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from serving.engine.runner import Runner
-from serving.kernels.reference import ReferenceKernels
+from serving.kernels.select import Choice
 from serving.model.backbone import Backbone, adopt_backbone
 from tests.cases import GOLDEN_CASES, GOLDEN_NAME, PEFT_CASES, GoldenCase, case_id
-from tests.contract.bottleneck import LAYER_ONLY
+from tests.contract.bottleneck import refused_placements
 from tests.contract.exactness import (
     BARE,
     BOTTLENECKS,
@@ -51,7 +51,7 @@ def methods(family: Family, dtype: torch.dtype, backbone: Backbone, tmp_path: Pa
         case.save(directory, base_model(family, dtype).float())
         reference = partial(peft_logits, case, directory, dtype)
         found.append(Method(case.name, case.tolerance, reference, served(directory, backbone)))
-    for adapter in BOTTLENECKS[:1] if family in LAYER_ONLY else BOTTLENECKS:
+    for adapter in (a for a in BOTTLENECKS if a.placement not in refused_placements(family)):
         directory = tmp_path / adapter.name
         adapter.save(directory, family, backbone.model)
         reference = partial(bottleneck_logits, adapter, directory, family, dtype)
@@ -60,13 +60,15 @@ def methods(family: Family, dtype: torch.dtype, backbone: Backbone, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    ("family", "dtype", "kernels"),
     [
-        *(pytest.param(family, torch.float32, id=f"{family}-fp32") for family in FAMILIES),
+        *(pytest.param(family, torch.float32, "auto", id=f"{family}-fp32") for family in FAMILIES),
+        *(pytest.param(family, torch.float32, "reference", id=f"{family}-fp32-torch") for family in ROUNDED),
         *(
             pytest.param(
                 family,
                 torch.bfloat16,
+                "auto",
                 id=f"{family}-bf16",
                 marks=() if family in ROUNDED else pytest.mark.slow,
             )
@@ -75,11 +77,15 @@ def methods(family: Family, dtype: torch.dtype, backbone: Backbone, tmp_path: Pa
         ),
     ],
 )
-def test_mixed_batch_equals_reference(family: Family, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_mixed_batch_equals_reference(
+    family: Family, dtype: torch.dtype, kernels: Choice, tmp_path: Path
+) -> None:
     label = str(dtype).removeprefix("torch.")
-    backbone = adopt_backbone(base_model(family, dtype), name="tiny", device="cpu", dtype=label)
+    backbone = adopt_backbone(
+        base_model(family, dtype), name="tiny", device="cpu", dtype=label, kernels=kernels
+    )
     found = methods(family, dtype, backbone, tmp_path)
-    runner = Runner(backbone, ReferenceKernels(), num_slots=len(found) * PROMPTS, max_len=64)
+    runner = Runner(backbone, num_slots=len(found) * PROMPTS, max_len=64)
     alone, together, chunked = rows_for(found), rows_for(found), rows_for(found, chunk=4)
     for row in shuffled(alone):
         run(runner, [row])
@@ -112,7 +118,7 @@ def test_mixed_batch_of_adapterhub_goldens(case: GoldenCase) -> None:
     """AdapterHub's own logits, stored by its own environment; bare rows run beside."""
     backbone = adopt_backbone(case.backbone(), name=GOLDEN_NAME, device="cpu", dtype="float32")
     delta = served(case.directory, backbone)
-    runner = Runner(backbone, ReferenceKernels(), num_slots=4, max_len=32)
+    runner = Runner(backbone, num_slots=4, max_len=32)
     golden = case.golden()
     rows = [Row("golden", g["input_ids"].tolist(), len(g["input_ids"]) // 2, delta) for g in golden]
     bare = [Row(BARE, row.tokens, row.num_prefill, None) for row in rows]

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapters.normal_form import Affine, Delta, LinearMap, LowRank, Op, Site, WeightDelta
+from adapters.normal_form import Affine, Delta, Head, LinearMap, LowRank, Op, Site, WeightDelta
 from adapters.validate import check
 from serving.engine.runner import Runner
-from serving.kernels.reference import ReferenceKernels
 from serving.model.backbone import adopt_backbone
 from serving.model.placement import place
 from tests.cases import Family, tiny_backbone
@@ -26,9 +25,9 @@ def served(ops: tuple[Op, ...], model: PreTrainedModel) -> Row:
     backbone = adopt_backbone(model, name="tiny", device="cpu", dtype="float32")
     delta = Delta(method="test", ops=ops, backbone_digest=backbone.spec.digest)
     assert check(delta, backbone.spec) == []
-    row = Row("delta", TOKENS, 5, place(delta, "d" * 64, backbone, ReferenceKernels()))
+    row = Row("delta", TOKENS, 5, place(delta, "d" * 64, backbone))
     bare = Row("bare", TOKENS, 5, None)
-    run(Runner(backbone, ReferenceKernels(), num_slots=2, max_len=16), [row, bare])
+    run(Runner(backbone, num_slots=2, max_len=16), [row, bare])
     assert float((torch.cat(row.logits) - torch.cat(bare.logits)).abs().max()) > 0.05
     return row
 
@@ -98,7 +97,20 @@ def dead_norm_columns(model: PreTrainedModel) -> tuple[Op, ...]:
     return (Affine(site=site, weight=weight, bias=bias), Affine(site=site, scale=scale, shift=shift))
 
 
-@pytest.mark.parametrize("edit", [fused_slice, everything_at_one_site, dead_norm_columns])
+def adapted_head(model: PreTrainedModel) -> tuple[Op, ...]:
+    """Another head with a bias, which the base has not, a LowRank on top; the tied embedding stays."""
+    weight, bias = 0.3 * torch.randn(97, 32), torch.randn(97)
+    A, B = torch.randn(3, 32), 0.2 * torch.randn(97, 3)
+    model.lm_head = torch.nn.Linear(32, 97)
+    model.lm_head.weight.data, model.lm_head.bias.data = weight + 0.5 * B @ A, bias
+    site = Site("logits")
+    return (
+        Head(site=site, weight=weight, bias=bias),
+        LowRank(read=Site("final"), write=site, A=A, B=B, scaling=0.5),
+    )
+
+
+@pytest.mark.parametrize("edit", [fused_slice, everything_at_one_site, dead_norm_columns, adapted_head])
 def test_ops_equal_edited_weights(edit: Callable[[PreTrainedModel], tuple[Op, ...]]) -> None:
     torch.manual_seed(8)
     family: Family = "gpt2"

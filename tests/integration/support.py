@@ -61,8 +61,9 @@ class ServerProcess:
         self.home.mkdir(exist_ok=True)
         command = [str(Path(sys.executable).with_name("deltamux")), "serve", "--backbone", str(self.backbone)]
         command += ["--port", str(self.port), "--replicas", "2", "--device", "cpu"]
-        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
-        environment = {**kept, "HOME": str(self.home), **SMALL, **self.environment}
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), **SMALL, **self.environment}
+        if "PYTHONPATH" in os.environ:  # a checkout that is not the installed one
+            environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
         with (self.home / "output").open("wb") as output:
             self.process = subprocess.Popen(
                 command,

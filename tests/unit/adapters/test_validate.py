@@ -15,6 +15,8 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    FromInvocation,
+    Head,
     LinearMap,
     LowRank,
     Op,
@@ -28,6 +30,9 @@ from tests.cases import DIGEST, spec_of, tiny_backbone
 
 LLAMA = spec_of(tiny_backbone("llama"))  # hidden 32, FFN 64, 3 layers, 4 heads, 2 KV heads of 8, no biases
 GPT2 = spec_of(tiny_backbone("gpt2"))  # hidden 32, FFN 128, fused q k v, biases
+
+NEOX = spec_of(tiny_backbone("gpt_neox"))  # q, k and v are one site
+PADDED = replace(LLAMA, sees_queries=False, free_positions=False)  # as bloom is served
 
 
 def ones(*shape: int) -> Tensor:
@@ -64,6 +69,10 @@ def places(*rows: list[int]) -> Tensor:
 def new_rows(*ids: int, **changes: Any) -> Rows:
     values: dict[str, Any] = {"site": Site("embed"), "rows": ones(len(ids), 32), **changes}
     return Rows(ids=torch.tensor(ids, dtype=torch.int32), **values)
+
+
+def head(weight: Tensor, **changes: Any) -> Head:
+    return Head(weight=weight, **{"site": Site("logits"), **changes})
 
 
 def prompted(layer: int = 1, **changes: Any) -> AttnPrefix:
@@ -127,6 +136,14 @@ GOOD: dict[str, tuple[Delta, Any]] = {
             Rows(site=Site("logits"), ids=places([5, 96])[0], rows=ones(2, 32)),
         ),
         GPT2,
+    ),
+    "replaced head": (delta(head(ones(97, 32))), GPT2),
+    "adapted head with a bias": (
+        delta(
+            head(ones(97, 32), bias=ones(97)),
+            LowRank(read=Site("final"), write=Site("logits"), A=ones(2, 32), B=ones(97, 2)),
+        ),
+        LLAMA,
     ),
     "prompts of their own": (delta(prompted(1), prompted(2)), LLAMA),
     "projected prompt": (delta(prompted(key=ones(4, 2, 8), value=ones(4, 2, 8), projected=True)), LLAMA),
@@ -313,6 +330,9 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(prompted(key=ones(4, 31))), LLAMA, ("key: shape [4, 31], expected [4, 32]",)),
     (delta(prompted(value=ones(3, 32))), LLAMA, ("value: shape [3, 32], expected [4, 32]",)),
     (delta(prompted(key=ones(0, 32), value=ones(0, 32))), LLAMA, ("key: expected at least one row",)),
+    (delta(prompted()), NEOX, ("projected: no module of the backbone has keys alone",)),
+    (delta(prompted()), PADDED, ("merge: llama computes attention in code of its own",)),
+    (delta(*prefixes()), PADDED, ("position_offset: 0, expected 5; llama counts positions itself",)),
     (delta(prompted(gate=None)), LLAMA, ("gate: belongs to a separate softmax",)),
     (delta(prompted(gate=ones(2))), LLAMA, ("gate: shape [2], expected [1]",)),
     (delta(prompted(merge="added")), LLAMA, ("merge",)),
@@ -328,6 +348,29 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(new_rows(5, rows=ones(2, 32))), LLAMA, ("ids: shape [1], expected [2]",)),
     (delta(new_rows(5, site=Site("final"))), LLAMA, ("only at embed and logits",)),
     (delta(new_rows(5), new_rows(6)), LLAMA, ("2 Rows ops at embed",)),
+    (
+        delta(low_rank(positions=FromInvocation((5,))), low_rank(positions=FromInvocation((6,)))),
+        LLAMA,
+        ("different invocation tokens",),
+    ),
+    (
+        delta(
+            low_rank(positions=FromInvocation((5,))),
+            Affine(site=low_rank().write, scale=ones(32), weight_normalized=True),
+        ),
+        LLAMA,
+        ("would change inside the prompt",),
+    ),
+    (delta(head(ones(96, 32))), LLAMA, ("weight: shape [96, 32], expected [97, 32]",)),
+    (delta(head(ones(97, 32), bias=ones(32))), LLAMA, ("bias: shape [32], expected [97]",)),
+    (delta(head(ones(97, 32), site=Site("final"))), LLAMA, ("executed only at logits",)),
+    (delta(head(ones(97, 32)), head(ones(97, 32))), LLAMA, ("2 Head ops at logits",)),
+    (delta(head(ones(97, 32)), new_rows(5, site=Site("logits"))), LLAMA, ("both a Head and Rows at logits",)),
+    (
+        delta(head(ones(97, 32)), Affine(site=Site("logits"), scale=ones(97))),
+        LLAMA,
+        ("both a Head and Affine at logits",),
+    ),
     (delta(Affine(site=Site("q.out", 0), weight=ones(32))), LLAMA, ("only the weight of a norm",)),
     (delta(Affine(site=Site("final"), weight=ones(31))), LLAMA, ("weight: shape [31], expected [32]",)),
     (

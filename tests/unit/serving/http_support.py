@@ -110,6 +110,7 @@ def tokens(call: GenerateCall, *, finish: FinishReason | None = FinishReason.STO
 class FakeBackend:
     """A backend with known tokens. `script` gives a call's batches, or the exceptions in their place."""
 
+    spec: BackboneSpec = SPEC
     script: Callable[[GenerateCall], Batches] = tokens
     admission: Callable[[str], AdmissionProof | ErrorInfo] = lambda digest: PROOF
     has_chat_template: bool = True
@@ -126,8 +127,8 @@ class FakeBackend:
     async def describe(self) -> BackboneInfo:
         return BackboneInfo(
             name=BACKBONE,
-            digest=SPEC.digest,
-            spec_json=SPEC.to_json(),
+            digest=self.spec.digest,
+            spec_json=self.spec.to_json(),
             max_model_len=64,
             vocab_size=32,
             has_chat_template=self.has_chat_template,

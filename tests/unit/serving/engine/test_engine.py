@@ -19,6 +19,7 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    Head,
     LinearMap,
     LowRank,
     Op,
@@ -290,6 +291,7 @@ def test_the_probe_uses_the_tokens_that_a_delta_replaces(backbone: Backbone) -> 
             order=torch.arange(64).view(2, 32).int() % 32,
         ),
         Rows(site=Site("embed"), ids=torch.tensor([3], dtype=torch.int32), rows=torch.ones(1, 32)),
+        Head(site=Site("logits"), weight=torch.randn(97, 32), bias=torch.randn(97)),
         AttnPrefix(
             layer=1,
             key=torch.randn(9, 32),
@@ -304,7 +306,7 @@ def test_the_probe_uses_the_tokens_that_a_delta_replaces(backbone: Backbone) -> 
 def test_room_is_made_for_all_that_an_op_takes(backbone: Backbone, op: Op) -> None:
     delta = Delta(method="test", ops=(op,), backbone_digest=backbone.spec.digest)
     deltas = Bench(backbone, {}).engine.deltas
-    placed = place(delta, "d", backbone, deltas.runner.kernels)
+    placed = place(delta, "d", backbone)
     assert 0 < placed.device_bytes <= deltas._device_bytes(delta)
 
 

@@ -16,6 +16,7 @@ from serving.engine.scheduler import Scheduler, Sequence
 class FakeDelta:
     prefix_len: int = 0
     position_offset: int = 0
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass

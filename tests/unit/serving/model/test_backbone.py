@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    GPTBigCodeConfig,
     LlamaConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -24,10 +25,11 @@ from adapters.formats import read_directory
 from serving.model import parity
 from serving.model.backbone import Backbone, adopt_backbone, load_backbone
 from tests.cases import Case, quiet, spec_of, tiny_backbone
-from tests.contract.bottleneck import LAYER_ONLY, Bottleneck
-from tests.families import CONFIGS, FAMILIES, Family
+from tests.contract.bottleneck import Bottleneck, refused_placements
+from tests.families import CONFIGS, FAMILIES, PADDED, Family
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}
 POST_LN = OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, do_layer_norm_before=False)
 NARROW = OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=16)
 NO_FINAL_NORM = OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, _remove_final_layer_norm=True)
@@ -45,18 +47,21 @@ def test_every_family_loads_from_a_directory(family: Family, tmp_path: Path) -> 
     backbone = load_backbone(str(tmp_path), name="tiny", device="cpu", dtype="float32")
     assert backbone.spec.digest == adopt(tiny_backbone(family)).spec.digest
     assert backbone.parity_error < 2e-6
+    assert backbone.layout.name == ("padded" if family in PADDED else "flattened")
+    assert backbone.spec.sees_queries == (family not in PADDED)
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97), "without the attention interface"),
-        (FalconConfig(**SMALL), "without the attention interface"),
+        (BloomConfig(**SMALL, slow_but_exact=True), "slow_but_exact=True .*pass their modules by"),
+        (FalconConfig(**SMALL, alibi=True, eos_token_id=2), "alibi=True .*adds the biases twice"),
+        (GPTBigCodeConfig(**GPT), "No site map for model_type 'gpt_bigcode'"),
         (POST_LN, "do_layer_norm_before=False"),
         (NARROW, "token embeddings of width 16"),
         (NO_FINAL_NORM, "no module 'model.decoder.final_layer_norm'"),
     ],
-    ids=["bloom", "falcon", "post-ln", "narrow embeddings", "no final norm"],
+    ids=["module passed by", "alibi twice", "no map", "post-ln", "narrow embeddings", "no final norm"],
 )
 def test_what_a_site_map_does_not_cover_is_refused(config: PreTrainedConfig, reason: str) -> None:
     with quiet():
@@ -77,7 +82,8 @@ def test_a_layer_that_asks_for_another_window_is_refused(family: Family) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_probe_and_windows(family: Family) -> None:
     """The probe's longest row crosses every tiny window, so that a window executed wrong would show there."""
-    window = getattr(CONFIGS[family], "sliding_window", None)
+    config = CONFIGS[family]
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
     assert window is None or 2 * window < max(parity.LENGTHS)
 
 
@@ -101,13 +107,16 @@ def test_deltas_on_experts_are_refused_with_the_reason(family: Family, tmp_path:
     assert "the router of a mixture" in str(caught.value)
 
 
-@pytest.mark.parametrize("placement", ["double_seq_bn", "par_bn"])
-@pytest.mark.parametrize("family", sorted(LAYER_ONLY))
+@pytest.mark.parametrize(
+    ("family", "placement"), [(family, place) for family in FAMILIES for place in refused_placements(family)]
+)
 def test_bottlenecks_without_an_exact_place_are_refused(
     family: Family, placement: Any, tmp_path: Path
 ) -> None:
     model = tiny_backbone(family)
     Bottleneck(placement, "relu", 4).save(tmp_path / "adapter", family, model)
-    reason = "before or after that norm" if family.startswith("gemma") else "no module of the backbone writes"
+    reason = "ffn.r is not a site|no module of the backbone writes"
+    if family.startswith("gemma"):
+        reason = "before or after that norm"
     with pytest.raises(InvalidDelta, match=reason):
         read_directory(tmp_path / "adapter", spec_of(model))

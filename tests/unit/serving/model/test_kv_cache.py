@@ -6,21 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.model.kv_cache import RowSpan, SlotKVCache
+from serving.kernels.cpu_attention import CpuDecodeAttention
+from serving.kernels.ops import DecodeAttention, ScoreRule, TokenHeads
+from serving.model.kv_cache import KVShape, RowSpan, SlotKVCache
 
 HEAD_DIM, SCALING = 8, 0.3
 
 
-def cache(kv_heads: int, heads: int, *, slots: int = 6, max_len: int = 32) -> SlotKVCache:
+EXECUTORS = pytest.mark.parametrize("decode", [None, CpuDecodeAttention()], ids=["torch", "compiled"])
+
+
+def cache(kv_heads: int, heads: int, decode: DecodeAttention | None = None) -> SlotKVCache:
     return SlotKVCache(
-        num_layers=2,
-        num_slots=slots,
-        num_kv_heads=kv_heads,
-        num_heads=heads,
-        head_dim=HEAD_DIM,
-        max_len=max_len,
+        KVShape(num_layers=2, num_kv_heads=kv_heads, num_heads=heads, head_dim=HEAD_DIM),
+        num_slots=6,
+        max_len=32,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        decode=decode,
     )
 
 
@@ -45,10 +48,15 @@ class Rows:
     """Random sequences fed to a cache step by step; remembers what every row should attend to."""
 
     def __init__(
-        self, kv_heads: int, heads: int, window: int | None = None, softcap: float | None = None
+        self,
+        kv_heads: int,
+        heads: int,
+        window: int | None = None,
+        softcap: float | None = None,
+        decode: DecodeAttention | None = None,
     ) -> None:
         self.options = (window, softcap)
-        self.cache, self.kv_heads, self.heads = cache(kv_heads, heads), kv_heads, heads
+        self.cache, self.kv_heads, self.heads = cache(kv_heads, heads, decode), kv_heads, heads
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def prefix(self, slot: int, length: int) -> None:
@@ -82,14 +90,15 @@ class Rows:
         return worst
 
 
+@EXECUTORS
 @pytest.mark.parametrize("softcap", [None, 0.8])
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 30])
 @pytest.mark.parametrize(("kv_heads", "heads"), [(4, 4), (2, 4), (1, 4)])
 def test_ragged_steps_equal_plain_attention(
-    kv_heads: int, heads: int, window: int | None, softcap: float | None
+    kv_heads: int, heads: int, window: int | None, softcap: float | None, decode: DecodeAttention | None
 ) -> None:
     torch.manual_seed(0)
-    rows = Rows(kv_heads, heads, window, softcap)
+    rows = Rows(kv_heads, heads, window, softcap, decode)
     rows.prefix(3, 5)
     steps = [
         {0: 7, 3: 4, 1: 1},
@@ -125,9 +134,10 @@ def test_masks_are_made_once_per_window() -> None:
     assert plan.view(12) is plan.view(None)  # as long as the longest row: nothing is out of sight
 
 
-def test_reused_slot_does_not_see_its_former_owner() -> None:
+@EXECUTORS
+def test_reused_slot_does_not_see_its_former_owner(decode: DecodeAttention | None) -> None:
     torch.manual_seed(2)
-    rows = Rows(2, 4)
+    rows = Rows(2, 4, decode=decode)
     rows.step({2: 20})
     del rows.known[2]
     assert rows.step({2: 3}) < 2e-6
@@ -141,3 +151,43 @@ def test_read_gives_back_what_was_written() -> None:
     for (key, value), (k, v) in zip(pairs, store.read(4, 3), strict=True):
         assert torch.equal(key, k)
         assert torch.equal(value, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_decode_takes_any_strides_and_both_dtypes(
+    dtype: torch.dtype, pool_dtype: torch.dtype
+) -> None:
+    torch.manual_seed(3)
+    heads, kv_heads, width, lengths = 6, 3, 20, (70, 1, 33)
+    keys, values = (torch.randn(4, kv_heads, 80, width).to(pool_dtype) for _ in range(2))
+    keys[:, :, 75:] = torch.nan  # beyond every row: must not be read
+    before = keys.clone()
+    query = torch.randn(5, heads, width).to(dtype).transpose(0, 1)
+    key, value = (torch.randn(5, kv_heads, 2 * width).to(dtype)[..., ::2].transpose(0, 1) for _ in range(2))
+    out = torch.zeros(5, heads, width, dtype=dtype)
+    rows = torch.tensor([[4, 1, 2], [0, 3, 2], [n - 1 for n in lengths]])
+    rule = ScoreRule(SCALING, None, None)
+    CpuDecodeAttention().attend(out, TokenHeads(query, key, value), keys, values, rows, rule)
+    for (token, slot, past), length in zip(rows.t().tolist(), lengths, strict=True):
+        k = torch.cat([before[slot, :, :past], key[:, token, None].to(pool_dtype)], dim=1)
+        assert torch.equal(keys[slot, :, : past + 1], k)
+        expected = plain(
+            query[:, token][None].float(),
+            k.transpose(0, 1).float(),
+            values[slot, :, :length].transpose(0, 1).float(),
+        )
+        limit = 2e-6 if dtype == torch.float32 else 2e-2
+        assert float((out[token].double() - expected[0]).abs().max()) < limit
+    assert not out[[0, 3]].any()
+
+
+def test_a_nan_in_a_row_stays_in_that_row() -> None:
+    keys, values = torch.zeros(2, 1, 8, 4), torch.ones(2, 1, 8, 4)
+    keys[0, 0, 1, 2] = torch.nan
+    heads = TokenHeads(*(torch.ones(1, 2, 4) for _ in range(3)))
+    out = torch.zeros(2, 1, 4)
+    rows = torch.tensor([[0, 1], [0, 1], [3, 3]])
+    CpuDecodeAttention().attend(out, heads, keys, values, rows, ScoreRule(1.0, None, None))
+    assert bool(out[0].isnan().all())
+    assert torch.equal(out[1], torch.ones(1, 4))
