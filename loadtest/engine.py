@@ -55,7 +55,7 @@ def run(
         deltas.__getitem__,
         events.extend,
         metrics=EngineMetrics(CollectorRegistry()),
-        settings=EngineSettings(max_num_seqs=most),
+        settings=EngineSettings(max_num_seqs=most, prefix_cache="off"),  # every round repeats its prompts
     )
     prompts = random_prompts(most, backbone.spec.vocab_size)
     table, figures = [], []

@@ -93,8 +93,18 @@ class Engine(_Group):
     """Tokens that one step computes; longer prompts are prefilled in chunks."""
     max_queue: int = Field(default=256, ge=0)
     """Requests that may wait for a place in the batch; one more is answered 429."""
-    adapter_memory_bytes: int = Field(default=512 * MIB, ge=0)
-    """Device memory that resident deltas may take."""
+    max_queue_s: float = Field(default=120.0, gt=0)
+    """Longest wait for a place in the batch; a request that waited longer is answered 429."""
+    scheduling: Literal["fair", "first_come"] = "fair"
+    """Whom to admit next: by service received per tenant, weight and class, or in order of arrival."""
+    max_wait_s: float = Field(default=2.0, gt=0)
+    """Wait after which a request goes before all others, whatever its tenant, class or delta."""
+    max_lead_tokens: int = Field(default=1024, ge=0)
+    """How far ahead of others, in weighted tokens, a tenant may get because its delta is on the device already."""
+    prefix_cache: Literal["tenant", "shared", "off"] = "tenant"
+    """Whose computed prompts a new one may reuse: its tenant's, anybody's (which timing can reveal), or nobody's."""
+    memory_bytes: int | None = Field(default=None, ge=1)
+    """Memory of a replica's keys, values and deltas; by default a quarter of the machine's, split among replicas."""
     host_cache_bytes: int = Field(default=1024 * MIB, ge=0)
     """Host memory that loaded deltas may take beside the device."""
     kernels: Literal["auto", "reference", "compiled"] = "auto"

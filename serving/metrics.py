@@ -116,6 +116,21 @@ class EngineMetrics:
         self.generated_tokens = Counter(
             "deltamux_generated_tokens_total", "Tokens generated.", registry=registry
         )
+        self.prefix_hits = Counter(
+            "deltamux_prefix_cache_hits_total",
+            "Requests whose prompt began like one that was computed before.",
+            registry=registry,
+        )
+        self.prefix_tokens = Counter(
+            "deltamux_prefix_cache_tokens_total",
+            "Prompt tokens that were not computed, since the prefix cache held them.",
+            registry=registry,
+        )
+        self.preemptions = Counter(
+            "deltamux_preemptions_total",
+            "Times that a running request gave up its place, to be computed again later.",
+            registry=registry,
+        )
         self.step_seconds = Histogram(
             "deltamux_step_seconds",
             "Duration of one engine step: schedule, run, sample.",

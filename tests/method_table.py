@@ -178,7 +178,7 @@ _CPT = {
 
 # Methods without a reader (`adapters/formats/peft_refused.py`): `deltamux convert` probes them, or says why not.
 _WITHOUT_READER: Mapping[str, Callable[[Targets], PeftConfig]] = {
-    "adamss": _linear(AdamssConfig, r=4, num_subspaces=2),  # needs scikit-learn, which no test installs
+    "adamss": _linear(AdamssConfig, r=4, num_subspaces=2),
     "deft": _linear(DeftConfig),
     "fourierft": _linear(FourierFTConfig, n_frequency=50),
     "frod": _linear(FrodConfig),

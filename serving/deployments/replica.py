@@ -73,6 +73,7 @@ def _build(settings: Settings) -> LocalBackend:
     # here, not above: the driver imports this module to deploy the class and must stay free of torch
     from adapters.store import LocalBlobStore  # noqa: PLC0415
     from serving.engine.backend import LocalBackend  # noqa: PLC0415
+    from serving.memory.budget import auto_capacity  # noqa: PLC0415
     from serving.model.backbone import load_backbone  # noqa: PLC0415
 
     wanted = settings.backbone
@@ -83,4 +84,7 @@ def _build(settings: Settings) -> LocalBackend:
         dtype=wanted.dtype,
         kernels=settings.engine.kernels,
     )
-    return LocalBackend(backbone, LocalBlobStore(settings.store.path), settings.engine, flush_s=FLUSH_S)
+    engine = settings.engine
+    if engine.memory_bytes is None and backbone.device.type == "cpu":
+        engine = engine.model_copy(update={"memory_bytes": auto_capacity() // settings.replicas})
+    return LocalBackend(backbone, LocalBlobStore(settings.store.path), engine, flush_s=FLUSH_S)

@@ -68,6 +68,7 @@ class Usage:
         prompt = sum(self.prompt_tokens.values())
         return {
             "prompt_tokens": prompt,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens.values())},
             "completion_tokens": self.completion_tokens,
             "total_tokens": prompt + self.completion_tokens,
         }

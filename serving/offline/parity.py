@@ -24,8 +24,8 @@ from adapters.normal_form import Delta, Rows
 from adapters.parity import MAX_PROBES, ParityProbe, ParityRecord
 from serving.core import Request, SamplingParams
 from serving.engine.runner import Runner
-from serving.engine.scheduler import ScheduledRow
-from serving.engine.scheduler import Sequence as EngineSequence
+from serving.engine.sequence import ScheduledRow
+from serving.engine.sequence import Sequence as EngineSequence
 from serving.model.backbone import Backbone, load_backbone
 from serving.model.placement import place
 from serving.offline.job import LOGITS, Job, Result

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from serving.core import Request, SamplingParams
 from serving.engine.runner import Runner
-from serving.engine.scheduler import ScheduledRow
-from serving.engine.scheduler import Sequence as EngineSequence
+from serving.engine.sequence import ScheduledRow
+from serving.engine.sequence import Sequence as EngineSequence
 from serving.model.programs import PlacedDelta
 
 

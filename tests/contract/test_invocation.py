@@ -18,8 +18,8 @@ from serving.config import Engine as EngineSettings
 from serving.core import Event, Request, SamplingParams, TokenEvent
 from serving.engine.engine import Engine
 from serving.engine.runner import Runner
-from serving.engine.scheduler import ScheduledRow, last_occurrence
-from serving.engine.scheduler import Sequence as EngineSequence
+from serving.engine.sequence import ScheduledRow, last_occurrence
+from serving.engine.sequence import Sequence as EngineSequence
 from serving.metrics import EngineMetrics
 from serving.model.backbone import Backbone, adopt_backbone
 from serving.model.merge import mergeable_modules

@@ -49,6 +49,11 @@ TORCH_FREE = (
     "serving/metrics.py",
     "serving/engine/scheduler.py",
     "serving/engine/kv_manager.py",
+    "serving/engine/prefix_cache.py",
+    "serving/engine/fair_queue.py",
+    "serving/engine/waiting.py",
+    "serving/engine/sequence.py",
+    "serving/memory/budget.py",
     "serving/memory/residency.py",
 )
 
