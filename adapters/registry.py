@@ -13,10 +13,12 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sqlalchemy import ColumnElement, Connection, and_, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
 
+from adapters import audit
 from adapters.blob_records import BlobRecords
 from adapters.errors import Conflict, InvalidRequest
+from adapters.migrations.access import grants
 from adapters.migrations.database import Database
 from adapters.migrations.queries import (
     ADAPTERS,
@@ -65,7 +67,8 @@ class Registry:
     """Versions and aliases of every tenant, in one database. Thread-safe; blocks, so call it off the event loop.
 
     Every method raises RegistryUnavailable where the database fails, after which nothing has changed, and
-    InvalidReference for names outside the grammar. `clock` gives Unix seconds.
+    InvalidReference for names outside the grammar. `clock` gives Unix seconds. Whatever changes something writes
+    its line of the audit log, naming `actor`, in the same transaction.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Registry:
         status: Status = "ready",
         alias: str | None = None,
         hold: str | None = None,
+        actor: str = audit.SYSTEM,
     ) -> VersionRecord:
         """Make `digest` the next version of `name`; a ready one becomes `latest` and, where given, `alias`.
 
@@ -118,6 +122,7 @@ class Registry:
                 known = VersionRecord(*found[1:])
                 if alias is not None:
                     self._point(tx, adapter_id, alias, _ready(known).version)
+                    self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=known.version)
                 return replace(known, republished=True)
             used = select(func.max(versions.c.version)).where(versions.c.adapter_id == adapter_id)
             record = VersionRecord(
@@ -140,6 +145,8 @@ class Registry:
                 self._point(tx, adapter_id, LATEST, record.version)
             if alias not in (None, LATEST):
                 self._point(tx, adapter_id, alias, _ready(record).version)
+            facts = {"digest": digest, "status": status, "alias": alias}
+            self._log(tx, actor, "version.publish", tenant, f"{name}@v{record.version}", **facts)
         return record
 
     def finish_validation(
@@ -150,6 +157,7 @@ class Registry:
         status: Literal["ready", "failed"],
         *,
         proof: Mapping[str, Any],
+        actor: str = audit.SYSTEM,
     ) -> VersionRecord:
         """End the validation of a version published as `validating`, with its final proof.
 
@@ -166,6 +174,7 @@ class Registry:
             row = and_(versions.c.adapter_id == adapter_id, versions.c.version == version)
             tx.execute(update(versions).where(row).values(status=status, proof=dict(proof)))
             self._advance_latest(tx, adapter_id, version, status)
+            self._log(tx, actor, "version.validate", tenant, f"{name}@v{version}", status=status)
         return replace(record, status=status, proof=dict(proof))
 
     def resolve(self, reference: ModelReference, *, default_tenant: str = DEFAULT_TENANT) -> VersionRecord:
@@ -230,7 +239,14 @@ class Registry:
         return tuple(VersionRecord(*row[1:]) for row in rows)
 
     def set_alias(
-        self, tenant: str, name: str, alias: str, version: int, *, expected_revision: int | None
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        version: int,
+        *,
+        expected_revision: int | None,
+        actor: str = audit.SYSTEM,
     ) -> AliasRecord:
         """Point `alias` at a ready version.
 
@@ -250,9 +266,12 @@ class Registry:
                     remedy="Read the alias, decide again, and send its present revision (0: not set).",
                 )
             revision, updated_at = self._point(tx, adapter_id, alias, version)
+            self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=version, revision=revision)
         return AliasRecord(tenant, name, alias, version, revision, updated_at)
 
-    def delete_version(self, tenant: str, name: str, version: int) -> VersionRecord:
+    def delete_version(
+        self, tenant: str, name: str, version: int, *, actor: str = audit.SYSTEM
+    ) -> VersionRecord:
         """Delete one version and return it. `latest`, if it was that, falls back to the newest ready one left.
 
         Raises NotFound, and Conflict naming the aliases, other than `latest`, that point at the version.
@@ -275,9 +294,12 @@ class Registry:
                     versions.c.adapter_id == adapter_id, LIVE, versions.c.status == "ready"
                 )
                 self._point(tx, adapter_id, LATEST, tx.scalar(ready))
+            self._log(tx, actor, "version.delete", tenant, f"{name}@v{version}", digest=record.digest)
         return record
 
-    def undelete_version(self, tenant: str, name: str, version: int) -> VersionRecord:
+    def undelete_version(
+        self, tenant: str, name: str, version: int, *, actor: str = audit.SYSTEM
+    ) -> VersionRecord:
         """Undo the deletion of one version; a ready one becomes `latest` unless that is newer. Returns it.
 
         Raises NotFound where no such version was deleted, Conflict where another live one has the same content,
@@ -302,10 +324,13 @@ class Registry:
             row = and_(versions.c.adapter_id == gone.id, versions.c.version == version)
             tx.execute(update(versions).where(row).values(deleted_at=None))
             self._advance_latest(tx, gone.id, version, gone.status)
+            self._log(tx, actor, "version.undelete", tenant, f"{name}@v{version}", digest=gone.digest)
             return require_version(tx, tenant, name, version)[1]
 
-    def delete_adapter(self, tenant: str, name: str) -> tuple[VersionRecord, ...]:
-        """Delete every version and alias of `name`; returns the versions, newest first. Raises NotFound."""
+    def delete_adapter(
+        self, tenant: str, name: str, *, actor: str = audit.SYSTEM
+    ) -> tuple[VersionRecord, ...]:
+        """Delete every version, alias and grant of `name`; returns the versions, newest first. Raises NotFound."""
         reference = ModelReference(tenant, name)
         query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == name)
         with self._database.write() as tx:
@@ -316,6 +341,9 @@ class Registry:
             self._delete(tx, versions.c.adapter_id == adapter_id)
             for alias in tx.execute(ALIASES.where(adapters.c.id == adapter_id)).all():
                 self._point(tx, adapter_id, alias.alias, None)
+            # the name may be used again, for something that was never meant to be shared
+            tx.execute(delete(grants).where(grants.c.owner == tenant, grants.c.adapter == name))
+            self._log(tx, actor, "adapter.delete", tenant, name, versions=[row.version for row in rows])
         return tuple(VersionRecord(*row[1:]) for row in rows)
 
     def live_digests(self) -> frozenset[str]:
@@ -356,6 +384,12 @@ class Registry:
         latest = find_alias(tx, adapter_id, LATEST)
         if status == "ready" and (latest is None or latest.version < version):
             self._point(tx, adapter_id, LATEST, version)
+
+    def _log(
+        self, tx: Connection, actor: str, action: str, tenant: str, subject: str, **details: object
+    ) -> None:
+        entry = audit.Entry(self._clock(), actor, action, tenant, subject, details)
+        audit.append(tx, entry)
 
     def _delete(self, tx: Connection, *which: ColumnElement[bool]) -> None:
         tx.execute(update(versions).where(*which, LIVE).values(deleted_at=self._clock()))

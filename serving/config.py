@@ -23,6 +23,8 @@ from pydantic_settings import (
 
 ENV_PREFIX = "DELTAMUX_"
 ENV_DELIMITER = "__"
+CLIENT_VARIABLES = frozenset({"DELTAMUX_API_KEY"})
+"""Variables with our prefix that are not settings: the commands that talk to a server read them."""
 
 MIB = 1 << 20
 
@@ -50,20 +52,16 @@ class Server(_Group):
     """Where the HTTP server listens."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. An address other than loopback is refused unless `insecure` is set."""
+    """Address to listen on. Without keys, one other than loopback is refused unless `insecure` is set."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     insecure: bool = False
-    """Listen beyond loopback although no keys are configured: whoever reaches the port may do everything."""
+    """Listen beyond loopback although there are no keys: whoever reaches the port may do everything."""
 
-    @model_validator(mode="after")
-    def _loopback_unless_insecure(self) -> Server:
-        if not (self.insecure or _is_loopback(self.host)):
-            raise ValueError(
-                f"host: got {self.host!r}, expected a loopback address, since no keys are configured. "
-                "Listen on 127.0.0.1, or set insecure (--insecure) if all who reach the port may use it."
-            )
-        return self
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches `host`."""
+        return _is_loopback(self.host)
 
 
 class Backbone(_Group):
@@ -136,6 +134,13 @@ class Database(_Group):
     """SQLAlchemy URL of the registry, SQLite or PostgreSQL. Kept out of logs, since it can hold a password."""
 
 
+class Auth(_Group):
+    """How keys are checked. Keys themselves are in the database; see `deltamux keys`."""
+
+    secret_file: Path = Path("deltamux-data/secret")
+    """File of the secret that keys are hashed with; made if missing. All gateways of one database need the same."""
+
+
 class Limits(_Group):
     """Bounds on what one caller can ask for."""
 
@@ -151,6 +156,10 @@ class Limits(_Group):
     """Most choices of one request: its prompts times `n`."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Longest duration of one request, from its first byte to its last."""
+    max_wait_s: float | None = Field(default=None, gt=0)
+    """Longest wait for a request's first token, in the queue and in prefill; then it is ended and answered 429."""
+    rates_counted_in: Literal["process", "database"] = "process"
+    """Where tenants' rates are counted. `process`: G gateways let up to G times a limit through. `database`: exact."""
     max_heartbeat_age_s: float = Field(default=30.0, gt=0)
     """Age of the engine's last turn beyond which `/health/ready` answers 503."""
 
@@ -168,6 +177,8 @@ class Settings(_Group):
     """Where the deltas' bytes are."""
     database: Database = Database()
     """Where the deltas' names, versions and aliases are."""
+    auth: Auth = Auth()
+    """How keys are checked."""
     limits: Limits = Limits()
     """Bounds on what one caller can ask for."""
     replicas: int = Field(default=1, ge=1, le=1024)
@@ -234,7 +245,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     """Refuse a misspelt variable: pydantic-settings would ignore it without a word."""
     groups = {name.upper() for name in Settings.model_fields}
-    given = [name for name in environ if name.upper().startswith(ENV_PREFIX)]
+    given = [n for n in environ if n.upper().startswith(ENV_PREFIX) and n.upper() not in CLIENT_VARIABLES]
     wrong = [n for n in given if n.upper().removeprefix(ENV_PREFIX).partition(ENV_DELIMITER)[0] not in groups]
     if wrong:
         expected = ", ".join(sorted(ENV_PREFIX + group for group in groups))

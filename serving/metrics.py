@@ -65,6 +65,18 @@ class GatewayMetrics:
             registry=registry,
         )
         self.uploads_open = Gauge("deltamux_uploads_open", "Delta uploads in progress.", registry=registry)
+        self.usage_requests = Counter(
+            "deltamux_usage_requests_total",
+            "Requests closed in the ledger, by outcome (completed, cancelled, failed).",
+            ("outcome",),
+            registry=registry,
+        )
+        self.usage_tokens = Counter(
+            "deltamux_usage_tokens_total",
+            "Tokens of the requests closed in the ledger: prompt, cached (part of prompt) and completion.",
+            ("kind",),
+            registry=registry,
+        )
         self.scrape_failures = Counter(
             "deltamux_scrape_failures_total",
             "Reads of /metrics that lack the replicas' part, since no replica answered.",
@@ -80,6 +92,12 @@ class GatewayMetrics:
             "Collections that the database or the store has broken off.",
             registry=registry,
         )
+
+    def count_usage(self, outcome: str, tokens: Mapping[str, int]) -> None:
+        """Count one request that the ledger has closed."""
+        self.usage_requests.labels(outcome=outcome).inc()
+        for kind, number in tokens.items():
+            self.usage_tokens.labels(kind=kind).inc(number)
 
 
 class EngineMetrics:

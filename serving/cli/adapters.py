@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +9,7 @@ from rich.markup import escape
 
 from adapters.errors import NotFound
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
-from serving.cli.console import out, table
+from serving.cli.console import out, table, when
 from serving.cli.gc import gc
 from serving.cli.push import show_version
 
@@ -33,7 +32,7 @@ def list_adapters(*, server: ServerOption = DEFAULT_SERVER) -> None:
                 escape(str(latest.get("method", "-"))),
                 str(latest.get("size_bytes", "-")),
                 escape(_aliases(adapter)),
-                _when(adapter["created"]),
+                when(adapter["created"]),
             )
     out.print(shown)
 
@@ -47,7 +46,7 @@ def show(name: NameArgument, *, server: ServerOption = DEFAULT_SERVER) -> None:
     shown = table(None, "version", "digest", "status", "method", "bytes", "created")
     for version in versions:
         values = (version["digest"], version["status"], version["method"], str(version["size_bytes"]))
-        shown.add_row(f"v{version['version']}", *map(escape, values), _when(version["created"]))
+        shown.add_row(f"v{version['version']}", *map(escape, values), when(version["created"]))
     out.print(shown)
     out.print(f"aliases: {escape(_aliases(adapter))}")
     if adapter["latest"]:
@@ -142,7 +141,3 @@ def _alias(adapter: JsonObject, alias: str) -> dict[str, Any] | None:
 
 def _aliases(adapter: JsonObject) -> str:
     return ", ".join(f"{found['alias']} -> v{found['version']}" for found in adapter["aliases"]) or "-"
-
-
-def _when(created: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(created))

@@ -133,7 +133,7 @@ def verdict(listener: Listener, url: str) -> str:
     if listener.port == httpx.URL(url).port:
         if listener.is_loopback:
             return "[green]as meant[/]: HTTP, loopback only"
-        return "[yellow]open[/]: HTTP, as --insecure allows"
+        return "[yellow]open[/]: HTTP; callers need a key, unless --insecure is all that allows it"
     if listener.is_loopback:
         return "[green]closed[/]: loopback only"
     return "[yellow]guarded[/]: answers Ray's token only"

@@ -71,11 +71,6 @@ def run(flags: Mapping[str, Any], config: Path | None) -> None:
     from serving.deployments import app  # noqa: PLC0415  (heavy)
 
     settings = load(flags, config)
-    if settings.server.insecure:
-        err.print(
-            f"[bold yellow]insecure:[/] no keys are configured; whoever reaches {settings.server.host} "
-            f"port {settings.server.port} may use, change and delete everything."
-        )
     with ExitStack() as stack:
         with stages("starting") as report:
             server = stack.enter_context(app.running(settings, report))
@@ -84,8 +79,15 @@ def run(flags: Mapping[str, Any], config: Path | None) -> None:
         )
         model = f"model [bold]{escape(settings.backbone.served_name)}[/]"
         out.print(f"{model}, metrics at {server.url}/metrics, logs in {server.logs}")
-        if not settings.server.insecure:
+        if server.has_keys:
+            out.print("callers need a key: see `deltamux keys`")
+        elif settings.server.is_loopback:
             out.print("single tenant, no keys, on loopback only: every process of this machine may use it")
+        else:
+            err.print(
+                f"[bold yellow]insecure:[/] there are no keys; whoever reaches {server.url} "
+                "may use, change and delete everything."
+            )
         until_stopped(app.wait)
 
 

@@ -12,6 +12,7 @@ from ray import serve
 from adapters.errors import ErrorInfo, Unavailable
 from serving.config import Settings
 from serving.core import AdmissionProof, BackboneInfo, Event, GenerateCall, MetricFamily
+from serving.deployments.logs import write_to_serves_file
 
 if TYPE_CHECKING:
     from serving.engine.backend import LocalBackend
@@ -29,6 +30,7 @@ class BackboneReplica:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         """Load the backbone and start the engine. Raises BackboneRefused, StoreError."""
+        write_to_serves_file()
         self._max_heartbeat_age_s = settings.limits.max_heartbeat_age_s
         self._labels = {"replica": str(serve.get_replica_context().rank.rank)}
         self._backend = await asyncio.to_thread(_build, settings)

@@ -16,6 +16,7 @@ from adapters.errors import (
     Conflict,
     DeltamuxError,
     ErrorInfo,
+    Forbidden,
     Overloaded,
     Unavailable,
     from_info,
@@ -27,7 +28,9 @@ from adapters.registry import VersionRecord
 from serving.core import AdmissionProof
 from serving.http.errors import reply_to
 from serving.http.multipart import Parts, receive_parts
-from serving.http.services import Services, in_thread
+from serving.http.services import Services
+from serving.http.threads import in_thread
+from serving.tenancy.principal import Principal
 
 log = logging.getLogger("deltamux.http")
 
@@ -45,28 +48,30 @@ class Uploads:
         self._num_receiving = 0
         self._publishing: set[asyncio.Task[VersionRecord]] = set()
 
-    async def accept(self, request: Request, name: str) -> VersionRecord:
-        """Publish the delta in the body of `request` as the next version of `name`.
+    async def accept(self, request: Request, caller: Principal, name: str) -> VersionRecord:
+        """Publish the delta in the body of `request` as the caller's next version of `name`.
 
-        Raises InvalidRequest, InvalidDelta, Conflict, Overloaded, Unavailable, or HTTPException for the body, after
-        which nothing of it is left.
+        Raises Forbidden, InvalidRequest, InvalidDelta, Conflict, Overloaded, Unavailable, or HTTPException for the
+        body, after which nothing of it is left.
         """
         try:
-            parts = await self._receive(request, name)
+            parts = await self._receive(request, caller, name)
         except Exception as error:
             self._count(error)
             raise
         # A task of its own, which the end of the request leaves alone: cancelling the wait for a thread does not
         # stop the thread, and bytes must not be deleted under a row that is just being committed.
-        task = asyncio.create_task(self._publish(name, parts))
+        task = asyncio.create_task(self._publish(caller, name, parts))
         self._publishing.add(task)
         task.add_done_callback(self._published)
         self._show_open()
         return await asyncio.shield(task)
 
-    async def _receive(self, request: Request, name: str) -> Parts:
+    async def _receive(self, request: Request, caller: Principal, name: str) -> Parts:
         limits = self._services.settings.limits
         check_name(name)
+        if not caller.reaches(caller.tenant, name):
+            raise Forbidden(f"This API key may not publish {name!r}.", param="name")
         if name == (await self._services.backbone()).name:
             raise Conflict(
                 f"name: {name!r} is the backbone's own name.", param="name", remedy="Choose another."
@@ -108,7 +113,7 @@ class Uploads:
                 outcome = reply_to(error).code
         self._services.metrics.uploads.labels(outcome=outcome).inc()
 
-    async def _publish(self, name: str, parts: Parts) -> VersionRecord:
+    async def _publish(self, caller: Principal, name: str, parts: Parts) -> VersionRecord:
         services = self._services
         info = await services.backbone()
         delta, canonical = await in_thread(_read, parts, info.spec_json)
@@ -119,7 +124,7 @@ class Uploads:
             try:
                 await in_thread(services.store.put, digest, canonical.manifest, canonical.tensors)
                 proof = await self._admit(digest)
-                return await self._record(name, delta, canonical, proof, parts, hold)
+                return await self._record(caller, name, delta, canonical, proof, parts, hold)
             except Exception:
                 await self._discard(digest, hold)
                 raise
@@ -131,13 +136,20 @@ class Uploads:
         return proof
 
     async def _record(
-        self, name: str, delta: Delta, canonical: Canonical, proof: AdmissionProof, parts: Parts, hold: str
+        self,
+        caller: Principal,
+        name: str,
+        delta: Delta,
+        canonical: Canonical,
+        proof: AdmissionProof,
+        parts: Parts,
+        hold: str,
     ) -> VersionRecord:
         """Version and alias in one transaction."""
         services = self._services
         return await in_thread(
             services.registry.publish,
-            services.tenant,
+            caller.tenant,
             name,
             canonical.digest,
             method=delta.method,
@@ -148,6 +160,7 @@ class Uploads:
             proof=asdict(proof) | ({"parity": parts.parity.model_dump()} if parts.parity else {}),
             alias=parts.alias,
             hold=hold,
+            actor=caller.actor,
         )
 
     async def _discard(self, digest: str, hold: str) -> None:

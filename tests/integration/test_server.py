@@ -242,6 +242,9 @@ def test_a_replicas_death_ends_its_streams_with_an_error_and_no_others(server: S
     assert {"length", "unavailable after the first token"} <= ends
     # a call that met only dying replicas, retries included, is refused in time to be sent again
     assert ends <= {"length", "unavailable after the first token", "unavailable at once"}
+    logs = Path(re.search(r"logs in (\S+)", server.output)[1])  # type: ignore[index]
+    written = "".join(file.read_text() for file in (logs / "serve").glob("replica_deltamux_gateway_*"))
+    assert "a call to the backbone failed" in written
 
 
 # -- the end ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ ALLOWED = {
         "adapters", "serving.core", "serving.config", "serving.metrics", "serving.kernels", "serving.memory",
         "serving.model", "serving.engine",
     },
-    "serving.http": {"adapters", "serving.core", "serving.config", "serving.metrics", "serving.http"},
+    "serving.tenancy": {"adapters", "serving.core", "serving.config", "serving.metrics", "serving.tenancy"},
+    "serving.http": {
+        "adapters", "serving.core", "serving.config", "serving.metrics", "serving.tenancy", "serving.http",
+    },
     "serving.offline": {
         "adapters", "serving.core", "serving.kernels", "serving.model", "serving.engine", "serving.offline",
     },
@@ -34,6 +37,7 @@ FORBIDDEN_LIBRARIES = {
     "adapters": {"ray", "fastapi", "transformers", "peft"},
     "serving.engine": {"ray", "fastapi"},
     "serving.model": {"ray", "fastapi", "peft"},
+    "serving.tenancy": {"ray", "torch", "transformers", "fastapi", "starlette"},
     "serving.http": {"ray", "torch", "transformers"},
     "serving.offline": {"ray", "fastapi"},
     "serving.cli": {"ray", "peft"},

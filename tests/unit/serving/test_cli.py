@@ -28,7 +28,7 @@ from serving.deployments.app import running
 from serving.deployments.ports import reserved_port
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
-COMMANDS = ("serve", "push", "adapters", "demo", "doctor")
+COMMANDS = ("serve", "push", "adapters", "tenants", "keys", "usage", "audit", "demo", "doctor")
 
 
 def run(*arguments: str) -> Any:
@@ -61,7 +61,10 @@ def test_the_command_starts_without_torch_ray_and_server_code() -> None:
         (("demo", "--data", "/no/such/place"), "checkout"),
     ],
 )
-def test_refusals_say_what_and_remedy_without_a_traceback(arguments: tuple[str, ...], says: str) -> None:
+def test_refusals_say_what_and_remedy_without_a_traceback(
+    arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert result.exit_code == 1
     assert "error:" in result.output
