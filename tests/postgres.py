@@ -78,15 +78,18 @@ class PostgresServer:
         return self.url(name)
 
     def clear(self, database: str) -> str:
-        """Empty every table of this release and end whoever still holds one; the database's URL."""
+        """Leave only the rows that migrations put there, and end whoever holds one; the URL of the database."""
         tables = (
-            "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
+            "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+            " AND tablename NOT IN ('alembic_version', 'tenants', 'audit_head')"
         )
         others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> %s"
         with psycopg.connect(self.url(database), autocommit=True) as connection:
             connection.execute(others, [database, connection.info.backend_pid])
             names = ", ".join(f'"{name}"' for (name,) in connection.execute(tables))
             connection.execute(f"TRUNCATE {names} RESTART IDENTITY")
+            connection.execute("DELETE FROM tenants WHERE name <> 'default'")
+            connection.execute("UPDATE audit_head SET seq = 0, hash = repeat('0', 64)")
         return self.url(database)
 
     def wait(self, process: subprocess.Popen[bytes], log: Path) -> None:
