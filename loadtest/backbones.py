@@ -15,8 +15,8 @@ from loadtest.workload import VOCAB_SIZE
 from serving.model.backbone import Backbone, adopt_backbone
 
 SIZES: Mapping[str, Mapping[str, int]] = {
-    "1m": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-           "num_key_value_heads": 2, "vocab_size": 512},
+    "2m": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "num_key_value_heads": 2},
     "60m": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8, "num_attention_heads": 10,
             "num_key_value_heads": 5},
     "160m": {"hidden_size": 896, "intermediate_size": 2432, "num_hidden_layers": 16, "num_attention_heads": 14,
@@ -27,10 +27,11 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def random_llama(size: str, dtype: torch.dtype) -> Any:
-    """A seeded Llama of about `size` parameters with 16,000 tokens of vocabulary (`1m`, for trying out: 512)."""
+    """A seeded Llama of about `size` parameters with 16,000 tokens of vocabulary."""
     torch.manual_seed(0)
-    shape = {"vocab_size": VOCAB_SIZE, **SIZES[size]}
-    config = LlamaConfig(max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, **shape)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, **SIZES[size]
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 

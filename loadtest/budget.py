@@ -62,9 +62,8 @@ def _decode(args: argparse.Namespace) -> list[Record]:
     """Equal lengths: the same steps on both sides. Ragged: a static batch waits for its longest request."""
     backbone = random_backbone(args.size, args.dtype)
     stock = random_llama(args.size, getattr(torch, args.dtype))
-    vocab = backbone.spec.vocab_size
-    equal = random_prompts(args.rows, vocab, shortest=PROMPT_TOKENS, longest=PROMPT_TOKENS)
-    ragged = random_prompts(args.rows, vocab, shortest=PROMPT_TOKENS // 2, longest=2 * PROMPT_TOKENS)
+    equal = random_prompts(args.rows, shortest=PROMPT_TOKENS, longest=PROMPT_TOKENS)
+    ragged = random_prompts(args.rows, shortest=PROMPT_TOKENS // 2, longest=2 * PROMPT_TOKENS)
     draw = random.Random(3)  # noqa: S311
     outputs = [draw.randint(args.steps // 4, 7 * args.steps // 4) for _ in ragged]
     bare = [None] * args.rows
@@ -121,7 +120,7 @@ def _against_bare(
     machine = measure_machine()
     num_bytes = sum(placed_bytes(delta, backbone) for delta in deltas.values())
     floor_s = machine.floor_s(num_bytes, 2 * num_bytes / 4)  # one multiply-add a weight and token
-    prompts = random_prompts(args.rows, backbone.spec.vocab_size)
+    prompts = random_prompts(args.rows)
     settings = {"max_num_seqs": args.rows, "adapter_memory_bytes": 4 * num_bytes + (64 << 20)}
     with InProcess(backbone, deltas.__getitem__, **settings) as bench:
         bench.generate(prompts, list(deltas), 1)  # loads
@@ -156,7 +155,7 @@ def _loaded(args: argparse.Namespace) -> list[Record]:
     """Two engines over one backbone: one without deltas, one that has run one of each and keeps them."""
     backbone = random_backbone(args.size, args.dtype)
     deltas = mixed_deltas(backbone.spec, args.rows)
-    prompts = random_prompts(args.rows, backbone.spec.vocab_size)
+    prompts = random_prompts(args.rows)
     room = 4 * sum(placed_bytes(delta, backbone) for delta in deltas.values()) + (64 << 20)
     bare = [None] * args.rows
     with (
@@ -184,8 +183,8 @@ def _cold(args: argparse.Namespace) -> list[Record]:
     backbone = random_backbone(args.size, args.dtype)
     deltas = {f"lora-{i}": random_lora(backbone.spec, 16, i + 1) for i in range(2)}
     room = int(1.5 * placed_bytes(deltas["lora-0"], backbone))
-    prompts = random_prompts(args.rows, backbone.spec.vocab_size)
-    extra = random_prompts(1, backbone.spec.vocab_size, shortest=32, longest=32, seed=8)[0]
+    prompts = random_prompts(args.rows)
+    extra = random_prompts(1, shortest=32, longest=32, seed=8)[0]
     with InProcess(backbone, deltas.__getitem__, max_num_seqs=args.rows, adapter_memory_bytes=room) as bench:
         for digest in deltas:  # into host memory
             bench.finish([bench.submit(extra, digest, 1)])

@@ -74,7 +74,7 @@ def _table(args: argparse.Namespace) -> list[Record]:
         backbone, deltas.__getitem__, max_num_seqs=max(args.concurrency), adapter_memory_bytes=room
     ) as bench:
         if most:
-            bench.generate(random_prompts(most, backbone.spec.vocab_size), list(deltas), 1)  # loads
+            bench.generate(random_prompts(most), list(deltas), 1)  # loads
         for rows in args.concurrency:
             for num_deltas in args.deltas:
                 label = f"{rows} in flight, {num_deltas} deltas"
@@ -86,7 +86,7 @@ def _point(
     bench: InProcess, library: Any, rows: int, num_deltas: int, args: argparse.Namespace
 ) -> dict[str, Spread]:
     """Both sides with deltas and, in the same rounds, bare."""
-    prompts = random_prompts(rows, bench.engine.backbone.spec.vocab_size)
+    prompts = random_prompts(rows)
     bare: list[str | None] = [None] * rows
     turns = {"ours": count(), "PEFT": count()}
 

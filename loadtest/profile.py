@@ -119,7 +119,7 @@ def profile_records(
     deltas = {
         f"lora-{i}": random_lora(backbone.spec, RANKS[i % len(RANKS)], i + 1) for i in range(num_deltas)
     }
-    prompts = random_prompts(rows, backbone.spec.vocab_size)
+    prompts = random_prompts(rows)
     digests = list(deltas)
     records: list[Record] = []
     with InProcess(backbone, deltas.__getitem__, max_num_seqs=rows, adapter_memory_bytes=8 << 30) as bench:

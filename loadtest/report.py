@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+T = TypeVar("T")
 
 MIN_ROUNDS = 5
 """A published figure is the median of at least so many rounds; fewer are for trying a command out."""
@@ -66,14 +68,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[max(0, -(-len(ordered) * int(percent * 10) // 1000) - 1)]
 
 
-def alternate(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(cases: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """What each case returns, round by round, after one unmeasured round.
 
     Each round runs all cases in turn, so that ratios compare neighbours in time.
     """
     for run in cases.values():
         run()
-    found: dict[str, list[float]] = {case: [] for case in cases}
+    found: dict[str, list[T]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case, run in cases.items():
             found[case].append(run())

@@ -21,13 +21,11 @@ class Arrival:
     output_tokens: int
 
 
-def random_prompts(
-    count: int, vocab_size: int = VOCAB_SIZE, *, shortest: int = 16, longest: int = 128, seed: int = 7
-) -> list[list[int]]:
+def random_prompts(count: int, *, shortest: int = 16, longest: int = 128, seed: int = 7) -> list[list[int]]:
     """`count` prompts of `shortest` to `longest` tokens."""
     draw = random.Random(seed)  # noqa: S311 - a workload, not a secret
     return [
-        [draw.randrange(3, vocab_size) for _ in range(draw.randint(shortest, longest))] for _ in range(count)
+        [draw.randrange(3, VOCAB_SIZE) for _ in range(draw.randint(shortest, longest))] for _ in range(count)
     ]
 
 

@@ -13,7 +13,7 @@ import torch
 from loadtest.__main__ import main
 
 QUICK = ("--rounds", "1", "--threads", "1")
-TINY = ("--size", "1m", "--rows", "4", "--steps", "2")
+TINY = ("--size", "2m", "--rows", "4", "--steps", "2")
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +46,11 @@ def values_of(result: dict[str, Any], index: int = 0) -> set[str]:
     ("name", "figures"),
     [
         ("decode", {"ours ms", "generate ms", "speedup"}),
-        ("lora", {"bare ms", "deltas ms", "ratio", "added ms", "added / floor"}),
+        pytest.param(
+            "lora", {"bare ms", "deltas ms", "ratio", "added ms", "added / floor"}, marks=pytest.mark.slow
+        ),
         ("mixed", {"bare ms", "deltas ms", "ratio", "added ms", "added / floor"}),
-        ("loaded", {"none loaded ms", "loaded ms", "ratio"}),
+        pytest.param("loaded", {"none loaded ms", "loaded ms", "ratio"}, marks=pytest.mark.slow),
         ("cold", {"warm TTFT ms", "cold TTFT ms", "added ms", "decode step ms", "added / step"}),
     ],
 )
@@ -98,10 +100,46 @@ def test_kernels_cover_shapes_crossover_and_attention(tmp_path: Path) -> None:
 
 def test_engine_and_peft_run_every_point(tmp_path: Path) -> None:
     result = result_of(
-        tmp_path, "engine", "--size", "1m", "--concurrency", "1", "4", "--deltas", "0", "3", "--output-tokens", "2",
+        tmp_path, "engine", "--size", "2m", "--concurrency", "1", "4", "--deltas", "0", "3", "--output-tokens", "2",
     )  # fmt: skip
     assert [r["label"] for r in result["records"]] == [
         f"{rows} in flight, {deltas} deltas" for rows in (1, 4) for deltas in (0, 3)
     ]
     assert values_of(result, 0) == {"ours bare tok/s", "PEFT bare tok/s", "ours/PEFT bare"}
     assert values_of(result, 3) >= {"ours/PEFT", "deltas/bare ours", "deltas/bare PEFT"}
+
+
+@pytest.mark.parametrize("part", ["zipf", "starvation", pytest.param("slora", marks=pytest.mark.slow)])
+def test_residency_runs_more_deltas_than_there_is_room_for(tmp_path: Path, part: str) -> None:
+    result = result_of(
+        tmp_path, "residency", part, "--size", "2m", "--registered", "8", "--room", "3", "--requests", "12",
+        "--output-tokens", "2", "--in-flight", "3", "--alphas", "1", "--cvs", "4",
+    )  # fmt: skip
+    values = result["records"][0]["values"]
+    if part == "starvation":
+        assert set(values) == {"latency p50 s", "latency p90 s", "p90/p50", "TTFT p99 s", "loads"}
+        assert values["loads"]["median"] >= 1
+    else:
+        assert values.keys() >= {"throughput ratio", "TTFT p99 ratio", "hit rate"}
+        assert values["hit rate"]["median"] < 1
+    assert result["records"][0]["facts"]
+
+
+def test_prefill_runs_alone_and_beside_decoding_rows(tmp_path: Path) -> None:
+    result = result_of(
+        tmp_path, "prefill", "--size", "2m", "--chunks", "2", "32", "--prompts", "2", "--prompt-tokens", "24",
+        "--decoding", "2",
+    )  # fmt: skip
+    assert [record["label"] for record in result["records"]] == [
+        "chunk 2, alone", "chunk 32, alone", "chunk 32, beside 2 decoding rows",
+    ]  # fmt: skip
+    assert values_of(result, 2) == {"bare tok/s", "step p50 ms", "longest step ms"}
+
+
+def test_scale_registers_and_resolves(tmp_path: Path) -> None:
+    result = result_of(
+        tmp_path, "scale", "--size", "2m", "--registered", "1", "12", "--lookups", "10", "--rows", "2",
+        "--output-tokens", "2",
+    )  # fmt: skip
+    assert [record["label"] for record in result["records"]] == ["1 registered", "12 registered"]
+    assert values_of(result) == {"resolve p99 ms", "list p99 ms", "tok/s"}
