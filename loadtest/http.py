@@ -6,8 +6,9 @@ Give --model once for each case, with one name or several that the requests take
 
 Greedy, fixed output length (`ignore_eos`), the same seeded prompts of 16 to 128 token ids for every server; --text for
 servers that take no ids. Every round runs all cases at one concurrency in turn; ratios are against the first case. A
-gap is the time between two pieces of a stream, which hold one token or more. The number of tokens is what the server's usage object says, or the pieces that came where it says nothing; a reply of
-another length than asked for is an error. --extra adds fields to every request, as JSON.
+gap is the time between two pieces of a stream, which hold one token or more. The number of tokens is what the server's
+usage object says, or the pieces that came where it says nothing; a reply of another length than asked for is an error.
+--extra adds fields to every request, as JSON.
 
 Duration: rounds + 1 times the sum, over concurrencies and cases, of one batch of requests.
 """
