@@ -51,7 +51,11 @@ class Outcome:
 
 
 class InProcess:
-    """An engine and the requests that run in it. `load` gives the delta of a digest, as a store would."""
+    """An engine and the requests that run in it. `load` gives the delta of a digest, as a store would.
+
+    `delta_bytes` bounds the deltas that stay on the device without a request, which the engine's one budget does not:
+    there they may take what keys and values leave free at the moment.
+    """
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class InProcess:
         chosen = {"max_queue": 100_000, "prefix_cache": "off", **settings}  # rounds repeat their prompts
         if delta_bytes is not None:
             chosen["memory_bytes"] = delta_bytes + _slot_bytes(backbone) * int(settings["max_num_seqs"])
+        self._delta_bytes = delta_bytes
         self.settings = EngineSettings(**chosen)
         self.engine = Engine(
             backbone,
@@ -115,6 +120,13 @@ class InProcess:
     def step(self) -> bool:
         """One step of the engine and its events; False when there was nothing to run."""
         ran = self.engine.step()
+        residency = self.engine.deltas.residency
+        while (
+            self._delta_bytes is not None
+            and residency.used_bytes > self._delta_bytes
+            and residency.idle_bytes
+        ):
+            residency.drop()
         now = time.perf_counter()
         for request_id, event in self._events:
             if isinstance(event, TokenEvent):
