@@ -1,11 +1,11 @@
-"""The fidelity matrix: method x family x {alone, mixed} x {prefill, decode, chunked} x {fp32, bf16}, measured.
+"""The fidelity matrix: method x family x {alone, mixed, shuffled} x {prefill, decode, chunked} x {fp32, bf16}.
 
     python -m tests.fidelity --report [--json FILE] [--family NAME ...] [--method SUBSTRING ...] [--dtype fp32 bf16]
 
 A cell is the largest error of its rows over the limit (1.0 is the tolerance; `contract/exactness.py`), or the reason
 why it can't exist in PEFT's words or our reader's. Methods without a reader go through the probe of `deltamux convert`.
-All methods of a family share one shuffled batch, bare rows among them. Exit status 1 where a cell is outside its
-tolerance, or failed otherwise.
+All methods of a family share one batch, bare rows among them, in the order of the table and shuffled. Exit status 1
+where a cell is outside its tolerance, or failed otherwise.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ from tests.method_table import METHODS
 
 Status = Literal["inside", "outside", "impossible", "failed"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-COLUMNS = tuple((batch, phase) for batch in ("alone", "mixed") for phase in ("prefill", "decode", "chunked"))
+BATCHES = ("alone", "mixed", "shuffled")
+COLUMNS = tuple((batch, phase) for batch in BATCHES for phase in ("prefill", "decode", "chunked"))
 CHUNKS = {"whole": 1 << 30, "chunked": 4}
 BF16_EXPERTS = "rounded, a mixture of experts is not one function: a token near a tie goes to another expert"
 
@@ -160,10 +161,10 @@ def measured_columns(
     runner: Runner, methods: list[Method], targets: dict[str, Expected]
 ) -> Iterator[tuple[str, str, str, float]]:
     """(method, batch, phase, relative error) of every method that has a target."""
-    for batch in ("alone", "mixed"):
+    for batch in BATCHES:
         for size, chunk in CHUNKS.items():
             rows = [mine for mine in rows_for(methods, chunk) if mine[0].name in targets]
-            order = shuffled(rows)
+            order = shuffled(rows) if batch == "shuffled" else [row for mine in rows for row in mine]
             for group in [[row] for row in order] if batch == "alone" else [order]:
                 run(runner, group)
             for mine in rows:
