@@ -13,10 +13,11 @@ IEEE precision. Whoever imports this module imports triton.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
+
+FLOATS = tl.constexpr(tl.pointer_type(tl.float32))
+WORDS = tl.constexpr(tl.pointer_type(tl.int64))
 
 CHUNK = tl.constexpr(16)
 """Tokens of a program."""
@@ -34,24 +35,21 @@ A_BIAS = tl.constexpr(5)
 B_BIAS = tl.constexpr(6)
 SIZE = tl.constexpr(7)  # ranks in this tile; columns of a block
 WIDTH = tl.constexpr(8)  # columns of A
-SOURCE = tl.constexpr(9)  # module whose captured input is read, -1: the module's own; blocks: 1 if all runs share one
+SOURCE = tl.constexpr(
+    9
+)  # module whose captured input is read, -1: the module's own; blocks: 1 if all runs share one
 ACTIVATION = tl.constexpr(10)
 SCALING = tl.constexpr(11)  # the bits of an fp32
 
 
 @triton.jit
-def _floats(address: Any) -> Any:
-    return address.to(tl.pointer_type(tl.float32))
-
-
-@triton.jit
-def _sigmoid(x: Any) -> Any:
+def _sigmoid(x):
     shrunk = tl.exp(-tl.abs(x))  # never overflows
     return tl.where(x < 0, shrunk, 1.0) / (1.0 + shrunk)
 
 
 @triton.jit
-def _activate(x: Any, code: Any) -> Any:
+def _activate(x, code):
     """Codes: ACTIVATION_CODES of triton_rows."""
     if code == 1:
         x = tl.maximum(x, 0.0)
@@ -71,7 +69,7 @@ def _activate(x: Any, code: Any) -> Any:
 
 
 @triton.jit
-def _apply_affine(y: Any, table: Any, step: Any, columns: Any) -> Any:
+def _apply_affine(y, table, step, columns):
     """y [CHUNK, tile] scaled and shifted by each op of `step` in turn."""
     for at in range(tl.load(table + step), tl.load(table + step + 1), FIELDS):
         op = table + at
@@ -79,18 +77,18 @@ def _apply_affine(y: Any, table: Any, step: Any, columns: Any) -> Any:
         inside = (columns >= start) & (columns < tl.load(op + STOP))
         scale = tl.load(op + FIRST)
         if scale != 0:
-            y *= tl.load(_floats(scale) + columns - start, mask=inside, other=1.0)[None, :]
+            y *= tl.load(scale.to(FLOATS) + columns - start, mask=inside, other=1.0)[None, :]
         shift = tl.load(op + SECOND)
         if shift != 0:
-            y += tl.load(_floats(shift) + columns - start, mask=inside, other=0.0)[None, :]
+            y += tl.load(shift.to(FLOATS) + columns - start, mask=inside, other=0.0)[None, :]
     return y
 
 
 @triton.jit(do_not_specialize=["step", "level"])
 def shrink(
-    plan: Any, x: Any, taps: Any, hidden: Any, step: Any, level: Any, num_splits: Any, split_stride: Any,
-    token_stride: Any, K_TILE: tl.constexpr,
-) -> None:  # fmt: skip
+    plan, x, taps, hidden, step, level, num_splits, split_stride,
+    token_stride, K_TILE: tl.constexpr,
+):  # fmt: skip
     """hidden[split, t, i * RANKS + r] = the part of x[t] . A_i[r] over the split's columns, for tile i of the step.
 
     Grid (chunks, any number, splits). x [T, the width of A] of any float dtype; `taps` [modules] addresses of captured
@@ -99,7 +97,7 @@ def shrink(
     chunk = plan + 3 * tl.program_id(0)
     address = tl.load(chunk)
     if address != 0:
-        table = address.to(tl.pointer_type(tl.int64))
+        table = address.to(WORDS)
         tokens = tl.load(chunk + 1) + tl.arange(0, CHUNK)
         valid = tokens < tl.load(chunk + 2)
         ranks = tl.arange(0, RANKS)
@@ -113,7 +111,7 @@ def shrink(
                 rows = x
                 if source >= 0:
                     rows = tl.load(taps + source).to(x.dtype)
-                a = _floats(tl.load(op + FIRST))
+                a = tl.load(op + FIRST).to(FLOATS)
                 present = ranks < tl.load(op + SIZE)
                 part = tl.cdiv(tl.cdiv(width, K_TILE), num_splits) * K_TILE
                 first = tl.program_id(2) * part
@@ -139,9 +137,9 @@ def shrink(
 
 @triton.jit(do_not_specialize=["step", "level", "affine_step"])
 def expand(
-    plan: Any, y: Any, hidden: Any, width: Any, step: Any, level: Any, affine_step: Any, split_stride: Any,
-    token_stride: Any, SPLITS: tl.constexpr, TILE: tl.constexpr, WITH_AFFINE: tl.constexpr,
-) -> None:  # fmt: skip
+    plan, y, hidden, width, step, level, affine_step, split_stride,
+    token_stride, SPLITS: tl.constexpr, TILE: tl.constexpr, WITH_AFFINE: tl.constexpr,
+):  # fmt: skip
     """y[t, cols] += scaling * (f(sum of hidden over splits + a_bias) @ B + b_bias), then the Affines of `affine_step`.
 
     Grid (chunks, tiles of y's columns). y [T, width] of any float dtype, rounded once; hidden as `shrink` left it.
@@ -149,7 +147,7 @@ def expand(
     chunk = plan + 3 * tl.program_id(0)
     address = tl.load(chunk)
     if address != 0:
-        table = address.to(tl.pointer_type(tl.int64))
+        table = address.to(WORDS)
         tokens = tl.load(chunk + 1) + tl.arange(0, CHUNK)
         valid = tokens < tl.load(chunk + 2)
         ranks = tl.arange(0, RANKS)
@@ -165,7 +163,9 @@ def expand(
             stop = tl.load(op + STOP)
             if (tl.load(op + LEVEL) == level) & (start < low + TILE) & (stop > low):
                 present = ranks < tl.load(op + SIZE)
-                found = hidden + tokens[:, None] * token_stride + (at - begin) // FIELDS * RANKS + ranks[None, :]
+                found = (
+                    hidden + tokens[:, None] * token_stride + (at - begin) // FIELDS * RANKS + ranks[None, :]
+                )
                 h_TR = tl.zeros([CHUNK, RANKS], tl.float32)
                 for split in tl.static_range(SPLITS):
                     h_TR += tl.load(
@@ -173,19 +173,22 @@ def expand(
                     )
                 a_bias = tl.load(op + A_BIAS)
                 if a_bias != 0:
-                    h_TR += tl.load(_floats(a_bias) + ranks, mask=present, other=0.0)[None, :]
+                    h_TR += tl.load(a_bias.to(FLOATS) + ranks, mask=present, other=0.0)[None, :]
                 scaling = tl.load(op + SCALING).to(tl.int32).to(tl.float32, bitcast=True)
                 h_TR = scaling * _activate(h_TR, tl.load(op + ACTIVATION))
                 inside = (columns >= start) & (columns < stop)
                 b_RC = tl.load(
-                    _floats(tl.load(op + SECOND)) + ranks[:, None] * (stop - start) + columns[None, :] - start,
+                    tl.load(op + SECOND).to(FLOATS)
+                    + ranks[:, None] * (stop - start)
+                    + columns[None, :]
+                    - start,
                     mask=present[:, None] & inside[None, :],
                     other=0.0,
                 )
                 total = tl.dot(h_TR, b_RC, total, input_precision="ieee")
                 b_bias = tl.load(op + B_BIAS)
                 if b_bias != 0:
-                    bias = tl.load(_floats(b_bias) + columns - start, mask=inside, other=0.0)
+                    bias = tl.load(b_bias.to(FLOATS) + columns - start, mask=inside, other=0.0)
                     total += scaling * bias[None, :]
         if WITH_AFFINE:
             total = _apply_affine(total, table, affine_step, columns)
@@ -193,12 +196,12 @@ def expand(
 
 
 @triton.jit(do_not_specialize=["step"])
-def affine(plan: Any, y: Any, width: Any, step: Any, TILE: tl.constexpr) -> None:
+def affine(plan, y, width, step, TILE: tl.constexpr):
     """y[t, cols] = y[t, cols] * scale + shift. Grid (chunks, tiles of y's columns). y [T, width]."""
     chunk = plan + 3 * tl.program_id(0)
     address = tl.load(chunk)
     if address != 0:
-        table = address.to(tl.pointer_type(tl.int64))
+        table = address.to(WORDS)
         if tl.load(table + step) < tl.load(table + step + 1):
             tokens = tl.load(chunk + 1) + tl.arange(0, CHUNK)
             columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -209,9 +212,7 @@ def affine(plan: Any, y: Any, width: Any, step: Any, TILE: tl.constexpr) -> None
 
 
 @triton.jit(do_not_specialize=["step", "level"])
-def turn(
-    plan: Any, y: Any, source: Any, width: Any, step: Any, level: Any, TILE: tl.constexpr
-) -> None:
+def turn(plan, y, source, width, step, level, TILE: tl.constexpr):
     """One stage of LinearMaps: y[t, order][i] = source[t, order][i] @ blocks[i], in runs of a block's size.
 
     Grid (chunks, tiles of columns). y, source [T, width], source a copy of y: no program reads what another writes.
@@ -219,7 +220,7 @@ def turn(
     chunk = plan + 3 * tl.program_id(0)
     address = tl.load(chunk)
     if address != 0:
-        table = address.to(tl.pointer_type(tl.int64))
+        table = address.to(WORDS)
         tokens = tl.load(chunk + 1) + tl.arange(0, CHUNK)
         valid = tokens < tl.load(chunk + 2)
         places = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -234,16 +235,18 @@ def turn(
                 block = run
                 if tl.load(op + SOURCE) != 0:
                     block = run * 0
-                matrix = _floats(tl.load(op + FIRST)) + block * size * size + places % size
+                matrix = tl.load(op + FIRST).to(FLOATS) + block * size * size + places % size
                 order = tl.load(op + SECOND)
-                ordered = order.to(tl.pointer_type(tl.int64))
+                ordered = order.to(WORDS)
                 mask = valid[:, None] & inside[None, :]
                 total = tl.zeros([CHUNK, TILE], tl.float32)
                 for k in range(0, size):
                     column = run * size + k
                     if order != 0:
                         column = tl.load(ordered + column, mask=inside, other=0)
-                    z = tl.load(source + tokens[:, None] * width + (start + column)[None, :], mask=mask, other=0.0)
+                    z = tl.load(
+                        source + tokens[:, None] * width + (start + column)[None, :], mask=mask, other=0.0
+                    )
                     total += z.to(tl.float32) * tl.load(matrix + k * size, mask=inside, other=0.0)[None, :]
                 column = places.to(tl.int64)
                 if order != 0:

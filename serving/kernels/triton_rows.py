@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,8 @@ RANK_PROGRAMS = 4
 """Programs that share the rank tiles of a chunk and split; any number gives the same result."""
 SPLIT_WIDTH, MAX_SPLITS = 512, 8
 """Columns that one program of `shrink` sums, and the most partial sums: set by the module, not by the batch."""
+FP_FUSION = True
+"""Products and sums in one instruction; Triton changes its default from 3.10 on, so it is said."""
 MAX_SEGMENT_TOKENS = 512
 """Longer segments reuse wide weights enough for torch's matrix products. A guess: not measured on a device."""
 
@@ -213,20 +215,25 @@ class TritonBatch:
         split_stride, token_stride, _ = self._hidden.stride()
         triton_kernels.shrink[chunks, min(RANK_PROGRAMS, self._tiles), splits](
             self._plan, x, self._addresses, self._hidden, step, level, splits, split_stride, token_stride,
-            K_TILE=K_TILE,
+            K_TILE=K_TILE, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         triton_kernels.expand[chunks, -(-y.shape[1] // COLUMN_TILE)](
             self._plan, y, self._hidden, y.shape[1], step, level, step + OUT_AFFINE - ADD, split_stride,
             token_stride, SPLITS=splits, TILE=COLUMN_TILE, WITH_AFFINE=with_affine,
+            enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
     def _affine(self, y: Tensor, step: int) -> None:
         grid = len(self._plan), -(-y.shape[1] // COLUMN_TILE)
-        triton_kernels.affine[grid](self._plan, y, y.shape[1], step, TILE=COLUMN_TILE)
+        triton_kernels.affine[grid](
+            self._plan, y, y.shape[1], step, TILE=COLUMN_TILE, enable_fp_fusion=FP_FUSION
+        )
 
     def _turn(self, y: Tensor, step: int, level: int) -> None:
         grid = len(self._plan), -(-y.shape[1] // COLUMN_TILE)
-        triton_kernels.turn[grid](self._plan, y, y.clone(), y.shape[1], step, level, TILE=COLUMN_TILE)
+        triton_kernels.turn[grid](
+            self._plan, y, y.clone(), y.shape[1], step, level, TILE=COLUMN_TILE, enable_fp_fusion=FP_FUSION
+        )
 
 
 def _chunks(segments: Sequence[FusedSegment]) -> Iterator[tuple[int, int, int]]:
@@ -277,13 +284,18 @@ def _maps(maps: Sequence[LinearMapWeights], weights: list[Tensor]) -> list[_Op]:
         blocks = w.blocks[:, :1] if shared else w.blocks
         first, order = _address(blocks, weights), _address(w.order, weights)
         below = 1 + max((op.level for op in ops if op.start < w.stop and w.start < op.stop), default=-1)
-        for stage in range(stages):
-            ops.append(
-                _Op(
-                    level=below + stage, start=w.start, stop=w.stop, first=first + 4 * stage * blocks[0].numel(),
-                    second=order and order + 8 * stage * (w.stop - w.start), size=block, source=int(shared),
-                )  # fmt: skip
+        ops += [
+            _Op(
+                level=below + stage,
+                start=w.start,
+                stop=w.stop,
+                first=first + 4 * stage * blocks[0].numel(),
+                second=order and order + 8 * stage * (w.stop - w.start),
+                size=block,
+                source=int(shared),
             )
+            for stage in range(stages)
+        ]
     return ops
 
 

@@ -68,7 +68,7 @@ def cpu_rows(device: torch.device) -> FusedRows:
 
 @cache
 def triton_rows(device: torch.device) -> FusedRows:
-    from serving.kernels.triton_rows import TritonRows  # triton is optional
+    from serving.kernels.triton_rows import TritonRows  # noqa: PLC0415  (optional)
 
     return TritonRows(device)
 
