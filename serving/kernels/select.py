@@ -49,9 +49,9 @@ def _compiled(device: torch.device, dtype: torch.dtype) -> Kernels | str:
             return str(error)
     if device.type == "cuda":
         try:
-            from serving.kernels import triton_rows  # noqa: PLC0415  (optional)
+            from serving.kernels.triton_rows import DTYPES, TritonRows  # noqa: PLC0415  (optional)
         except ImportError as error:
             return f"triton can't be imported: {error}"
-        if dtype in triton_rows.DTYPES:
-            return Kernels(ReferenceKernels(), triton_rows.TritonRows(device), None)
+        if dtype in DTYPES:
+            return Kernels(ReferenceKernels(), TritonRows(device), None)
     return f"they run fp32 and bf16 on CPU, and fp16 too on CUDA; the backbone is {dtype} on {device.type}"

@@ -206,6 +206,7 @@ class TritonBatch:
             elif kind in (IN_MAP, OUT_MAP):
                 self._turn(work, step, level)
             else:
+                assert kind != ADD or all(kept.dtype == x.dtype for kept in self._kept.values()), x.dtype
                 self._low_rank(work, x if kind == ADD else work, step, level, with_affine and kind == ADD)
         if work is not y:
             y.copy_(work)

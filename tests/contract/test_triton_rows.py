@@ -7,6 +7,7 @@ starts. Only the former shows that a CUDA graph replays.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adapters.normal_form import Site
-from serving.kernels.ops import FusedSegment, PlacedModule
+from serving.kernels.ops import FusedSegment, LowRankSegment, LowRankWeights, PlacedModule
 from serving.kernels.reference import ReferenceKernels
 from tests.contract.executors import FUSED, INTERPRETED, ON_GPU, moved
 from tests.contract.test_fused_rows import affine, low_rank, rotation
@@ -24,6 +25,7 @@ DEVICE = EXECUTOR.device
 pytestmark = [] if INTERPRETED else [*ON_GPU]
 
 D_IN, D_OUT, TOKENS, MODULES = 24, 40, 32, 2
+SPLIT_WIDTH = 512
 FAR = Site("attn.x", 0)
 MIXES = {
     "lora": lambda rank: PlacedModule(parallel=[low_rank(rank, D_IN, stop=D_OUT)]),
@@ -162,7 +164,9 @@ def test_two_launches_run_the_lora_and_dora_of_any_number_of_deltas(monkeypatch:
         assert [name for name, _ in launches] == ["shrink", "expand"]
 
 
-HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter cuts bf16 off instead of rounding it
+HALF = (
+    torch.float16 if INTERPRETED else torch.bfloat16
+)  # the interpreter cuts bf16 off instead of rounding it
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
@@ -178,6 +182,27 @@ def test_a_delta_alone_gives_the_bits_that_it_gives_among_others(dtype: torch.dt
             batch.capture(0, far)
         batch.run_output(1, out, x)
         assert torch.equal(out[start:stop], together[start:stop]), delta.ops
+
+
+def test_wide_inputs_are_summed_in_parts() -> None:
+    torch.manual_seed(26)
+    wide, count = 3 * SPLIT_WIDTH - 100, 5
+    y, x, far = torch.randn(count, D_OUT), torch.randn(count, wide), torch.randn(count, 16)
+    ops = PlacedModule(
+        parallel=[low_rank(18, wide, stop=D_OUT), low_rank(1, wide, 8, 16)],
+        remote=[(FAR, low_rank(4, 16, stop=D_OUT))],  # narrower than one part
+    )
+    wanted, kernels = y.double(), ReferenceKernels()
+    for source, w in [(x, w) for w in ops.parallel] + [(far, w) for _, w in ops.remote]:
+        kernels.add_low_rank(wanted, source.double(), [LowRankSegment(1, 4, doubled(w))])
+    encoded = rows().encode({1: moved(ops, DEVICE)}, {FAR: 0}, MODULES)
+    got = run(rows().bind([FusedSegment(1, 4, encoded)]), *(tensor.to(DEVICE) for tensor in (y, x, far)))
+    assert torch.allclose(got.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def doubled(w: LowRankWeights) -> LowRankWeights:
+    tensors = {n: getattr(w, n).double() for n in ("A", "B", "a_bias", "b_bias")}
+    return replace(w, **tensors)
 
 
 def test_a_batch_that_does_not_fit_is_not_run() -> None:
