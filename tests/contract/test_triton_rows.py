@@ -196,8 +196,12 @@ def test_wide_inputs_are_summed_in_parts() -> None:
     for source, w in [(x, w) for w in ops.parallel] + [(far, w) for _, w in ops.remote]:
         kernels.add_low_rank(wanted, source.double(), [LowRankSegment(1, 4, doubled(w))])
     encoded = rows().encode({1: moved(ops, DEVICE)}, {FAR: 0}, MODULES)
-    got = run(rows().bind([FusedSegment(1, 4, encoded)]), *(tensor.to(DEVICE) for tensor in (y, x, far)))
+    tensors = [tensor.to(DEVICE) for tensor in (y, x, far)]
+    got = run(rows().bind([FusedSegment(1, 4, encoded)]), *tensors)
     assert torch.allclose(got.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
+    spans = [(0, 1), (1, 4), (4, 5)]
+    among = run(rows().bind([FusedSegment(a, b, encoded) for a, b in spans]), *tensors)
+    assert torch.equal(among[1:4], got[1:4])
 
 
 def doubled(w: LowRankWeights) -> LowRankWeights:
