@@ -143,11 +143,11 @@ class TritonBatch:
         self._levels: npt.NDArray[np.int64] = reduce(np.maximum, (delta.levels for delta in deltas))
         self._tiles = max(delta.tiles for delta in deltas)
         self._launches = self._levels.tolist()
-        self._filled: list[EncodedDelta] = []
+        self._filled: list[EncodedDelta] = []  # keeps alive what the plan points to
         self._kept: dict[int, Tensor] = {}
-        self.changes_input = self._levels[:, BEFORE].any(axis=1).tolist()
-        self.changes_output = self._levels[:, AFTER].any(axis=1).tolist()
-        self.taps = frozenset().union(*(delta.taps for delta in deltas))
+        self.changes_input: Sequence[bool] = [bool(of_module[:ADD].any()) for of_module in self._levels]
+        self.changes_output: Sequence[bool] = [bool(of_module[ADD:].any()) for of_module in self._levels]
+        self.taps: frozenset[int] = frozenset().union(*(delta.taps for delta in deltas))
         self._plan = torch.zeros(max_chunks, 3, dtype=torch.int64, device=device)
         self._addresses = torch.zeros(len(self._levels), dtype=torch.int64, device=device)
         self._hidden = torch.empty(MAX_SPLITS, max_tokens, self._tiles * RANKS, device=device)
