@@ -41,7 +41,8 @@ def moved(value: Any, device: torch.device) -> Any:
     """Weights, or what holds them, with every tensor on `device`; a broadcast view stays one."""
     match value:
         case Tensor():
-            return value.to(device)
+            kept = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())
+            return value[kept].to(device).expand(value.shape)
         case list():
             return [moved(item, device) for item in value]
         case tuple():
