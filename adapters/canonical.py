@@ -24,6 +24,8 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    FromInvocation,
+    Head,
     LinearMap,
     LowRank,
     Op,
@@ -124,12 +126,14 @@ def typology(delta: Delta) -> dict[str, Any]:
                 forms.add("transformation")
             case WeightDelta():
                 forms.add("parallel")
-            case Rows():
+            case Rows() | Head():
                 forms.add("replacement")
             case AttnPrefix() | VirtualTokens():
                 forms.add("prefix")
     sites = {op.write.name for op in delta.ops if isinstance(op, LowRank)}
-    sites |= {op.site.name for op in delta.ops if isinstance(op, Affine | LinearMap | WeightDelta | Rows)}
+    sites |= {
+        op.site.name for op in delta.ops if isinstance(op, Affine | LinearMap | WeightDelta | Rows | Head)
+    }
     return {
         "insertion_form": sorted(forms),
         "workspace": sorted(sites),
@@ -153,6 +157,8 @@ def _op_to_json(op: Op, stored: dict[str, Tensor]) -> dict[str, Any]:
             item[spec.name] = name
         elif isinstance(value, Site):
             item[spec.name] = str(value)
+        elif isinstance(value, FromInvocation):
+            item[spec.name] = {"from_invocation": list(value.tokens)}
         elif value is not None:
             item[spec.name] = value
     return item
@@ -175,6 +181,11 @@ def _op_from_json(item: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Op:
             values[spec.name] = stored[value]
         elif declared == "Site":
             values[spec.name] = Site.parse(value)
+        elif "FromInvocation" in declared:
+            ((name, tokens),) = value.items()
+            if name != "from_invocation" or not isinstance(tokens, list):
+                raise ValueError(f"{spec.name}, expected a from_invocation list")
+            values[spec.name] = FromInvocation(tuple(tokens))
         else:
             values[spec.name] = value
     if unknown := set(item) - {spec.name for spec in fields(cls)} - {"kind"}:

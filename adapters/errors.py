@@ -6,9 +6,13 @@
     │   ├── ContextLengthExceeded prompt + max_tokens do not fit the backbone
     │   ├── InvalidDelta          an upload that can't be served exactly; lists every problem
     │   └── PayloadTooLarge       a body or file over its limit
+    ├── Unauthenticated           no key, or one that is not valid
+    ├── Forbidden                 the key is valid and its scopes do not cover this
     ├── NotFound                  no such model, version, alias or route
     ├── Conflict                  compare-and-swap lost, or the thing is in use
     ├── Overloaded                a bounded queue or budget is full; try again
+    │   ├── RateLimited           the tenant has used its share for now; says when to try again
+    │   └── QuotaExceeded         the request is more than the tenant's whole share; it can never pass
     ├── Unavailable               a part of the service is not there at present
     │   ├── StoreError            the blob store failed (disk full, I/O error)
     │   └── RegistryUnavailable   the database failed (locked, I/O error)
@@ -86,6 +90,14 @@ class PayloadTooLarge(InvalidRequest):
     """A body, file or header is over its limit."""
 
 
+class Unauthenticated(DeltamuxError):
+    """The caller showed no key, or one that is unknown, expired or revoked."""
+
+
+class Forbidden(DeltamuxError):
+    """The caller is known and its key does not allow this."""
+
+
 class NotFound(DeltamuxError):
     """No such model, version or alias, or it is not visible to the caller."""
 
@@ -96,6 +108,25 @@ class Conflict(DeltamuxError):
 
 class Overloaded(DeltamuxError):
     """A bounded queue or budget is full; the same request may pass later."""
+
+
+class RateLimited(Overloaded):
+    """The tenant has used its share for now. `retry_after_s`: when the same request would pass."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float = 1.0,
+        param: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param, remedy=remedy)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(Overloaded):
+    """The request alone is more than the tenant's share; trying again does not help."""
 
 
 class Unavailable(DeltamuxError):

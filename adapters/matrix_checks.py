@@ -1,4 +1,4 @@
-"""Checking the ops that map, add to or replace rows of a module's weight: LinearMap, WeightDelta, Rows."""
+"""Checking the ops that map, add to or replace a module's weight: LinearMap, WeightDelta, Rows, Head."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from adapters.normal_form import Layout, LinearMap, Rows, WeightDelta
+from adapters.normal_form import Head, Layout, LinearMap, Rows, WeightDelta
 from adapters.op_checks import LINEAR_KINDS, OpChecker, width_of
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -122,6 +122,18 @@ def rows(checker: OpChecker, op: Rows) -> None:
         checker.add(f"ids: expected 0 to {checker.spec.vocab_size - 1}.")
     if len(set(op.ids.tolist())) != count:
         checker.add("ids: each token can be replaced once.")
+
+
+def head(checker: OpChecker, op: Head) -> None:
+    """Check one Head."""
+    if op.site.name != "logits":
+        checker.add("a head is executed only at logits.")
+        return
+    target = checker.target(op.site, LINEAR_KINDS)
+    width = width_of(target)
+    checker.tensor("weight", op.weight, (width, None if target is None else target[0].shape.d_in))
+    if op.bias is not None:
+        checker.tensor("bias", op.bias, (width,))
 
 
 def _indices(checker: OpChecker, name: str, tensor: object, expected: tuple[int | None, ...]) -> bool:

@@ -63,6 +63,17 @@ class Site:
         return cls(rest, int(head)) if head.isdigit() else cls(text)
 
 
+@dataclass(frozen=True, slots=True)
+class FromInvocation:
+    """The tokens of a request from the last occurrence of `tokens` in its prompt on, that occurrence included.
+
+    None where the prompt does not have them. Generated tokens move nothing, whatever they spell.
+    Source: Greenewald et al. "Activated LoRA"; PEFT `calculate_alora_offsets`.
+    """
+
+    tokens: tuple[int, ...]
+
+
 Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "sigmoid"]
 
 
@@ -71,6 +82,7 @@ class LowRank:
     """y += scaling * (B @ f(A @ x + a_bias) + b_bias), row vectors x at `read`, y at `write`.
 
     `read` and `write` differ: parallel, x is the site's untouched value. Equal: sequential, x is y itself.
+    `positions`: the tokens on which the op acts, None for all.
     Shapes: A [r, d_in], B [d_out, r], a_bias [r], b_bias [d_out].
     Source: He et al. table 1; Hu et al. "LoRA" section 4.1; Houlsby et al. section 2.
     """
@@ -84,6 +96,7 @@ class LowRank:
     activation: Activation = "identity"
     a_bias: Tensor | None = None
     b_bias: Tensor | None = None
+    positions: FromInvocation | None = None
 
     @property
     def sequential(self) -> bool:
@@ -204,10 +217,25 @@ class Rows:
     rows: Tensor
 
 
-Op = LowRank | Affine | LinearMap | WeightDelta | AttnPrefix | VirtualTokens | Rows
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What the final hidden states become: x · weightᵀ + bias, in place of the module that writes `site`.
+
+    `site` says what the outputs are. At `logits`: one per token of the vocabulary, the language model head replaced,
+    its bias too (there is none without `bias`), also where the base head is tied to the embedding.
+    Shapes: weight [n, d], bias [n]. Source: PEFT `ModulesToSaveWrapper`.
+    """
+
+    kind: ClassVar[OpKind] = OpKind.HEAD
+    site: Site
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+Op = LowRank | Affine | LinearMap | WeightDelta | AttnPrefix | VirtualTokens | Rows | Head
 
 EXECUTED_OPS: Mapping[OpKind, type[Op]] = {
-    cls.kind: cls for cls in (LowRank, Affine, LinearMap, WeightDelta, AttnPrefix, VirtualTokens, Rows)
+    cls.kind: cls for cls in (LowRank, Affine, LinearMap, WeightDelta, AttnPrefix, VirtualTokens, Rows, Head)
 }
 
 
@@ -234,6 +262,12 @@ class Delta:
         lengths = [op.key.shape[0] for op in self.ops if isinstance(op, AttnPrefix) and op.merge == "joint"]
         lengths += [op.embeddings.shape[0] for op in self.ops if isinstance(op, VirtualTokens)]
         return max(lengths, default=0)
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The token ids from which ops with `positions` act; empty without such ops."""
+        found = (op.positions for op in self.ops if isinstance(op, LowRank))
+        return next((positions.tokens for positions in found if positions is not None), ())
 
     @property
     def num_parameters(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec, Slice
-from adapters.normal_form import Activation, Affine, AttnPrefix, LowRank, Site, VirtualTokens
+from adapters.normal_form import Activation, Affine, AttnPrefix, FromInvocation, LowRank, Site, VirtualTokens
 
 MAX_RANK = 4096
 MAX_SCALING = 1e9
@@ -77,6 +77,16 @@ class OpChecker:
         if op.activation not in ACTIVATIONS:
             self.add(f"activation: expected one of {', '.join(ACTIVATIONS)}.")
         self.scaling(op.scaling)
+        if op.positions is not None:
+            self.invocation(op.positions)
+
+    def invocation(self, positions: FromInvocation) -> None:
+        """Check from which tokens an op acts."""
+        tokens, known = positions.tokens, range(self.spec.vocab_size)
+        if not 1 <= len(tokens) <= self.spec.max_positions:
+            self.add(f"positions: {len(tokens)} invocation tokens, expected 1 to {self.spec.max_positions}.")
+        if any(type(token) is not int or token not in known for token in tokens):
+            self.add(f"positions: the invocation tokens must be ids from 0 to {known[-1]}.")
 
     def affine(self, op: Affine) -> None:
         """Check one Affine."""

@@ -1,7 +1,8 @@
 """The registry: which digest a name, alias or version of a tenant means.
 
 Versions are immutable integers per name, counted from 1 and never used twice. Aliases move by compare-and-swap.
-Deletion is soft: rows stay, references stop resolving. Digests are the identity; a name is only a way to one.
+Deletion is soft: rows stay, references stop resolving, and until its bytes are collected a version can be undeleted.
+Digests are the identity; a name is only a way to one.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sqlalchemy import ColumnElement, Connection, and_, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
 
+from adapters import audit
+from adapters.blob_records import BlobRecords
 from adapters.errors import Conflict, InvalidRequest
+from adapters.migrations.access import grants
 from adapters.migrations.database import Database
 from adapters.migrations.queries import (
     ADAPTERS,
     ALIASES,
+    COUNTS,
     LIVE,
     POINTED_AT,
     VERSION_COLUMNS,
@@ -62,15 +67,17 @@ class Registry:
     """Versions and aliases of every tenant, in one database. Thread-safe; blocks, so call it off the event loop.
 
     Every method raises RegistryUnavailable where the database fails, after which nothing has changed, and
-    InvalidReference for names outside the grammar. `clock` gives Unix seconds.
+    InvalidReference for names outside the grammar. `clock` gives Unix seconds. Whatever changes something writes
+    its line of the audit log, naming `actor`, in the same transaction.
     """
 
     def __init__(
         self, url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time
     ) -> None:
-        """Open the database at `url` (`sqlite:///path`), making or migrating its tables first."""
+        """Open the database at `url` (`sqlite:///path`, `postgresql://…`), making or migrating its tables first."""
         self._database = Database(url, busy_timeout_s=busy_timeout_s)
         self._clock = clock
+        self.blobs = BlobRecords(self._database, clock)
 
     def publish(  # noqa: PLR0913  one argument per column
         self,
@@ -86,12 +93,16 @@ class Registry:
         proof: Mapping[str, Any],
         status: Status = "ready",
         alias: str | None = None,
+        hold: str | None = None,
+        actor: str = audit.SYSTEM,
     ) -> VersionRecord:
         """Make `digest` the next version of `name`; a ready one becomes `latest` and, where given, `alias`.
 
         One transaction, durable once this returns. Where the digest is already a live version of this name (and did
         not fail), that version is returned with `republished` set and only `alias` moves: a retried upload has no
-        second effect. Raises Conflict where `alias` is wanted for a version that is not ready.
+        second effect. `hold` is ended, the hold under which the bytes were stored.
+        Raises Conflict where `alias` is wanted for a version that is not ready, StoreError where the bytes are
+        collected already.
         """
         check_name(tenant, what="tenant")
         check_name(name)
@@ -100,18 +111,18 @@ class Registry:
             check_name(alias, what="alias")
         with self._database.write() as tx:
             now = self._clock()
+            self.blobs.confirm(tx, digest, hold)
             named = and_(adapters.c.tenant == tenant, adapters.c.name == name)
             adapter_id = tx.scalar(select(adapters.c.id).where(named))
             if adapter_id is None:
                 row = insert(adapters).values(tenant=tenant, name=name, created_at=now)
                 adapter_id = tx.execute(row.returning(adapters.c.id)).scalar_one()
-            same = VERSIONS.where(
-                adapters.c.id == adapter_id, versions.c.digest == digest, versions.c.status != "failed"
-            )
+            same = VERSIONS.where(adapters.c.id == adapter_id, versions.c.digest == digest, COUNTS)
             if found := tx.execute(same).one_or_none():
                 known = VersionRecord(*found[1:])
                 if alias is not None:
                     self._point(tx, adapter_id, alias, _ready(known).version)
+                    self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=known.version)
                 return replace(known, republished=True)
             used = select(func.max(versions.c.version)).where(versions.c.adapter_id == adapter_id)
             record = VersionRecord(
@@ -134,6 +145,8 @@ class Registry:
                 self._point(tx, adapter_id, LATEST, record.version)
             if alias not in (None, LATEST):
                 self._point(tx, adapter_id, alias, _ready(record).version)
+            facts = {"digest": digest, "status": status, "alias": alias}
+            self._log(tx, actor, "version.publish", tenant, f"{name}@v{record.version}", **facts)
         return record
 
     def finish_validation(
@@ -144,6 +157,7 @@ class Registry:
         status: Literal["ready", "failed"],
         *,
         proof: Mapping[str, Any],
+        actor: str = audit.SYSTEM,
     ) -> VersionRecord:
         """End the validation of a version published as `validating`, with its final proof.
 
@@ -159,9 +173,8 @@ class Registry:
                 )
             row = and_(versions.c.adapter_id == adapter_id, versions.c.version == version)
             tx.execute(update(versions).where(row).values(status=status, proof=dict(proof)))
-            latest = find_alias(tx, adapter_id, LATEST)
-            if status == "ready" and (latest is None or latest.version < version):
-                self._point(tx, adapter_id, LATEST, version)
+            self._advance_latest(tx, adapter_id, version, status)
+            self._log(tx, actor, "version.validate", tenant, f"{name}@v{version}", status=status)
         return replace(record, status=status, proof=dict(proof))
 
     def resolve(self, reference: ModelReference, *, default_tenant: str = DEFAULT_TENANT) -> VersionRecord:
@@ -226,7 +239,14 @@ class Registry:
         return tuple(VersionRecord(*row[1:]) for row in rows)
 
     def set_alias(
-        self, tenant: str, name: str, alias: str, version: int, *, expected_revision: int | None
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        version: int,
+        *,
+        expected_revision: int | None,
+        actor: str = audit.SYSTEM,
     ) -> AliasRecord:
         """Point `alias` at a ready version.
 
@@ -246,9 +266,12 @@ class Registry:
                     remedy="Read the alias, decide again, and send its present revision (0: not set).",
                 )
             revision, updated_at = self._point(tx, adapter_id, alias, version)
+            self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=version, revision=revision)
         return AliasRecord(tenant, name, alias, version, revision, updated_at)
 
-    def delete_version(self, tenant: str, name: str, version: int) -> VersionRecord:
+    def delete_version(
+        self, tenant: str, name: str, version: int, *, actor: str = audit.SYSTEM
+    ) -> VersionRecord:
         """Delete one version and return it. `latest`, if it was that, falls back to the newest ready one left.
 
         Raises NotFound, and Conflict naming the aliases, other than `latest`, that point at the version.
@@ -271,10 +294,43 @@ class Registry:
                     versions.c.adapter_id == adapter_id, LIVE, versions.c.status == "ready"
                 )
                 self._point(tx, adapter_id, LATEST, tx.scalar(ready))
+            self._log(tx, actor, "version.delete", tenant, f"{name}@v{version}", digest=record.digest)
         return record
 
-    def delete_adapter(self, tenant: str, name: str) -> tuple[VersionRecord, ...]:
-        """Delete every version and alias of `name`; returns the versions, newest first. Raises NotFound."""
+    def undelete_version(
+        self, tenant: str, name: str, version: int, *, actor: str = audit.SYSTEM
+    ) -> VersionRecord:
+        """Undo the deletion of one version; a ready one becomes `latest` unless that is newer. Returns it.
+
+        Raises NotFound where no such version was deleted, Conflict where another live one has the same content,
+        and StoreError where the bytes are collected.
+        """
+        reference = ModelReference(tenant, name, version=version)
+        named = and_(adapters.c.tenant == tenant, adapters.c.name == name)
+        with self._database.write() as tx:
+            mine = and_(versions.c.adapter_id == adapters.c.id, versions.c.version == version)
+            query = select(adapters.c.id, versions.c.digest, versions.c.status).join_from(
+                adapters, versions, mine
+            )
+            gone = tx.execute(query.where(named, versions.c.deleted_at.is_not(None))).one_or_none()
+            if gone is None:
+                raise not_found(reference)
+            same = VERSIONS.where(adapters.c.id == gone.id, versions.c.digest == gone.digest)
+            if gone.status != "failed" and (found := tx.execute(same.where(COUNTS)).one_or_none()):
+                raise Conflict(
+                    f"Version {found.version} of {name!r} has the same content as {version}.", param="version"
+                )
+            self.blobs.confirm(tx, gone.digest, None)
+            row = and_(versions.c.adapter_id == gone.id, versions.c.version == version)
+            tx.execute(update(versions).where(row).values(deleted_at=None))
+            self._advance_latest(tx, gone.id, version, gone.status)
+            self._log(tx, actor, "version.undelete", tenant, f"{name}@v{version}", digest=gone.digest)
+            return require_version(tx, tenant, name, version)[1]
+
+    def delete_adapter(
+        self, tenant: str, name: str, *, actor: str = audit.SYSTEM
+    ) -> tuple[VersionRecord, ...]:
+        """Delete every version, alias and grant of `name`; returns the versions, newest first. Raises NotFound."""
         reference = ModelReference(tenant, name)
         query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == name)
         with self._database.write() as tx:
@@ -285,6 +341,9 @@ class Registry:
             self._delete(tx, versions.c.adapter_id == adapter_id)
             for alias in tx.execute(ALIASES.where(adapters.c.id == adapter_id)).all():
                 self._point(tx, adapter_id, alias.alias, None)
+            # the name may be used again, for something that was never meant to be shared
+            tx.execute(delete(grants).where(grants.c.owner == tenant, grants.c.adapter == name))
+            self._log(tx, actor, "adapter.delete", tenant, name, versions=[row.version for row in rows])
         return tuple(VersionRecord(*row[1:]) for row in rows)
 
     def live_digests(self) -> frozenset[str]:
@@ -320,6 +379,17 @@ class Registry:
         else:
             tx.execute(update(aliases).where(row).values(values))
         return revision, now
+
+    def _advance_latest(self, tx: Connection, adapter_id: int, version: int, status: str) -> None:
+        latest = find_alias(tx, adapter_id, LATEST)
+        if status == "ready" and (latest is None or latest.version < version):
+            self._point(tx, adapter_id, LATEST, version)
+
+    def _log(
+        self, tx: Connection, actor: str, action: str, tenant: str, subject: str, **details: object
+    ) -> None:
+        entry = audit.Entry(self._clock(), actor, action, tenant, subject, details)
+        audit.append(tx, entry)
 
     def _delete(self, tx: Connection, *which: ColumnElement[bool]) -> None:
         tx.execute(update(versions).where(*which, LIVE).values(deleted_at=self._clock()))

@@ -1,5 +1,7 @@
 """Content-addressed blobs: one canonical pair (manifest, tensors) per digest, durable before `put` returns.
 
+`open_store` gives a local directory or, by URL, an object store (`object_store`).
+
 Layout of a local store, where a blob is a directory that appears by one rename:
 
     <root>/sha256/<first two hex digits>/<64 hex digits>/{manifest.json, tensors.safetensors, sizes.json}
@@ -17,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,11 +34,11 @@ _REMEDY = "Free space on the store's volume or repair it, then try again."
 
 
 @dataclass(frozen=True, slots=True)
-class BlobPaths:
-    """Where the two files of a blob can be read. Never written to, and never shown to a caller."""
+class Blob:
+    """The two files of a blob, as bytes."""
 
-    manifest: Path
-    tensors: Path
+    manifest: bytes
+    tensors: bytes
 
 
 class BlobStore(Protocol):
@@ -49,12 +51,15 @@ class BlobStore(Protocol):
     def put(self, digest: str, manifest: bytes, tensors: Path | bytes) -> None:
         """Store the pair under `digest`, durably once this returns. Storing the same pair again is free.
 
-        The digest is trusted: the caller has computed it from these bytes. A `tensors` file in a staging
-        directory of this store is taken over without a copy and must not be written to afterwards.
+        The digest is trusted: the caller has computed it from these bytes. Raises StoreError also where other
+        bytes are stored under it.
         """
 
-    def get(self, digest: str) -> BlobPaths:
-        """The files of a stored blob. Raises StoreError where it is missing or has not the sizes recorded."""
+    def read(self, digest: str) -> Blob:
+        """A stored blob. Raises StoreError where it is missing or not whole.
+
+        Whether the bytes are those of the digest is for the caller to check, who parses them anyway.
+        """
 
     def exists(self, digest: str) -> bool:
         """Whether `digest` is stored."""
@@ -63,16 +68,16 @@ class BlobStore(Protocol):
         """Remove the blob; it disappears at once and whole. An absent blob is no error."""
 
     def iter_digests(self) -> Iterator[str]:
-        """Every stored digest, in no promised order."""
+        """Every digest of which anything is stored, in no promised order."""
 
-    def staging(self) -> AbstractContextManager[Path]:
-        """A private directory for an upload, removed on exit whatever happens."""
 
-    def sweep_staging(self, older_than_s: float) -> int:
-        """Remove staging directories without a change for `older_than_s` seconds; returns how many.
+def open_store(location: str) -> BlobStore:
+    """The store at `location`: a directory, or the URL of an object store. Raises StoreError."""
+    if "://" not in location:
+        return LocalBlobStore(Path(location))
+    from adapters.object_store import ObjectBlobStore  # noqa: PLC0415  (a server on a directory needs no client)
 
-        These are what killed processes left. Choose it longer than any pause of an upload in progress.
-        """
+    return ObjectBlobStore(location)
 
 
 class LocalBlobStore:
@@ -87,7 +92,11 @@ class LocalBlobStore:
             self._make_dirs(self._staging)
 
     def put(self, digest: str, manifest: bytes, tensors: Path | bytes) -> None:
-        """See BlobStore. A failure after the rename leaves a whole blob without a version: garbage."""
+        """See BlobStore. A failure after the rename leaves a whole blob without a version: garbage.
+
+        A `tensors` file in a staging directory of this store is taken over without a copy and must not be written
+        to afterwards.
+        """
         target = self._dir_of(digest)
         with _disk_errors("store a blob"), self._scratch() as scratch:
             num_tensor_bytes = len(tensors) if isinstance(tensors, bytes) else tensors.stat().st_size
@@ -109,7 +118,7 @@ class LocalBlobStore:
             self._fsync(target.parent)
             self._fsync(self._blobs)
 
-    def get(self, digest: str) -> BlobPaths:
+    def read(self, digest: str) -> Blob:
         """See BlobStore."""
         target = self._dir_of(digest)
         with _disk_errors("read a blob"):
@@ -118,7 +127,7 @@ class LocalBlobStore:
                     f"The blob sha256:{digest} is not in the store.", remedy="Upload the delta again."
                 )
             _checked_sizes(target)
-        return BlobPaths(target / _MANIFEST, target / _TENSORS)
+            return Blob((target / _MANIFEST).read_bytes(), (target / _TENSORS).read_bytes())
 
     def exists(self, digest: str) -> bool:
         """See BlobStore."""
@@ -139,12 +148,18 @@ class LocalBlobStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """See BlobStore. A full or failing disk met by the body also leaves as StoreError."""
+        """A private directory for an upload, removed on exit whatever happens.
+
+        A full or failing disk met by the body also leaves as StoreError.
+        """
         with _disk_errors("stage an upload", _DISK_ERRNOS), self._scratch() as scratch:
             yield scratch
 
     def sweep_staging(self, older_than_s: float) -> int:
-        """See BlobStore."""
+        """Remove staging directories without a change for `older_than_s` seconds; returns how many.
+
+        These are what killed processes left. Choose it longer than any pause of an upload in progress.
+        """
         num_removed = 0
         with _disk_errors("sweep the staging area"):
             for entry in self._staging.iterdir():

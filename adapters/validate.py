@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
-from adapters.matrix_checks import linear_map, rows, weight_delta
+from adapters.matrix_checks import head, linear_map, rows, weight_delta
 from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    Head,
     LinearMap,
     LowRank,
     Op,
@@ -36,6 +37,7 @@ _CHECKS: Mapping[type[Op], Callable[[OpChecker, Any], None]] = {
     AttnPrefix: OpChecker.attn_prefix,
     VirtualTokens: OpChecker.virtual_tokens,
     Rows: rows,
+    Head: head,
 }
 
 
@@ -47,7 +49,7 @@ def check(delta: Delta, spec: BackboneSpec) -> list[str]:
         checker.where = f"op {index} ({op.kind.value} at {_place(op)})"
         _CHECKS[type(op)](checker, op)
     checker.where = "delta"
-    for text in (*_duplicates(delta, spec), *_virtual(delta, spec)):
+    for text in (*_duplicates(delta, spec), *_replaced(delta), *_invoked(delta), *_virtual(delta, spec)):
         checker.add(text)
     return checker.problems
 
@@ -85,11 +87,31 @@ def _duplicates(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
             seen[f"AttnPrefix ops in {_place(op)}"] += 1
         elif isinstance(op, Rows):
             seen[f"Rows ops at {shown(op.site)}"] += 1
+        elif isinstance(op, Head):
+            seen[f"Head ops at {shown(op.site)}"] += 1
         elif isinstance(op, VirtualTokens):
             seen["VirtualTokens ops"] += 1
     for what, count in seen.items():
         if count > 1:
             yield f"{count} {what}, expected one."
+
+
+def _replaced(delta: Delta) -> Iterator[str]:
+    """Ops that act on the parameters of a module which a Head replaces: of which of the two is not defined."""
+    heads = {op.site for op in delta.ops if isinstance(op, Head)}
+    for op in delta.ops:
+        if isinstance(op, Affine | Rows) and op.site in heads:
+            yield f"both a Head and {type(op).__name__} at {shown(op.site)}; the head is replaced whole."
+
+
+def _invoked(delta: Delta) -> Iterator[str]:
+    """What ops that act from an invocation on must satisfy together."""
+    positioned = [op for op in delta.ops if isinstance(op, LowRank) and op.positions is not None]
+    if len({op.positions for op in positioned}) > 1:
+        yield "its ops name different invocation tokens; a delta is invoked by one sequence."
+    normalized = {op.site for op in delta.ops if isinstance(op, Affine) and op.weight_normalized}
+    for site in sorted({op.write for op in positioned} & normalized):
+        yield f"the norms of the weight at {shown(site)} would change inside the prompt (weight_normalized)."
 
 
 def _virtual(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
@@ -125,7 +147,7 @@ def _place(op: Op) -> str:
     match op:
         case LowRank():
             return shown(op.write)
-        case Affine() | LinearMap() | WeightDelta() | Rows():
+        case Affine() | LinearMap() | WeightDelta() | Rows() | Head():
             return shown(op.site)
         case AttnPrefix():
             return f"layer {op.layer}" if type(op.layer) is int else "an unknown layer"

@@ -1,38 +1,37 @@
-"""`python -m loadtest engine [options]`: see each benchmark's own help."""
+"""`python -m loadtest COMMAND [options]`; each command's --help says what it measures and how long it takes."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import sys
+from collections.abc import Sequence
+from importlib import import_module
 
-from loadtest import engine
-from loadtest.backbones import SIZES
+COMMANDS = {
+    "budget": ("loadtest.budget", "one row of the performance budgets, by name"),
+    "kernels": ("loadtest.kernels", "compiled kernels against plain torch and the bandwidth floor"),
+    "engine": ("loadtest.engine", "tokens/s in process against PEFT's mixed batch; --profile: where a step goes"),
+    "residency": ("loadtest.residency", "thousands of deltas over little room; starvation; S-LoRA's workload"),
+    "prefill": ("loadtest.prefill", "prefill tokens/s by chunk size, alone and beside decoding rows"),
+    "scale": ("loadtest.scale", "1 to 10,000 registered deltas: resolve, list, generate"),
+    "soak": ("loadtest.soak", "churn over residency with deltas that sign every token"),
+    "http": ("loadtest.http", "any OpenAI-compatible server, streaming"),
+    "report": ("loadtest.page", "one HTML page of tables and plots from result files"),
+}  # fmt: skip
 
 
-def main() -> None:
-    """Parse the command line and run one benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest", description=__doc__)
-    commands = parser.add_subparsers(dest="what", required=True)
-    run = commands.add_parser(
-        "engine", help="tokens/s in process, bare and with distinct LoRAs, against PEFT"
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. A command imports only what it needs: `http` none of the server's packages."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    lines = "\n".join(f"  {name:10} {about}" for name, (_, about) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest",
+        description=f"{__doc__}\n\ncommands:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("--size", choices=sorted(SIZES), default="60m")
-    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    run.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    run.add_argument("--output-tokens", type=int, default=64)
-    run.add_argument("--rounds", type=int, default=5)
-    run.add_argument("--threads", type=int, default=2)
-    run.add_argument("--json", type=Path, help="write the figures, machine and versions here")
-    args = parser.parse_args()
-    engine.run(
-        size=args.size,
-        dtype=args.dtype,
-        row_counts=args.rows,
-        output_tokens=args.output_tokens,
-        rounds=args.rounds,
-        threads=args.threads,
-        json_path=args.json,
-    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    command = parser.parse_args(given[:1]).command
+    import_module(COMMANDS[command][0]).main(given[1:])
 
 
 if __name__ == "__main__":

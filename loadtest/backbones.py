@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from loadtest.deltas import RANKS
+from loadtest.workload import VOCAB_SIZE
+from serving.model.backbone import Backbone, adopt_backbone
+
 SIZES: Mapping[str, Mapping[str, int]] = {
+    "2m": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "num_key_value_heads": 2},
     "60m": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8, "num_attention_heads": 10,
             "num_key_value_heads": 5},
     "160m": {"hidden_size": 896, "intermediate_size": 2432, "num_hidden_layers": 16, "num_attention_heads": 14,
              "num_key_value_heads": 7},
 }  # fmt: skip
 
-RANKS = (8, 16, 32, 64)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -25,9 +30,14 @@ def random_llama(size: str, dtype: torch.dtype) -> Any:
     """A seeded Llama of about `size` parameters with 16,000 tokens of vocabulary."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=16_000, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, **SIZES[size]
+        vocab_size=VOCAB_SIZE, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, **SIZES[size]
     )
     return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def random_backbone(size: str, dtype: str) -> Backbone:
+    """`random_llama`, served on CPU."""
+    return adopt_backbone(random_llama(size, getattr(torch, dtype)), name=size, device="cpu", dtype=dtype)
 
 
 def name_of(index: int) -> str:
@@ -54,10 +64,3 @@ def random_loras(model: Any, count: int) -> PeftModel:
             else:
                 model.add_adapter(name_of(index), config)
     return model.eval()
-
-
-def random_prompts(count: int, vocab_size: int) -> Sequence[list[int]]:
-    """`count` seeded prompts of 16 to 128 tokens."""
-    draw = torch.Generator().manual_seed(7)
-    lengths = torch.randint(16, 129, (count,), generator=draw).tolist()
-    return [torch.randint(3, vocab_size, (length,), generator=draw).tolist() for length in lengths]

@@ -1,106 +1,121 @@
 """Tokens per second in process: our engine and PEFT's mixed batch on the same model, prompts and LoRAs.
 
-Each round measures all four cases of one row count in turn, so that ratios compare neighbours in time. Greedy,
-no stop token, prompts of 16 to 128 tokens; a figure counts generated tokens over the whole time, prefill included.
+For each concurrency and number of deltas, rows take the deltas in turn, and successive rounds go on where the last one
+stopped, so that one row with 32 deltas meets another delta each round. Greedy, no stop token, prompts of 16 to 128
+tokens, LoRAs of ranks 8, 16, 32, 64 on q, k, v, o; a figure counts generated tokens over the whole time, prefill
+included. With 0 deltas PEFT's adapters are switched off.
+
+--profile instead prints where a decode step goes and what of it is our own Python.
+
+At the default options on two cores: 60m 20 minutes, 160m 50; --profile 1 minute.
 """
 
 from __future__ import annotations
 
-import time
-import warnings
+import argparse
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
+from itertools import count
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from prometheus_client import CollectorRegistry
 
 from adapters.normal_form import Delta, LowRank, Site
-from loadtest.backbones import TARGETS, name_of, random_llama, random_loras, random_prompts
-from loadtest.report import Spread, publish
-from serving.config import Engine as EngineSettings
-from serving.core import Event, Request, SamplingParams, TokenEvent
-from serving.engine.engine import Engine
-from serving.metrics import EngineMetrics
-from serving.model.backbone import adopt_backbone
+from loadtest.backbones import SIZES, TARGETS, name_of, random_backbone, random_llama, random_loras
+from loadtest.inprocess import InProcess
+from loadtest.library import generate
+from loadtest.profile import profile_records
+from loadtest.report import Record, Spread, alternate, make_parser, publish, seconds
+from loadtest.workload import random_prompts
 
-CASES = ("ours bare", "ours LoRA", "PEFT bare", "PEFT LoRA")
 SITES = {"q_proj": ("attn.x", "q.out"), "k_proj": ("attn.x", "k.out"), "v_proj": ("attn.x", "v.out"),
          "o_proj": ("ctx", "o.out")}  # fmt: skip
 
 
-def run(
-    *,
-    size: str,
-    dtype: str,
-    row_counts: Sequence[int],
-    output_tokens: int,
-    rounds: int,
-    threads: int,
-    json_path: Path | None,
-) -> None:
-    """Measure, print the table, write the JSON."""
-    torch.set_num_threads(threads)
-    served = getattr(torch, dtype)
-    most = max(row_counts)
-    peft_model = random_loras(random_llama(size, served), most)
-    backbone = adopt_backbone(random_llama(size, served), name=size, device="cpu", dtype=dtype)
-    deltas = {name_of(i): _delta(peft_model, name_of(i), backbone.spec.digest) for i in range(most)}
-    events: list[tuple[str, Event]] = []
-    engine = Engine(
-        backbone,
-        deltas.__getitem__,
-        events.extend,
-        metrics=EngineMetrics(CollectorRegistry()),
-        settings=EngineSettings(max_num_seqs=most),
-    )
-    prompts = random_prompts(most, backbone.spec.vocab_size)
-    table, figures = [], []
-    for count in row_counts:
-        chosen = prompts[:count]
-        names = [name_of(i) for i in range(count)]
-        bare: list[str | None] = [None] * count
-        runs: dict[str, Callable[[], None]] = {
-            "ours bare": partial(_ours, engine, events, chosen, bare, output_tokens),
-            "ours LoRA": partial(_ours, engine, events, chosen, names, output_tokens),
-            "PEFT bare": partial(_peft, peft_model, chosen, ["__base__"] * count, output_tokens),
-            "PEFT LoRA": partial(_peft, peft_model, chosen, names, output_tokens),
-        }
-        for case in CASES:  # first use: allocations, loads of deltas
-            runs[case]()
-        speeds: dict[str, list[float]] = {case: [] for case in CASES}
-        for _ in range(rounds):
-            for case in CASES:
-                started = time.perf_counter()
-                runs[case]()
-                speeds[case].append(count * output_tokens / (time.perf_counter() - started))
-        ratios = {
-            "LoRA/bare ours": _ratio(speeds, "ours LoRA", "ours bare"),
-            "LoRA/bare PEFT": _ratio(speeds, "PEFT LoRA", "PEFT bare"),
-            "ours/PEFT bare": _ratio(speeds, "ours bare", "PEFT bare"),
-            "ours/PEFT LoRA": _ratio(speeds, "ours LoRA", "PEFT LoRA"),
-        }
-        spreads = {case: Spread.of(values) for case, values in speeds.items()}
-        table.append(
-            [str(count), *(s.text(0) for s in spreads.values()), *(r.text(2) for r in ratios.values())]
+def main(argv: Sequence[str]) -> None:
+    """Measure the table, or the profile."""
+    parser = make_parser("engine", __doc__)
+    parser.add_argument("--size", choices=SIZES, default="60m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--deltas", type=int, nargs="+", default=[0, 1, 8, 32])
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--profile", action="store_true", help="where a decode step goes, and nothing else")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.profile:
+        title = f"profile of a decode step, {max(args.concurrency)} rows"
+        records = profile_records(
+            args.size,
+            args.dtype,
+            rows=max(args.concurrency),
+            num_deltas=max(args.deltas),
+            steps=args.output_tokens,
+            rounds=args.rounds,
         )
-        figures.append({"rows": count, "tokens_per_s": {c: asdict(s) for c, s in spreads.items()},
-                        "ratios": {name: asdict(r) for name, r in ratios.items()}})  # fmt: skip
-    columns = ["rows = LoRAs", *(f"{case} tok/s" for case in CASES), *ratios]
-    publish(
-        f"engine, {size} {dtype}, {threads} threads, median (min-max) of {rounds}",
-        columns,
-        table,
-        figures,
-        json_path,
-    )
+    else:
+        title = f"engine and PEFT's mixed batch, outputs of {args.output_tokens}"
+        records = _table(args)
+    title += f", {args.size} {args.dtype}, {args.threads} threads, median (min-max) of {args.rounds}"
+    publish(title, shlex.join(["engine", *argv]), records, args.json)
 
 
-def _ratio(speeds: dict[str, list[float]], above: str, below: str) -> Spread:
-    return Spread.of([a / b for a, b in zip(speeds[above], speeds[below], strict=True)])
+def _table(args: argparse.Namespace) -> list[Record]:
+    most = max(args.deltas)
+    library = random_llama(args.size, getattr(torch, args.dtype))
+    if most:
+        library = random_loras(library, most)
+    backbone = random_backbone(args.size, args.dtype)
+    deltas = {name_of(i): _delta(library, name_of(i), backbone.spec.digest) for i in range(most)}
+    records = []
+    room = 8 * sum(delta.size_bytes for delta in deltas.values()) + (64 << 20)
+    with InProcess(
+        backbone, deltas.__getitem__, max_num_seqs=max(args.concurrency), delta_bytes=room
+    ) as bench:
+        if most:
+            bench.generate(random_prompts(most), list(deltas), 1)  # loads
+        for rows in args.concurrency:
+            for num_deltas in args.deltas:
+                label = f"{rows} in flight, {num_deltas} deltas"
+                records.append(Record(label, _point(bench, library, rows, num_deltas, args)))
+    return records
+
+
+def _point(
+    bench: InProcess, library: Any, rows: int, num_deltas: int, args: argparse.Namespace
+) -> dict[str, Spread]:
+    """Both sides with deltas and, in the same rounds, bare."""
+    prompts = random_prompts(rows)
+    bare: list[str | None] = [None] * rows
+    turns = {"ours": count(), "PEFT": count()}
+
+    def names(side: str) -> list[str | None]:
+        turn = next(turns[side])
+        return [name_of((turn * rows + i) % num_deltas) for i in range(rows)]
+
+    def ours(chosen: list[str | None]) -> float:
+        return _speed(lambda: bench.generate(prompts, chosen, args.output_tokens), rows, args)
+
+    def peft(chosen: list[str | None]) -> float:
+        given = chosen if args.deltas != [0] else None
+        return _speed(lambda: generate(library, prompts, args.output_tokens, adapter_names=given), rows, args)
+
+    cases: dict[str, Callable[[], float]] = {"ours bare": lambda: ours(bare), "PEFT bare": lambda: peft(bare)}
+    if num_deltas:
+        cases |= {"ours": lambda: ours(names("ours")), "PEFT": lambda: peft(names("PEFT"))}
+    found = alternate(cases, args.rounds)
+    values = {f"{case} tok/s": Spread.of(speeds) for case, speeds in found.items()}
+    values["ours/PEFT bare"] = Spread.ratio(found["ours bare"], found["PEFT bare"])
+    if num_deltas:
+        values["ours/PEFT"] = Spread.ratio(found["ours"], found["PEFT"])
+        values["deltas/bare ours"] = Spread.ratio(found["ours"], found["ours bare"])
+        values["deltas/bare PEFT"] = Spread.ratio(found["PEFT"], found["PEFT bare"])
+    return values
+
+
+def _speed(work: Callable[[], object], rows: int, args: argparse.Namespace) -> float:
+    return rows * int(args.output_tokens) / seconds(work)
 
 
 def _delta(peft_model: Any, name: str, backbone_digest: str) -> Delta:
@@ -122,52 +137,3 @@ def _delta(peft_model: Any, name: str, backbone_digest: str) -> Delta:
                 )
             )
     return Delta(method="LORA", ops=tuple(ops), backbone_digest=backbone_digest)
-
-
-def _ours(
-    engine: Engine,
-    events: list[tuple[str, Event]],
-    prompts: Sequence[list[int]],
-    digests: Sequence[str | None],
-    output_tokens: int,
-) -> None:
-    sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
-    for index, (prompt, digest) in enumerate(zip(prompts, digests, strict=True)):
-        engine.submit(
-            Request(
-                request_id=str(index),
-                prompt_token_ids=tuple(prompt),
-                sampling=sampling,
-                adapter_digest=digest,
-            )
-        )
-    generated = ended = 0
-    while ended < len(prompts):
-        if not engine.step():
-            time.sleep(0.0005)  # a delta is being loaded
-        for _, event in events:
-            if isinstance(event, TokenEvent):
-                assert event.error is None, event.error
-                generated += len(event.token_ids)
-                ended += event.finish_reason is not None
-        events.clear()
-    assert generated == len(prompts) * output_tokens, generated
-
-
-@torch.inference_mode()
-def _peft(model: Any, prompts: Sequence[list[int]], adapter_names: list[str], output_tokens: int) -> None:
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            adapter_names=adapter_names,
-            max_new_tokens=output_tokens,
-            min_new_tokens=output_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    assert out.shape[1] == longest + output_tokens, out.shape

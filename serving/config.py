@@ -23,6 +23,8 @@ from pydantic_settings import (
 
 ENV_PREFIX = "DELTAMUX_"
 ENV_DELIMITER = "__"
+CLIENT_VARIABLES = frozenset({"DELTAMUX_API_KEY"})
+"""Variables with our prefix that are not settings: the commands that talk to a server read them."""
 
 MIB = 1 << 20
 
@@ -50,20 +52,16 @@ class Server(_Group):
     """Where the HTTP server listens."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. An address other than loopback is refused unless `insecure` is set."""
+    """Address to listen on. Without keys, one other than loopback is refused unless `insecure` is set."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     insecure: bool = False
-    """Listen beyond loopback although no keys are configured: whoever reaches the port may do everything."""
+    """Listen beyond loopback although there are no keys: whoever reaches the port may do everything."""
 
-    @model_validator(mode="after")
-    def _loopback_unless_insecure(self) -> Server:
-        if not (self.insecure or _is_loopback(self.host)):
-            raise ValueError(
-                f"host: got {self.host!r}, expected a loopback address, since no keys are configured. "
-                "Listen on 127.0.0.1, or set insecure (--insecure) if all who reach the port may use it."
-            )
-        return self
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches `host`."""
+        return _is_loopback(self.host)
 
 
 class Backbone(_Group):
@@ -95,8 +93,20 @@ class Engine(_Group):
     """Tokens that one step computes; longer prompts are prefilled in chunks."""
     max_queue: int = Field(default=256, ge=0)
     """Requests that may wait for a place in the batch; one more is answered 429."""
-    adapter_memory_bytes: int = Field(default=512 * MIB, ge=0)
-    """Device memory that resident deltas may take."""
+    max_queue_s: float = Field(default=120.0, gt=0)
+    """Longest wait for a place in the batch; a request that waited longer is answered 429."""
+    scheduling: Literal["fair", "first_come"] = "fair"
+    """Whom to admit next: by service received per tenant, weight and class, or in order of arrival."""
+    max_wait_s: float = Field(default=2.0, gt=0)
+    """Wait after which a request goes before all others, whatever its tenant, class or delta."""
+    max_lead_tokens: int = Field(default=1024, ge=0)
+    """How far ahead of others, in weighted tokens, a tenant may get because its delta is on the device already."""
+    prefix_cache: Literal["tenant", "shared", "off"] = "tenant"
+    """Whose computed prompts a new one may reuse: its tenant's, anybody's (which timing can reveal), or nobody's."""
+    memory_bytes: int | None = Field(default=None, ge=1)
+    """Memory of a replica's keys, values and deltas; by default a quarter of the machine's, split among replicas."""
+    merge_after_steps: int = Field(default=128, ge=0)
+    """Steps in a row of one delta alone after which its weights run merged (fp32 on CPU); 0: never."""
     host_cache_bytes: int = Field(default=1024 * MIB, ge=0)
     """Host memory that loaded deltas may take beside the device."""
     kernels: Literal["auto", "reference", "compiled"] = "auto"
@@ -108,15 +118,27 @@ class Engine(_Group):
 class Store(_Group):
     """Where the deltas' bytes are."""
 
-    path: Path = Path("deltamux-data/blobs")
-    """Directory of the blob store; created if missing."""
+    path: str = Field(default="deltamux-data/blobs", min_length=1)
+    """Directory of the blob store, created if missing; or `s3://`, `gs://` or `az://` with bucket and prefix."""
+
+    grace_s: float = Field(default=86_400.0, ge=0)
+    """Seconds for which the bytes of a deleted version are kept: as long it can be undeleted."""
+    collect_every_s: float = Field(default=3600.0, ge=0)
+    """Seconds between two collections of bytes that nobody needs; 0: only `deltamux adapters gc` collects."""
 
 
 class Database(_Group):
     """Where the deltas' names, versions and aliases are."""
 
     url: str = Field(default="sqlite:///deltamux-data/registry.db", min_length=1, repr=False)
-    """SQLAlchemy URL of the registry. Kept out of logs, since it can hold a password."""
+    """SQLAlchemy URL of the registry, SQLite or PostgreSQL. Kept out of logs, since it can hold a password."""
+
+
+class Auth(_Group):
+    """How keys are checked. Keys themselves are in the database; see `deltamux keys`."""
+
+    secret_file: Path = Path("deltamux-data/secret")
+    """File of the secret that keys are hashed with; made if missing. All gateways of one database need the same."""
 
 
 class Limits(_Group):
@@ -134,6 +156,10 @@ class Limits(_Group):
     """Most choices of one request: its prompts times `n`."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Longest duration of one request, from its first byte to its last."""
+    max_wait_s: float | None = Field(default=None, gt=0)
+    """Longest wait for a request's first token, in the queue and in prefill; then it is ended and answered 429."""
+    rates_counted_in: Literal["process", "database"] = "process"
+    """Where tenants' rates are counted. `process`: G gateways let up to G times a limit through. `database`: exact."""
     max_heartbeat_age_s: float = Field(default=30.0, gt=0)
     """Age of the engine's last turn beyond which `/health/ready` answers 503."""
 
@@ -151,12 +177,23 @@ class Settings(_Group):
     """Where the deltas' bytes are."""
     database: Database = Database()
     """Where the deltas' names, versions and aliases are."""
+    auth: Auth = Auth()
+    """How keys are checked."""
     limits: Limits = Limits()
     """Bounds on what one caller can ask for."""
     replicas: int = Field(default=1, ge=1, le=1024)
     """Copies of the backbone, each with its own engine."""
     profile: Literal["laptop", "load"] = "laptop"
     """Ray Serve's shape: `laptop` starts leanest, `load` adds HAProxy and the throughput flags."""
+
+    @model_validator(mode="after")
+    def _grace_covers_requests(self) -> Settings:
+        if self.store.grace_s < self.limits.request_timeout_s:
+            raise ValueError(
+                f"store.grace_s: got {self.store.grace_s:g}, expected at least limits.request_timeout_s "
+                f"({self.limits.request_timeout_s:g}): a request may load a delta that is deleted after it came."
+            )
+        return self
 
 
 def load_settings(config_file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
@@ -208,7 +245,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     """Refuse a misspelt variable: pydantic-settings would ignore it without a word."""
     groups = {name.upper() for name in Settings.model_fields}
-    given = [name for name in environ if name.upper().startswith(ENV_PREFIX)]
+    given = [n for n in environ if n.upper().startswith(ENV_PREFIX) and n.upper() not in CLIENT_VARIABLES]
     wrong = [n for n in given if n.upper().removeprefix(ENV_PREFIX).partition(ENV_DELIMITER)[0] not in groups]
     if wrong:
         expected = ", ".join(sorted(ENV_PREFIX + group for group in groups))

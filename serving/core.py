@@ -26,6 +26,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class ServiceClass(StrEnum):
+    """How urgent a tenant's requests are, from most to least."""
+
+    REALTIME = "realtime"
+    STANDARD = "standard"
+    BATCH = "batch"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn.
@@ -99,7 +107,8 @@ class GenerateCall:
     """What the gateway asks of a backend: one prompt, one delta, one stream of tokens.
 
     `prompt`: text, token ids, or chat messages. `adapter_digest` is a content digest, resolved by the gateway; it is
-    BASE for the bare backbone. `adapter_name` labels metrics and errors only.
+    BASE for the bare backbone. `adapter_name` labels metrics and errors only. `tenant` is who asks, `weight` its
+    share against other tenants' (1: an ordinary one), as the gateway's operator set them.
     """
 
     request_id: str
@@ -108,17 +117,21 @@ class GenerateCall:
     adapter_digest: str | None = BASE
     adapter_name: str = ""
     tenant: str = "default"
+    weight: float = 1.0
+    service_class: ServiceClass = ServiceClass.STANDARD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A tokenised request as the engine admits it."""
+    """A tokenised request as the engine admits it. `tenant`, `weight`, `service_class`: as in `GenerateCall`."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter_digest: str | None = BASE
     tenant: str = "default"
+    weight: float = 1.0
+    service_class: ServiceClass = ServiceClass.STANDARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +155,12 @@ class TokenLogprobs:
 class PromptEvent:
     """The first event of every accepted call: the tokens that the prompt became.
 
-    `logprobs` is given where asked for, one entry a token, None for the first.
+    `logprobs` is given where asked for, one entry a token, None for the first. `num_cached_tokens`: those of the
+    prompt whose keys and values were there already.
     """
 
     prompt_token_ids: tuple[int, ...]
+    num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
@@ -190,7 +205,8 @@ class BackboneInfo:
 class AdmissionProof:
     """What the backend measured when it placed a delta for the first time.
 
-    `effect`: max absolute logit change on the probe tokens against the bare row. Sizes in bytes, times in seconds.
+    `effect`: max absolute logit change on the probe tokens against the bare row, above 0: a delta without one is not
+    admitted. Sizes in bytes, times in seconds.
     """
 
     effect: float

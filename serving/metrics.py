@@ -65,11 +65,39 @@ class GatewayMetrics:
             registry=registry,
         )
         self.uploads_open = Gauge("deltamux_uploads_open", "Delta uploads in progress.", registry=registry)
+        self.usage_requests = Counter(
+            "deltamux_usage_requests_total",
+            "Requests closed in the ledger, by outcome (completed, cancelled, failed).",
+            ("outcome",),
+            registry=registry,
+        )
+        self.usage_tokens = Counter(
+            "deltamux_usage_tokens_total",
+            "Tokens of the requests closed in the ledger: prompt, cached (part of prompt) and completion.",
+            ("kind",),
+            registry=registry,
+        )
         self.scrape_failures = Counter(
             "deltamux_scrape_failures_total",
             "Reads of /metrics that lack the replicas' part, since no replica answered.",
             registry=registry,
         )
+        self.blobs_collected = Counter(
+            "deltamux_blobs_collected_total",
+            "Deltas whose bytes a collection has removed from the store.",
+            registry=registry,
+        )
+        self.collection_failures = Counter(
+            "deltamux_collection_failures_total",
+            "Collections that the database or the store has broken off.",
+            registry=registry,
+        )
+
+    def count_usage(self, outcome: str, tokens: Mapping[str, int]) -> None:
+        """Count one request that the ledger has closed."""
+        self.usage_requests.labels(outcome=outcome).inc()
+        for kind, number in tokens.items():
+            self.usage_tokens.labels(kind=kind).inc(number)
 
 
 class EngineMetrics:
@@ -98,6 +126,21 @@ class EngineMetrics:
         self.generated_tokens = Counter(
             "deltamux_generated_tokens_total", "Tokens generated.", registry=registry
         )
+        self.prefix_hits = Counter(
+            "deltamux_prefix_cache_hits_total",
+            "Requests whose prompt began like one that was computed before.",
+            registry=registry,
+        )
+        self.prefix_tokens = Counter(
+            "deltamux_prefix_cache_tokens_total",
+            "Prompt tokens that were not computed, since the prefix cache held them.",
+            registry=registry,
+        )
+        self.preemptions = Counter(
+            "deltamux_preemptions_total",
+            "Times that a running request gave up its place, to be computed again later.",
+            registry=registry,
+        )
         self.step_seconds = Histogram(
             "deltamux_step_seconds",
             "Duration of one engine step: schedule, run, sample.",
@@ -109,6 +152,11 @@ class EngineMetrics:
         )
         self.adapter_bytes = Gauge(
             "deltamux_adapter_bytes", "Bytes of the deltas in device memory.", registry=registry
+        )
+        self.merged_bytes = Gauge(
+            "deltamux_merged_bytes",
+            "Bytes of weights with a delta merged in, beside the base's.",
+            registry=registry,
         )
         self.adapter_loads = Counter(
             "deltamux_adapter_loads_total", "Deltas placed in device memory.", registry=registry

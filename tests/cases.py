@@ -399,6 +399,7 @@ LOW_RANK_FAMILY_CASES: tuple[Case, ...] = (
         forward=_FIRST_TASK,
     ),
 )
+_WHOLE = ["lm_head", "embed_tokens", "norm"]  # every module whose path ends so: the norms of the layers too
 ROTATED = ["q_proj", "v_proj", "down_proj"]  # widths 32, 16 and 64 to 32
 
 PEFT_CASES: tuple[Case, ...] = (
@@ -548,6 +549,39 @@ PEFT_CASES: tuple[Case, ...] = (
         "trainable_tokens_lora",
         "gpt2",
         _lora(target_modules=["c_attn"], trainable_token_indices=list(range(2, 30)), lora_alpha=2),
+    ),
+    *(
+        Case(
+            "saved_head",
+            family,
+            _lora(target_modules=[target, "lm_head"], modules_to_save=["lm_head"]),
+        )
+        for family, target in (("llama", "q_proj"), ("gpt2", "c_attn"))  # untied, tied
+    ),
+    Case("saved_embedding", "gpt2", _lora(target_modules=["c_attn"], modules_to_save=["wte", "ln_f"])),
+    Case("saved_embedding", "gemma", _lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
+    Case(
+        "saved_all",
+        "llama",
+        _of(IA3Config, target_modules=["v_proj"], feedforward_modules=[], modules_to_save=_WHOLE),
+    ),
+    Case("prefix_saved", "gpt2", _prefix(modules_to_save=["wte", "lm_head"])),
+    Case(
+        "prompt_saved",
+        "llama",
+        _of(PromptTuningConfig, num_virtual_tokens=4, modules_to_save=["lm_head", "model.norm"]),
+    ),
+    Case("alora", "llama", _lora(target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[91, 7])),
+    Case(
+        "alora_bias",
+        "gpt2",
+        _lora(
+            target_modules=["c_attn", "lm_head"],
+            alora_invocation_tokens=[91],
+            lora_bias=True,
+            bias="lora_only",
+            modules_to_save=["ln_f"],
+        ),
     ),
     Case("adaption_prompt", "llama", _of(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
 )

@@ -3,8 +3,9 @@
     python -m tests.fidelity --report [--json FILE] [--family NAME ...] [--method SUBSTRING ...] [--dtype fp32 bf16]
 
 A cell is the largest error of its rows over the limit (1.0 is the tolerance; `contract/exactness.py`), or the reason
-why it can't exist in PEFT's words or our reader's. All methods of a family share one shuffled batch, bare rows among
-them. Exit status 1 where a cell is outside its tolerance, or failed otherwise.
+why it can't exist in PEFT's words or our reader's. Methods without a reader go through the probe of `deltamux convert`.
+All methods of a family share one shuffled batch, bare rows among them. Exit status 1 where a cell is outside its
+tolerance, or failed otherwise.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from adapters.errors import InvalidDelta
 from serving.engine.runner import Runner
 from serving.model.backbone import Backbone, adopt_backbone
+from serving.model.programs import PlacedDelta
 from tests.cases import Case
 from tests.contract.bottleneck import Bottleneck
 from tests.contract.exactness import (
@@ -43,6 +45,7 @@ from tests.contract.exactness import (
     bare_logits,
     base_model,
     bottleneck_logits,
+    converted,
     expected,
     peft_logits,
     rms,
@@ -110,12 +113,23 @@ def prepare(
         except Exception as error:
             raise Blocked("impossible", f"PEFT: {first_line(error)}") from error
     try:
-        delta = served(directory, backbone)
+        delta = read_or_convert(directory, family, dtype, backbone)
     except InvalidDelta as error:
         raise Blocked("impossible", f"refused: {error.problems[0]}") from error
     except Exception as error:
         raise Blocked("failed", first_line(error)) from error
     return Method(source.name, tolerance, reference, delta)
+
+
+def read_or_convert(directory: Path, family: Family, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
+    """The delta as an upload, or as `deltamux convert` makes one of it. Raises InvalidDelta with both reasons."""
+    try:
+        return served(directory, backbone)
+    except InvalidDelta as refusal:
+        try:
+            return converted(directory, family, dtype, backbone)
+        except InvalidDelta as error:
+            raise InvalidDelta([f"{refusal.problems[0]} Not convertible: {error.problems[0]}"]) from error
 
 
 def reference_of(method: Method, family: Family, dtype: torch.dtype, rows: list[Row]) -> Expected:

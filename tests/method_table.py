@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import (
     AdaLoraConfig,
+    AdamssConfig,
     AdaptionPromptConfig,
     BeftConfig,
     BOFTConfig,
@@ -36,6 +37,7 @@ from peft import (
     MissConfig,
     MultitaskPromptTuningConfig,
     OFTConfig,
+    OSFConfig,
     PeanutConfig,
     PeftConfig,
     PolyConfig,
@@ -47,6 +49,7 @@ from peft import (
     RandLoraConfig,
     RoadConfig,
     ShiraConfig,
+    SupertuningConfig,
     TaskType,
     TinyLoraConfig,
     TrainableTokensConfig,
@@ -173,16 +176,19 @@ _CPT = {
     "opt_projection_format_epsilon": 9.0,
 }
 
-# Methods that `adapters/formats/peft_refused.py` names: their cells say why.
+# Methods without a reader (`adapters/formats/peft_refused.py`): `deltamux convert` probes them, or says why not.
 _WITHOUT_READER: Mapping[str, Callable[[Targets], PeftConfig]] = {
+    "adamss": _linear(AdamssConfig, r=4, num_subspaces=2),
     "deft": _linear(DeftConfig),
     "fourierft": _linear(FourierFTConfig, n_frequency=50),
     "frod": _linear(FrodConfig),
     "glora": _linear(GloraConfig),
     "hira": _linear(HiraConfig, r=4),
     "lily": _linear(LilyConfig, r=4),
+    "osf": _linear(OSFConfig),
     "peanut": _linear(PeanutConfig, r=4),
     "psoft": _linear(PsoftConfig, r=4),
+    "supertuning": _linear(SupertuningConfig, r=2),
     "tinylora": _linear(TinyLoraConfig),
     "waveft": _linear(WaveFTConfig, n_frequency=50),
 }
@@ -191,6 +197,8 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("lora", _linear(LoraConfig, r=4, lora_alpha=6)),
     MethodRow("dora", _linear(LoraConfig, r=4, lora_alpha=6, use_dora=True), "T2"),
     MethodRow("adalora", _linear(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9)),
+    MethodRow("lora_saved_head", _linear(LoraConfig, r=4, modules_to_save=["lm_head"])),
+    MethodRow("alora", _linear(LoraConfig, r=4, alora_invocation_tokens=[91, 7])),
     MethodRow("adaption_prompt", _whole(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
     MethodRow("beft", _linear(BeftConfig)),
     MethodRow("boft", _linear(BOFTConfig, boft_block_size=8)),
@@ -223,5 +231,5 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("unilora", _linear(UniLoraConfig, r=3, theta_d_length=60, save_indices=True), "T2"),
     MethodRow("vblora", _linear(VBLoRAConfig, r=3, num_vectors=12, vector_length=8, topk=3), "T2"),
     MethodRow("vera", _linear(VeraConfig, r=6), "T2"),
-    *(MethodRow(name, config) for name, config in _WITHOUT_READER.items()),
+    *(MethodRow(name, config, "T2") for name, config in _WITHOUT_READER.items()),
 )

@@ -48,7 +48,8 @@ def is_pattern(text: str) -> bool:
     return bool(body) and body.isascii() and all(char.isalnum() or char in "_." for char in body)
 
 
-def _is_pattern_map(of: Check) -> Check:
+def is_pattern_map(of: Check) -> Check:
+    """A check for objects of module patterns to values that pass `of`."""
     return lambda value: (
         isinstance(value, dict) and all(is_pattern(key) and of(item) for key, item in value.items())
     )
@@ -70,7 +71,8 @@ def _explain_task(value: object) -> str | None:
     return None
 
 
-def _explain_pattern(value: object) -> str | None:
+def explain_pattern(value: object) -> str | None:
+    """Why the first pattern that is refused in `value` is refused."""
     bad = [pattern for pattern in value if not is_pattern(pattern)] if isinstance(value, dict) else []
     if not bad:
         return None
@@ -94,13 +96,18 @@ COMMON: Mapping[str, Rule] = {
     "auto_mapping": OBJECT,
     "peft_version": TEXT,
     "inference_mode": BOOLEAN,
-    "modules_to_save": off(None, [], why="whole modules replaced by trained copies are not served yet"),
+    "modules_to_save": off(None, [], why="this method saves no whole modules beside its own tensors"),
+}
+
+SAVED: Mapping[str, Rule] = {
+    "modules_to_save": Rule(or_null(is_names), "a list of module names or null", used=True),
 }
 
 TARGETS: Mapping[str, Rule] = {
     "target_modules": Rule(
         lambda value: is_text(value) or is_names(value), "a list of module names, or a string", used=True
     ),
+    **SAVED,
 }
 
 EXCLUDES: Mapping[str, Rule] = {
@@ -132,18 +139,18 @@ RANK = Rule(is_int(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}", used=True, 
 SCALE = Rule(is_scale, "a positive number", used=True, default=8)
 
 RANK_PATTERN = Rule(
-    _is_pattern_map(is_int(1, MAX_RANK)),
+    is_pattern_map(is_int(1, MAX_RANK)),
     f"an object of module names to integers from 1 to {MAX_RANK}",
     used=True,
     default={},
-    explain=_explain_pattern,
+    explain=explain_pattern,
 )
 SCALE_PATTERN = Rule(
-    _is_pattern_map(is_scale),
+    is_pattern_map(is_scale),
     "an object of module names to positive numbers",
     used=True,
     default={},
-    explain=_explain_pattern,
+    explain=explain_pattern,
 )
 
 
@@ -190,10 +197,20 @@ LORA: Mapping[str, Rule] = {
     "corda_config": off(None, why=BASE_CHANGING_INITS["corda"]),
     "lora_ga_config": off(None, why=BASE_CHANGING_INITS["lora_ga"]),
     "velora_config": off(None, why="it stores tensors of its own"),
-    "alora_invocation_tokens": off(None, why="an adapter that starts inside the prompt is not served yet"),
+    "alora_invocation_tokens": Rule(
+        lambda value: (
+            value is None or (isinstance(value, list) and bool(value) and all(map(is_int(0, MANY), value)))
+        ),
+        "null or a list of token ids, not empty",
+        used=True,
+    ),
     "use_qalora": off(False, why="QALoRA belongs to a GPTQ-quantised base model, which is another backbone"),
     "monteclora_config": off(None, why="it samples its weights"),
-    "layer_replication": off(None, [], why="a replicated layer stack is not served yet"),
+    "layer_replication": off(
+        None,
+        [],
+        why="it runs layers of the backbone several times, which is not executed: all rows share one stack",
+    ),
     "target_parameters": off(None, [], why="adapted bare parameters (mixture of experts) are not served yet"),
     "use_bdlora": Rule(
         lambda value: value is None or value is False or isinstance(value, dict),
@@ -202,7 +219,10 @@ LORA: Mapping[str, Rule] = {
     ),
     "arrow_config": off(None, why="it routes each token between several adapters"),
     "kasa_config": off(None, why="KaSA drops singular directions of each base weight"),
-    "ensure_weight_tying": off(False, why="it adapts tied embeddings together"),
+    "ensure_weight_tying": off(
+        False,
+        why="which modules it ties depends on their names: PEFT knows embed_tokens and lm_head, not wte",
+    ),
 }
 
 BDLORA: Mapping[str, Rule] = {
@@ -225,6 +245,7 @@ SIZE = Rule(or_null(is_int(1, MANY)), "a positive integer or null", used=True)
 
 PROMPT_LEARNING: Mapping[str, Rule] = {
     **COMMON,
+    **SAVED,
     "num_virtual_tokens": Rule(is_int(1, MANY), "a positive integer", used=True, required=True),
     "token_dim": SIZE,
     "num_layers": SIZE,

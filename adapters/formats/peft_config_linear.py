@@ -50,7 +50,7 @@ def _saved_projection(tensors: str) -> Rule:
         default=True,
         explain=lambda value: (
             f"{tensors} are not in the file but drawn again from a seed, which gives other numbers on other versions "
-            "and devices of torch. Load the adapter where it was trained and save it with this key set to true."
+            "and devices of torch. Convert it offline with `deltamux convert`, or save it with this key set to true."
             if value is False
             else None
         ),
@@ -77,6 +77,7 @@ ADALORA: Mapping[str, Rule] = {
         _is_masks(is_bool), "null or an object of tensor names to lists of true and false", used=True
     ),
     "alpha_pattern": off({}, None, why="PEFT's AdaLoRA does not read it"),
+    "alora_invocation_tokens": off(None, why="PEFT's AdaLoRA has no invocation"),
     "use_rslora": BOOLEAN,  # PEFT's AdaLoRA does not read it
     "use_dora": off(False, why="PEFT has no AdaLoRA with DoRA"),
     "lora_bias": off(False, why="PEFT's AdaLoRA does not read it"),
@@ -141,7 +142,10 @@ LOHA: Mapping[str, Rule] = {
     "init_weights": BOOLEAN,
 }
 
-_BAT = "'bat' multiplies blocks of the base weight, which is no low-rank change; it is not served yet."
+_BAT = (
+    "'bat' multiplies blocks of the base weight, which an upload does not hold. Convert it offline with `deltamux "
+    "convert`."
+)
 
 MISS: Mapping[str, Rule] = {
     **COMMON,

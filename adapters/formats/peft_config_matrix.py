@@ -1,6 +1,6 @@
 """The schemas of PEFT's methods that rotate, add matrices or replace parameters.
 
-Source: the config classes of PEFT 0.21.2. Block sizes and ranks that the tensors' shapes tell are only checked.
+Source: the config classes of PEFT 0.21.2.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from adapters.formats.peft_config import (
     SCALE_PATTERN,
     TARGETED,
     TARGETS,
+    explain_pattern,
+    is_pattern_map,
 )
 from adapters.formats.schema import (
     ANYTHING,
     BOOLEAN,
-    OBJECT,
     TEXT,
     Rule,
     is_bool,
@@ -35,7 +36,11 @@ from adapters.formats.schema import (
     or_null,
 )
 
-_SIZE = Rule(is_int(0, MANY), "an integer from 0 up")
+
+def _size(default: int) -> Rule:
+    return Rule(is_int(0, MANY), "an integer from 0 up", used=True, default=default)
+
+
 _INIT = {"init_weights": ANYTHING}  # the start of training
 _BIAS = {"bias": off("none", why="trained biases are not read with this method yet")}
 
@@ -45,8 +50,8 @@ OFT: Mapping[str, Rule] = {
     **LAYERS,
     **_INIT,
     **_BIAS,
-    "r": _SIZE,
-    "oft_block_size": _SIZE,
+    "r": _size(0),
+    "oft_block_size": _size(32),
     "module_dropout": DROPOUT,
     "eps": Rule(is_number, "a number"),
     "coft": off(False, why="constrained OFT projects its parameters again at every forward pass"),
@@ -63,9 +68,9 @@ BOFT: Mapping[str, Rule] = {
     **LAYERS,
     **_INIT,
     **_BIAS,
-    "boft_block_size": _SIZE,
-    "boft_block_num": _SIZE,
-    "boft_n_butterfly_factor": Rule(is_int(1, 32), "an integer from 1 to 32"),
+    "boft_block_size": _size(4),
+    "boft_block_num": _size(0),
+    "boft_n_butterfly_factor": Rule(is_int(1, 32), "an integer from 1 to 32", used=True, default=1),
     "boft_dropout": DROPOUT,
 }
 
@@ -124,8 +129,8 @@ LOKR: Mapping[str, Rule] = {
     "module_dropout": DROPOUT,
     "rank_dropout_scale": BOOLEAN,
     "use_effective_conv2d": BOOLEAN,  # only convolutions
-    "decompose_both": BOOLEAN,
-    "decompose_factor": Rule(is_int(-1, MANY), "an integer from -1 up"),
+    "decompose_both": Rule(is_bool, "true or false", used=True, default=False),
+    "decompose_factor": Rule(is_int(-1, MANY), "an integer from -1 up", used=True, default=-1),
 }
 
 C3A: Mapping[str, Rule] = {
@@ -134,13 +139,19 @@ C3A: Mapping[str, Rule] = {
     **LAYERS,
     **_INIT,
     **_BIAS,
-    "block_size": _SIZE,
-    "block_size_pattern": OBJECT,
+    "block_size": Rule(is_int(1, MANY), "a positive integer", used=True, default=256),
+    "block_size_pattern": Rule(
+        is_pattern_map(is_int(1, MANY)),
+        "an object of module names to positive integers",
+        used=True,
+        default={},
+        explain=explain_pattern,
+    ),
 }
 
 TRAINABLE_TOKENS: Mapping[str, Rule] = {
-    **COMMON,
     **TARGETS,
+    **COMMON,  # without modules_to_save
     **_INIT,
     "token_indices": Rule(
         lambda value: isinstance(value, list) and bool(value) and all(map(is_int(0, MANY), value)),

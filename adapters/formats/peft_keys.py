@@ -20,7 +20,8 @@ REFUSED_PARTS: Mapping[str, str] = {
     ".mlp.gate.": "the router of a mixture of experts is no site. Train the attention projections",
     ".lora_embedding_": "LoRA on an embedding is not executed yet. Train without it",
     ".base_layer.weight": "a copy of a base weight. Save with `save_pretrained(save_embedding_layers=False)`",
-    ".modules_to_save.": "a whole module replaced by a trained copy is not served yet",
+    ".modules_to_save.": "PEFT's `save_pretrained` writes saved modules without this part. Save the adapter with it",
+    ".original_module.": "a copy of a base parameter beside a saved module. Train it with bias='none'",
     ".token_adapter.": "the config names no such token rows",
     ".lora_diag": "KaSA drops singular directions of each base weight",
     ".lora_velora_": "a tensor that only VeLoRA's training reads. Save the adapter without velora_config",
@@ -103,6 +104,12 @@ def _why(key: str, spec: BackboneSpec) -> str:
     for part, reason in REFUSED_PARTS.items():
         if part in key:
             return reason
+    module = spec.by_path.get(key.removeprefix(PREFIX).removesuffix(".weight"))
+    if module is not None and module.writes[0].site.name in ("embed", "logits"):
+        return (
+            "modules_to_save does not name its module, so it is a copy of the base weight. Save with "
+            "`save_pretrained(save_embedding_layers=False)`; a resized vocabulary is another backbone"
+        )
     if not key.startswith(PREFIX):
         return f"keys start with {PREFIX!r} in files that PEFT's `save_pretrained` writes"
     return f"the backbone {quoted(spec.name)} has no such module, or the method no such tensor"

@@ -1,11 +1,12 @@
-"""PEFT LoRA, rsLoRA and DoRA -> LowRank and Affine.
+"""PEFT LoRA, rsLoRA, aLoRA and DoRA -> LowRank and Affine.
 
 Format: PEFT 0.21.2, adapter_model.safetensors, keys `base_model.model.<module>.` and
 `lora_A.weight` [r, d_in] · `lora_B.weight` [d_out, r] (BD-LoRA: one of them as the blocks of a block-diagonal matrix,
 stacked: [r, d_in/n] or [d_out, r/n]) · `lora_B.bias` [d_out] · `lora_magnitude_vector` [d_out] ·
 `base_layer.bias` or `bias` [d_out].
 
-y = W x + s·(B A x + b_B) + bias, s = alpha/r or alpha/sqrt(r); DoRA: y = m/‖W + s·B·A‖ ⊙ (W x + s·B A x) + bias.
+y = W x + s·(B A x + b_B) + bias, s = alpha/r or alpha/sqrt(r), of aLoRA only from its invocation tokens on;
+DoRA: y = m/‖W + s·B·A‖ ⊙ (W x + s·B A x) + bias.
 Source: Hu et al. "LoRA" section 4.1; Liu et al. "DoRA" section 4; PEFT `LoraLayer`, `DoraLinearLayer`.
 """
 
@@ -26,7 +27,7 @@ from adapters.formats.peft_targets import pattern_value
 from adapters.formats.peft_tokens import read_lora_tokens
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
-from adapters.normal_form import Affine, LowRank, Op
+from adapters.normal_form import Affine, FromInvocation, LowRank, Op
 
 FIELDS: Mapping[str, str] = {
     "lora_A.weight": "A",
@@ -49,6 +50,11 @@ def read_lora(
         blocks = check_config(config["use_bdlora"], BDLORA, problems, prefix="use_bdlora.")
         if config["use_dora"]:
             problems.add("adapter_config.json: use_bdlora: PEFT has no DoRA with it.", param="use_bdlora")
+    if config["alora_invocation_tokens"] and (config["use_dora"] or blocks is not None):
+        problems.add(
+            "adapter_config.json: alora_invocation_tokens: PEFT has no aLoRA with use_dora or use_bdlora.",
+            param="alora_invocation_tokens",
+        )
     ops, tensors = read_lora_tokens(config["trainable_token_indices"], tensors, spec, problems)
     wanted = {"A", "B"}
     wanted |= {"b_bias"} if config["lora_bias"] else set()
@@ -79,6 +85,7 @@ def _lower_linear(
     A, B = (_whole(found[side].tensor, cuts[side]) for side in ("A", "B"))
     assert module.read is not None, module.path
     scaling = _scaling(module.path, rank, config)
+    invocation = config["alora_invocation_tokens"]
     ops: list[Op] = []
     for part in module.writes:
         rows = slice(part.start, part.stop)
@@ -90,6 +97,7 @@ def _lower_linear(
                 B=B[rows],
                 b_bias=found["b_bias"].tensor[rows] if "b_bias" in found else None,
                 scaling=scaling,
+                positions=FromInvocation(tuple(invocation)) if invocation else None,
             )
         )
         if "magnitude" in found:

@@ -1,4 +1,4 @@
-"""What PEFT's methods that put tensors into modules have in common: which modules have which, and trained biases.
+"""What PEFT's methods that put tensors into modules share: which modules have which, trained biases, saved modules.
 
 A method says what it stores at a module (`Layout`) and what that amounts to (`lower`); the walk over the backbone's
 modules finds what is missing and what is stray.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleKind, ModuleSpec
 from adapters.formats.peft_keys import Placed, check_shape, place
+from adapters.formats.peft_saved import take_saved
 from adapters.formats.peft_targets import LINEAR_KINDS, expected_paths
 from adapters.formats.problems import Problems, quoted
 from adapters.normal_form import Affine, Delta, LowRank, Op
@@ -64,16 +65,17 @@ def read_modules(
 ) -> tuple[Op, ...]:
     """The ops of all adapted modules; what does not fit is added to `problems`.
 
-    `config`: the checked `target_modules` and, where the method has them, `exclude_modules`, `layers_to_transform`
-    and `bias`. `lower` is called for modules that have all their tensors, of any shape.
+    `config`: the checked `target_modules` and, where the method has them, `modules_to_save`, `exclude_modules`,
+    `layers_to_transform` and `bias`. `lower` is called for modules that have all their tensors, of any shape.
     """
+    saved, tensors = take_saved(config, tensors, spec, problems)
     placed = place(tensors, {**layout.fields, **BIAS_FIELDS}, spec, problems)
     adapted = {path for path, found in placed.items() if found.keys() - {"bias"}}
     # where a method has no Conv1D, the refusal below says so
     kinds = LINEAR_KINDS if "linear" in layout.kinds else layout.kinds
     expected = expected_paths(config, spec, adapted, problems, kinds)
     biased = _biased_paths(config.get("bias"), spec, expected | adapted)
-    ops: list[Op] = []
+    ops: list[Op] = [*saved]
     for module in spec.modules:
         found = placed.get(module.path, {})
         wanted = set(layout.wanted) if module.path in expected else set()

@@ -11,7 +11,6 @@ Source: Qiu et al. "Controlling text-to-image diffusion by orthogonal finetuning
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,13 +44,14 @@ def read_oft(
                 param="peft_version",
             )
 
+    sizes = _sizes(config, "r", "oft_block_size", problems)
+
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
-        placed, d_in = found["oft_R.weight"], module.shape.d_in
-        elements = placed.tensor.shape[1] if placed.tensor.dim() == 2 else 0
-        size = (1 + math.isqrt(1 + 8 * elements)) // 2  # elements = size (size - 1) / 2
-        if d_in % size:
-            problems.add(f"{quoted(placed.key)}: blocks of {size} do not cut {d_in} columns.")
+        if sizes is None:
             return []
+        placed, d_in = found["oft_R.weight"], module.shape.d_in
+        count, size = sizes
+        size = d_in // _divisor(d_in, count) if count else _divisor(d_in, size)
         runs = 1 if config["block_share"] else d_in // size
         if not check_shape(placed, (runs, size * (size - 1) // 2), problems):
             return []
@@ -74,14 +74,24 @@ def read_boft(
     """The ops of a BOFT adapter; what does not fit is added to `problems`."""
     config = check_config(raw, BOFT, problems)
 
+    sizes = _sizes(config, "boft_block_num", "boft_block_size", problems)
+    factor = config["boft_n_butterfly_factor"]
+
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
-        d_in, stored = module.shape.d_in, found["boft_R"]
-        stages, count, size = stored.tensor.shape[:3] if stored.tensor.dim() == 4 else (1, 1, d_in)
-        if stages > 1 and (size % 2 or count % 2 ** (stages - 1)):
-            problems.add(f"{quoted(stored.key)}: {count} blocks of {size} have no {stages} butterfly stages.")
+        if sizes is None or factor is None:  # refused already
             return []
-        shapes = {"boft_R": (stages, d_in // max(size, 1), size, size), "boft_s": (module.shape.d_out, 1)}
-        if not fits(found, shapes, problems) or count * size != d_in:
+        d_in, stored = module.shape.d_in, found["boft_R"]
+        size = d_in // sizes[0] if sizes[0] else sizes[1]
+        count = d_in // max(size, 1)
+        # without its CUDA extension PEFT trains one stage, whatever the config says
+        stages = 1 if stored.tensor.shape[:1] == (1,) else factor
+        if count * size != d_in or (stages > 1 and (size % 2 or count % 2 ** (stages - 1))):
+            problems.add(
+                f"{quoted(module.path)}: {d_in} columns have no {stages} butterfly stages of {count} blocks of {size}."
+            )
+            return []
+        shapes = {"boft_R": (stages, count, size, size), "boft_s": (module.shape.d_out, 1)}
+        if not fits(found, shapes, problems):
             return []
         data = stored.tensor.double()
         blocks = _cayley(0.5 * (data - data.mT)).flip(0)  # x meets the last factor first
@@ -98,6 +108,28 @@ def read_boft(
         ]
 
     return read_modules(BOFT_LAYOUT, lower, config, tensors, spec, problems)
+
+
+def _sizes(config: Mapping[str, Any], count: str, size: str, problems: Problems) -> tuple[int, int] | None:
+    """Number and size of the blocks, of which PEFT has one as 0 and derives it; None where that is not so."""
+    if None in (config[count], config[size]):  # refused already
+        return None
+    if (config[count] == 0) == (config[size] == 0):
+        problems.add(
+            f"adapter_config.json: {size}: got {config[size]} beside {count} = {config[count]}, expected one to be 0.",
+            param=size,
+        )
+        return None
+    return config[count], config[size]
+
+
+def _divisor(width: int, wanted: int) -> int:
+    """The divisor of `width` that is next to `wanted`, of two the smaller: PEFT's `adjust_oft_parameters`."""
+    if wanted >= width:
+        return width
+    lower = next(n for n in range(wanted, 0, -1) if width % n == 0)
+    higher = next(n for n in range(wanted, width + 1) if width % n == 0)
+    return lower if wanted - lower <= higher - wanted else higher
 
 
 def _cayley(skew: Tensor) -> Tensor:

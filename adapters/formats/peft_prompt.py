@@ -19,11 +19,12 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec
 from adapters.formats.peft_config import PREFIX_TUNING, PROMPT_TUNING
 from adapters.formats.peft_config_prompt import CARTRIDGE, CPT, MULTITASK_PROMPT_TUNING, P_TUNING
-from adapters.formats.peft_keys import Placed, check_shape
+from adapters.formats.peft_keys import SHARED_PREFIX, Placed, check_shape
 from adapters.formats.peft_modules import fits
+from adapters.formats.peft_saved import take_saved
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import Rule, check_config
-from adapters.normal_form import AttnPrefix, Op, VirtualTokens
+from adapters.normal_form import AttnPrefix, Op, Rows, VirtualTokens
 
 KEY = "prompt_embeddings"
 
@@ -47,14 +48,16 @@ def _read_prefix(
         {"num_layers": spec.num_layers, "num_attention_heads": spec.num_kv_heads, "token_dim": kv_width},
         problems,
     )
+    saved, tensors = take_saved(config, tensors, spec, problems, prefix=SHARED_PREFIX)
     stored = _embeddings(tensors, config["num_virtual_tokens"], 2 * spec.num_layers * kv_width, problems)
     if stored is None:
         return ()
     by_layer = stored.view(-1, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
-    return tuple(
+    prefixes = (
         AttnPrefix(layer=layer, key=by_layer[:, layer, 0], value=by_layer[:, layer, 1])
         for layer in range(spec.num_layers)
     )
+    return (*saved, *prefixes)
 
 
 def _read_prompt(
@@ -67,8 +70,9 @@ def _read_prompt(
 ) -> tuple[Op, ...]:
     """The virtual tokens; what does not fit is added to `problems`."""
     config = _prompt_config(raw, rules, spec, problems)
+    saved, tensors = _take_saved_beside_tokens(config, tensors, spec, problems)
     stored = _embeddings(tensors, config["num_virtual_tokens"], spec.hidden_size, problems)
-    return () if stored is None else (VirtualTokens(embeddings=stored),)
+    return () if stored is None else (*saved, VirtualTokens(embeddings=stored))
 
 
 read_prefix_tuning = partial(_read_prefix, rules=PREFIX_TUNING)
@@ -83,6 +87,7 @@ def read_multitask_prompt_tuning(
 ) -> tuple[Op, ...]:
     """The virtual tokens of the only task; what does not fit is added to `problems`."""
     config = _prompt_config(raw, MULTITASK_PROMPT_TUNING, spec, problems)
+    saved, tensors = _take_saved_beside_tokens(config, tensors, spec, problems)
     ranks, length = config["num_ranks"], config["num_virtual_tokens"]
     task = {name: Placed(name, tensors[name]) for name in (TASK_COLUMNS, TASK_ROWS) if name in tensors}
     for name in (TASK_COLUMNS, TASK_ROWS):
@@ -100,7 +105,21 @@ def read_multitask_prompt_tuning(
     if not fits(task, shapes, problems) or stored is None:
         return ()
     columns, rows = (task[name].tensor[0].float() for name in shapes)
-    return (VirtualTokens(embeddings=stored.float() * (columns @ rows)),)
+    return (*saved, VirtualTokens(embeddings=stored.float() * (columns @ rows)))
+
+
+def _take_saved_beside_tokens(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BackboneSpec, problems: Problems
+) -> tuple[list[Op], Mapping[str, Tensor]]:
+    """As `take_saved`, without an embedding: PEFT embeds the prompt by the base one, generated tokens by the saved."""
+    saved, rest = take_saved(config, tensors, spec, problems, prefix=SHARED_PREFIX)
+    if any(isinstance(op, Rows) for op in saved):
+        problems.add(
+            "adapter_config.json: modules_to_save: beside virtual tokens PEFT reads the prompt with the base model's "
+            "token embedding and generated tokens with the saved one, so what is meant is not defined.",
+            param="modules_to_save",
+        )
+    return saved, rest
 
 
 def _prompt_config(

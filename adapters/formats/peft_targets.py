@@ -46,12 +46,13 @@ def expected_paths(
 ) -> set[str]:
     """Paths of the modules that must have tensors.
 
-    `config`: the checked `target_modules` and, where the method has them, `exclude_modules`, `layers_to_transform`.
+    `config`: the checked `target_modules` and, where the method has them, `exclude_modules`, `layers_to_transform` and
+    `modules_to_save` (PEFT adapts no module that it saves whole).
     `adapted`: the paths that have tensors; they decide where the config holds a regular expression or nothing.
     `kinds`: the kinds of modules that the method adapts.
     """
     targets = config["target_modules"]
-    excluded = config.get("exclude_modules") or ()
+    excluded = [*(config.get("exclude_modules") or ()), *(config.get("modules_to_save") or ())]
     if isinstance(targets, list):
         return {
             module.path

@@ -33,6 +33,9 @@ def read_trainable_tokens(
     """The ops of a trainable tokens adapter; what does not fit is added to `problems`."""
     config = check_config(raw, TRAINABLE_TOKENS, problems)
     indices = config["token_indices"]
+    embedding = spec.writer[Site("embed")][0].path
+    if not isinstance(config["target_modules"], list):  # null and patterns: there is one embedding to find
+        config["target_modules"] = [embedding]
     if spec.tied_embeddings:
         tensors = _without_tied_copy(tensors, spec, problems)
 

@@ -10,6 +10,7 @@ Chen et al. "Parameter-efficient fine-tuning via circular convolution"; PEFT `Sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from adapters.normal_form import Op, WeightDelta
 SHIRA_LAYOUT = Layout.of("shira_weight", "shira_indices", kinds=LINEAR_ONLY)
 LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 LOKR_LAYOUT = Layout.of(optional=LOKR_PARTS, kinds=LINEAR_ONLY)
+LOKR_NUMBERS = ("r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor")
 C3A_LAYOUT = Layout.of("c3a_kernel", kinds=LINEAR_ONLY)
 
 
@@ -59,40 +61,63 @@ def read_lokr(
     config = check_config(raw, LOKR, problems)
 
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
-        if any(config[key] is None for key in ("r", "alpha", "rank_pattern", "alpha_pattern")):
+        if any(config[key] is None for key in LOKR_NUMBERS):  # refused already
             return []
         rank = pattern_value(config["rank_pattern"], module.path, config["r"])
         alpha = pattern_value(config["alpha_pattern"], module.path, config["alpha"])
-        left, right = (_factor(name, module, found, rank, problems) for name in ("lokr_w1", "lokr_w2"))
-        if left is None or right is None or not is_whole(module, problems):
+        widths = (module.shape.d_out, module.shape.d_in)
+        (out_left, out_right), (in_left, in_right) = (_divided(n, config["decompose_factor"]) for n in widths)
+        small = config["decompose_both"] and rank < max(out_left, in_left) / 2
+        shapes = {
+            **_factor_shapes("lokr_w1", (out_left, in_left), rank, whole=not small),
+            **_factor_shapes(
+                "lokr_w2", (out_right, in_right), rank, whole=rank >= max(out_right, in_right) / 2
+            ),
+        }
+        for name in sorted(shapes.keys() - found.keys()):
+            problems.add(f"A site without a tensor: {quoted(module.path)} has no {name}.")
+        for name in sorted(found.keys() - shapes.keys() - {"bias"}):
+            problems.add(
+                f"A tensor without a site: {quoted(found[name].key)}: the config has {', '.join(shapes)}."
+            )
+        if (
+            found.keys() != shapes.keys()
+            or not fits(found, shapes, problems)
+            or not is_whole(module, problems)
+        ):
             return []
-        got = [left.shape[0] * right.shape[0], left.shape[1] * right.shape[1]]
-        if got != [module.shape.d_out, module.shape.d_in]:
-            expected = [module.shape.d_out, module.shape.d_in]
-            problems.add(f"{quoted(module.path)}: lokr_w1 ⊗ lokr_w2 is {got}, expected {expected}.")
-            return []
+        left, right = (_factor(name, found) for name in ("lokr_w1", "lokr_w2"))
         site = module.writes[0].site
         return [WeightDelta(site=site, layout="kron", values=right, left=left, scaling=alpha / rank)]
 
     return read_modules(LOKR_LAYOUT, lower, config, tensors, spec, problems)
 
 
-def _factor(
-    name: str, module: ModuleSpec, found: Mapping[str, Placed], rank: int, problems: Problems
-) -> Tensor | None:
-    """One factor of the Kronecker product, whole or multiplied out."""
-    parts = {part: found[part] for part in (name, f"{name}_a", f"{name}_b") if part in found}
-    if parts.keys() not in ({name}, {f"{name}_a", f"{name}_b"}):
-        problems.add(f"{quoted(module.path)}: expected {name}, or else {name}_a and {name}_b.")
-        return None
-    if bad := [part for part in parts.values() if part.tensor.dim() != 2]:
-        problems.add(f"{quoted(bad[0].key)}: expected a matrix.")
-        return None
-    if name in parts:
-        return parts[name].tensor
-    a, b = parts[f"{name}_a"].tensor, parts[f"{name}_b"].tensor
-    shapes = {f"{name}_a": (a.shape[0], rank), f"{name}_b": (rank, b.shape[1])}
-    return a.float() @ b.float() if fits(parts, shapes, problems) else None
+def _divided(width: int, factor: int) -> tuple[int, int]:
+    """Two numbers whose product is `width`: `factor` first where it divides, else the divisors next to the root.
+
+    A factor above 0 that does not divide bounds the first of them. Source: PEFT `lokr.layer.factorization`.
+    """
+    if factor > 0 and width % factor == 0:
+        return factor, width // factor
+    most = math.isqrt(width) if factor == -1 else min(math.isqrt(width), max(factor, 1))
+    first = next(n for n in range(most, 0, -1) if width % n == 0)
+    return first, width // first
+
+
+def _factor_shapes(
+    name: str, shape: tuple[int, int], rank: int, *, whole: bool
+) -> dict[str, tuple[int, int]]:
+    """What is stored of one factor of the Kronecker product: the matrix, or two of rank r."""
+    if whole:
+        return {name: shape}
+    return {f"{name}_a": (shape[0], rank), f"{name}_b": (rank, shape[1])}
+
+
+def _factor(name: str, found: Mapping[str, Placed]) -> Tensor:
+    if name in found:
+        return found[name].tensor
+    return found[f"{name}_a"].tensor.float() @ found[f"{name}_b"].tensor.float()
 
 
 def read_c3a(
@@ -102,9 +127,11 @@ def read_c3a(
     config = check_config(raw, C3A, problems)
 
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
+        if None in (config["block_size"], config["block_size_pattern"]):  # refused already
+            return []
         shape, kernel = module.shape, found["c3a_kernel"]
-        size = kernel.tensor.shape[2] if kernel.tensor.dim() == 3 else 1
-        if size < 1 or shape.d_out % size or shape.d_in % size:
+        size = pattern_value(config["block_size_pattern"], module.path, config["block_size"])
+        if shape.d_out % size or shape.d_in % size:
             problems.add(f"{quoted(kernel.key)}: blocks of {size} do not cut {shape.d_out} by {shape.d_in}.")
             return []
         fit = check_shape(kernel, (shape.d_out // size, shape.d_in // size, size), problems)

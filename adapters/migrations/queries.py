@@ -15,6 +15,7 @@ from adapters.names import LATEST, ModelReference
 
 # Rows of these two queries: the adapter's id, then the fields of the record in their order.
 LIVE = versions.c.deleted_at.is_(None)
+COUNTS = versions.c.status != "failed"  # with LIVE: at most one per name and digest
 VERSION_COLUMNS = tuple(versions.c[field.name] for field in fields(VersionRecord) if field.name in versions.c)
 VERSIONS = (
     select(adapters.c.id, adapters.c.tenant, adapters.c.name, *VERSION_COLUMNS)

@@ -1,6 +1,7 @@
 """The registry's records, as its callers see them, and its tables.
 
-No row is ever removed: that is why version numbers and alias revisions never come back. Times are Unix seconds.
+No row but a hold is ever removed: that is why version numbers and alias revisions never come back. Times are Unix
+seconds.
 """
 
 from __future__ import annotations
@@ -90,12 +91,15 @@ class AdapterPage:
 
 metadata = MetaData()
 
+# Names compare by their bytes in every database, whatever language it was made for: pages end where they began.
+NAME = String(63).with_variant(String(63, collation="C"), "postgresql")
+
 adapters = Table(
     "adapters",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("tenant", String(63), nullable=False),
-    Column("name", String(63), nullable=False),
+    Column("tenant", NAME, nullable=False),
+    Column("name", NAME, nullable=False),
     Column("created_at", Float, nullable=False),  # when the name was first used
     UniqueConstraint("tenant", "name", name="uq_adapters_tenant_name"),
 )
@@ -132,11 +136,30 @@ aliases = Table(
     "aliases",
     metadata,
     Column("adapter_id", Integer, ForeignKey("adapters.id"), primary_key=True),
-    Column("alias", String(63), primary_key=True),
+    Column("alias", NAME, primary_key=True),
     Column(
         "version", Integer
     ),  # null: gone; the row stays so that its revision never returns to an old value
     Column("revision", Integer, nullable=False),
     Column("updated_at", Float, nullable=False),
     ForeignKeyConstraint(["adapter_id", "version"], ["versions.adapter_id", "versions.version"]),
+)
+
+Index("ix_versions_digest", versions.c.digest)
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("marked_at", Float),  # null: in use when the last collection looked
+    Column("swept_at", Float),  # null: the store may have it
+)
+
+holds = Table(
+    "holds",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("digest", String(64), ForeignKey("blobs.digest"), nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Index("ix_holds_digest", "digest"),
 )

@@ -1,8 +1,7 @@
-"""`deltamux adapters list|show|promote|rollback|delete`."""
+"""`deltamux adapters list|show|promote|rollback|delete|undelete|gc`."""
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +9,8 @@ from rich.markup import escape
 
 from adapters.errors import NotFound
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
-from serving.cli.console import out, table
+from serving.cli.console import out, table, when
+from serving.cli.gc import gc
 from serving.cli.push import show_version
 
 app = typer.Typer(help="List, show, promote, roll back and delete deltas.", no_args_is_help=True)
@@ -32,7 +32,7 @@ def list_adapters(*, server: ServerOption = DEFAULT_SERVER) -> None:
                 escape(str(latest.get("method", "-"))),
                 str(latest.get("size_bytes", "-")),
                 escape(_aliases(adapter)),
-                _when(adapter["created"]),
+                when(adapter["created"]),
             )
     out.print(shown)
 
@@ -46,7 +46,7 @@ def show(name: NameArgument, *, server: ServerOption = DEFAULT_SERVER) -> None:
     shown = table(None, "version", "digest", "status", "method", "bytes", "created")
     for version in versions:
         values = (version["digest"], version["status"], version["method"], str(version["size_bytes"]))
-        shown.add_row(f"v{version['version']}", *map(escape, values), _when(version["created"]))
+        shown.add_row(f"v{version['version']}", *map(escape, values), when(version["created"]))
     out.print(shown)
     out.print(f"aliases: {escape(_aliases(adapter))}")
     if adapter["latest"]:
@@ -114,6 +114,21 @@ def delete(
     out.print(f"deleted [bold]{escape(what)}[/]; {memory}")
 
 
+@app.command()
+def undelete(
+    name: NameArgument,
+    version: Annotated[int, typer.Argument(help="The version to bring back.")],
+    *,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Undo the deletion of a version, as long as its bytes are not collected. Aliases stay as they are."""
+    with Client(server) as client:
+        show_version(client.call("POST", "v1", "adapters", name, "versions", str(version), "undelete"))
+
+
+app.command()(gc)
+
+
 def _move(client: Client, name: str, alias: str, version: int, revision: int) -> None:
     body = {"version": version, "expected_revision": revision}
     client.call("PUT", "v1", "adapters", name, "aliases", alias, json=body)
@@ -126,7 +141,3 @@ def _alias(adapter: JsonObject, alias: str) -> dict[str, Any] | None:
 
 def _aliases(adapter: JsonObject) -> str:
     return ", ".join(f"{found['alias']} -> v{found['version']}" for found in adapter["aliases"]) or "-"
-
-
-def _when(created: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(created))

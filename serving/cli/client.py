@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,6 +14,9 @@ import typer
 
 from adapters.errors import DeltamuxError, InvalidDelta, InvalidRequest, Unavailable
 
+UNAUTHORIZED = 401
+KEY_VARIABLE = "DELTAMUX_API_KEY"
+"""Where the commands find the key that they show. Not a flag: every user of a machine can read its command lines."""
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # an upload's answer comes when the delta is validated
 
@@ -25,7 +29,7 @@ class Client:
 
     def __init__(self, server: str) -> None:
         try:
-            self._http = httpx.Client(base_url=server.rstrip("/"), timeout=_TIMEOUT)
+            self._http = httpx.Client(base_url=server.rstrip("/"), timeout=_TIMEOUT, headers=_credentials())
         except httpx.InvalidURL as error:
             raise InvalidRequest(f"{server!r} is not a URL: {error}.", param="server") from None
         self._server = server
@@ -57,6 +61,11 @@ class Client:
                 return
 
 
+def _credentials() -> dict[str, str]:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
 def body_of(answer: httpx.Response) -> JsonObject:
     """The body of a good answer. Raises DeltamuxError with what the server says otherwise."""
     try:
@@ -76,7 +85,8 @@ def body_of(answer: httpx.Response) -> JsonObject:
         raise Unavailable(f"The server answered {answer.status_code}.", param="server")
     if problems := error.get("problems"):
         raise InvalidDelta([str(problem) for problem in problems], param=error.get("param"))
-    raise DeltamuxError(str(error.get("message")), param=error.get("param"))
+    remedy = f"Put a key in {KEY_VARIABLE}." if answer.status_code == UNAUTHORIZED else None
+    raise DeltamuxError(str(error.get("message")), param=error.get("param"), remedy=remedy)
 
 
 @contextmanager

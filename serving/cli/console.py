@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,3 +73,8 @@ def table(title: str | None, *columns: str) -> Table:
     for column in columns:
         made.add_column(column, overflow="fold")
     return made
+
+
+def when(at: float) -> str:
+    """A time in Unix seconds, as this machine's clock shows it."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))

@@ -88,6 +88,7 @@ def _flags(data: Path, scratch: Path, port: int, num_requests: int) -> dict[str,
         "engine": {"max_queue": num_requests},  # the whole held-out set is in flight at once
         "store": {"path": str(scratch / "blobs")},
         "database": {"url": f"sqlite:///{scratch / 'registry.db'}"},
+        "auth": {"secret_file": str(scratch / "secret")},
     }
 
 

@@ -65,7 +65,8 @@ def _what_runs() -> list[tuple[str, str]]:
             "torch on cpu",
             f"{torch.get_num_threads()} threads, {(time.perf_counter() - started) * 1e3:.1f} ms probe",
         ),
-        ("cpu kernels", torch.backends.cpu.get_cpu_capability()),
+        ("torch's cpu kernels", torch.backends.cpu.get_cpu_capability()),
+        ("delta kernels on cpu", _delta_kernels()),
     ]
     if not torch.cuda.is_available():
         built = (
@@ -77,6 +78,17 @@ def _what_runs() -> list[tuple[str, str]]:
     except RuntimeError as error:
         return [*runs, ("torch on cuda", f"fails: {str(error).splitlines()[0]}")]
     return [*runs, ("torch on cuda", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")]
+
+
+def _delta_kernels() -> str:
+    from serving.kernels.cpu import CpuRows  # noqa: PLC0415  (heavy)
+    from serving.kernels.cpu_build import KernelBuildError  # noqa: PLC0415
+
+    try:
+        CpuRows()
+    except KernelBuildError as error:
+        return f"[yellow]plain torch[/], slower: {escape(str(error))}"
+    return "compiled for this processor"
 
 
 def _reachable(others: list[str]) -> None:
@@ -122,7 +134,7 @@ def verdict(listener: Listener, url: str) -> str:
     if listener.port == httpx.URL(url).port:
         if listener.is_loopback:
             return "[green]as meant[/]: HTTP, loopback only"
-        return "[yellow]open[/]: HTTP, as --insecure allows"
+        return "[yellow]open[/]: HTTP; callers need a key, unless --insecure is all that allows it"
     if listener.is_loopback:
         return "[green]closed[/]: loopback only"
     return "[yellow]guarded[/]: answers Ray's token only"

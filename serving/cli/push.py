@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Annotated
 
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from adapters.errors import InvalidRequest
+from adapters.errors import InvalidDelta, InvalidRequest
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
 from serving.cli.console import err, out, stages, table
+from serving.cli.convert import converted, parity_text
+
+PEFT_TENSORS = {"adapter_model.safetensors", "adapter_model.bin"}
+CONVERTER = (
+    "If your own PEFT loads it, `deltamux push DIR NAME --backbone B` converts it first, B being your copy of the "
+    "backbone (`deltamux convert DIR OUT --backbone B` does only that)."
+)
 
 
 def push(
@@ -27,24 +35,67 @@ def push(
     backbone_digest: Annotated[
         str | None, typer.Option(help="Digest of the backbone it was trained on.", metavar="HEX")
     ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="Your copy of the backbone: compare with PEFT first, and convert where the server needs that.",
+            metavar="B",
+        ),
+    ] = None,
+    parity: Annotated[
+        Path | None, typer.Option(help="A record of `deltamux verify` to send along.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Upload a delta as the next version of NAME, and show its admission proof."""
-    with stages("reading the files"):
-        files = files_to_send(directory)
-    fields = {"alias": alias, "backbone_digest": backbone_digest}
-    with Client(server) as client, _bar() as progress:
-        size = sum(path.stat().st_size for path in files.values())
-        task = progress.add_task(f"uploading {len(files)} files", total=size)
-        version = send(
-            client,
-            name,
-            files,
-            fields={key: value for key, value in fields.items() if value is not None},
-            on_bytes=lambda num_bytes: progress.advance(task, num_bytes),
-        )
+    if backbone and (parity or backbone_digest):
+        raise InvalidRequest("--backbone makes the record and knows the digest by itself.", param="backbone")
+    given = {"alias": alias, "backbone_digest": backbone_digest}
+    with TemporaryDirectory() as scratch:
+        source = directory
+        if backbone:
+            source, parity = _prepared(directory, backbone, Path(scratch) / "converted")
+        with stages("reading the files"):
+            files = files_to_send(source)
+            fields = _parity_fields(parity) | {
+                key: value for key, value in given.items() if value is not None
+            }
+        with Client(server) as client, _bar() as progress:
+            size = sum(path.stat().st_size for path in files.values())
+            task = progress.add_task(f"uploading {len(files)} files", total=size)
+            version = send(
+                client,
+                name,
+                files,
+                fields=fields,
+                on_bytes=lambda num_bytes: progress.advance(task, num_bytes),
+            )
     show_version(version)
+    if parity and not version["proof"].get("parity"):
+        err.print(f"[yellow]version {version['version']} was published before, without this record[/]")
     if alias:
         out.print(f"alias [bold]{escape(name)}:{escape(alias)}[/] points at version {version['version']}")
+
+
+def _prepared(directory: Path, backbone: str, target: Path) -> tuple[Path, Path]:
+    """What to send instead of `directory`, if need be, and the parity record; compared with PEFT and said so."""
+    conversion = converted(directory, backbone)
+    conversion.write(target)
+    if conversion.needed:
+        err.print(f"the server can't read {escape(str(directory))}; its converted form is sent")
+    return target if conversion.needed else directory, target / "parity.json"
+
+
+def _parity_fields(parity: Path | None) -> dict[str, str]:
+    """The fields of an upload with this record. The digest in it says which backbone the uploader means."""
+    if parity is None:
+        return {}
+    from adapters.parity import read_record  # noqa: PLC0415  (pydantic)
+
+    try:
+        text = parity.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{parity} can't be read: {error}", param="parity") from None
+    return {"parity": text, "backbone_digest": read_record(text).backbone_digest}
 
 
 def files_to_send(directory: Path) -> dict[str, Path]:
@@ -60,8 +111,20 @@ def files_to_send(directory: Path) -> dict[str, Path]:
     tensors = {name for name in READ & set(present) if name.endswith(".safetensors")}
     # what would change the numbers if it stayed behind is named, so that it is refused
     missed = {name for name in REFUSED if name in present and not (tensors and name.endswith(PICKLED))}
-    detect({name for name in present if name in READ} | missed)
+    with _naming_the_converter(present):
+        detect({name for name in present if name in READ} | missed)
     return {name: present[name] for name in sorted(READ & set(present))}
+
+
+@contextmanager
+def _naming_the_converter(names: Collection[str]) -> Iterator[None]:
+    """Say what to run where files that PEFT wrote are refused."""
+    try:
+        yield
+    except InvalidDelta as error:
+        if error.remedy or not set(names) & PEFT_TENSORS:
+            raise
+        raise InvalidDelta(error.problems, param=error.param, remedy=CONVERTER) from None
 
 
 def send(
@@ -85,7 +148,8 @@ def send(
             )
             for label, path in files.items()
         ]
-        return client.call("PUT", "v1", "adapters", name, "versions", files=parts, data=dict(fields))
+        with _naming_the_converter(files):
+            return client.call("PUT", "v1", "adapters", name, "versions", files=parts, data=dict(fields))
 
 
 def show_version(version: JsonObject) -> None:
@@ -94,8 +158,22 @@ def show_version(version: JsonObject) -> None:
     for field in ("digest", "status", "method", "task", "backbone_digest", "size_bytes"):
         shown.add_row(field, escape(str(version[field])))
     for field, value in version["proof"].items():
+        if field == "parity":
+            shown.add_row("proof: parity", escape(_stated(value)))
+            continue
         shown.add_row(f"proof: {field}", f"{value:.6g}" if isinstance(value, float) else escape(str(value)))
     out.print(shown)
+
+
+def _stated(record: JsonObject) -> str:
+    from pydantic import ValidationError  # noqa: PLC0415  (heavy)
+
+    from adapters.parity import ParityRecord  # noqa: PLC0415
+
+    try:
+        return parity_text(ParityRecord.model_validate(record))
+    except ValidationError:  # a newer server's
+        return str(record)
 
 
 def _bar() -> Progress:

@@ -42,7 +42,12 @@ def serve(  # noqa: PLR0913  one parameter per flag
     device: Annotated[Device | None, typer.Option(help="Where the model runs (auto).")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of weights and activations (auto).")] = None,
     replicas: Annotated[int | None, typer.Option(help="Copies of the backbone (1).")] = None,
-    store: Annotated[Path | None, typer.Option(help="Directory of the blob store.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory of the blob store, or s3://bucket/prefix, gs://, az://.", metavar="PATH_OR_URL"
+        ),
+    ] = None,
     database: Annotated[
         str | None, typer.Option(help="SQLAlchemy URL of the registry.", metavar="URL")
     ] = None,
@@ -58,7 +63,7 @@ def serve(  # noqa: PLR0913  one parameter per flag
         "database": {"url": database},
         "replicas": replicas,
     }
-    run(_given(flags), config)
+    run(given(flags), config)
 
 
 def run(flags: Mapping[str, Any], config: Path | None) -> None:
@@ -66,11 +71,6 @@ def run(flags: Mapping[str, Any], config: Path | None) -> None:
     from serving.deployments import app  # noqa: PLC0415  (heavy)
 
     settings = load(flags, config)
-    if settings.server.insecure:
-        err.print(
-            f"[bold yellow]insecure:[/] no keys are configured; whoever reaches {settings.server.host} "
-            f"port {settings.server.port} may use, change and delete everything."
-        )
     with ExitStack() as stack:
         with stages("starting") as report:
             server = stack.enter_context(app.running(settings, report))
@@ -79,8 +79,15 @@ def run(flags: Mapping[str, Any], config: Path | None) -> None:
         )
         model = f"model [bold]{escape(settings.backbone.served_name)}[/]"
         out.print(f"{model}, metrics at {server.url}/metrics, logs in {server.logs}")
-        if not settings.server.insecure:
+        if server.has_keys:
+            out.print("callers need a key: see `deltamux keys`")
+        elif settings.server.is_loopback:
             out.print("single tenant, no keys, on loopback only: every process of this machine may use it")
+        else:
+            err.print(
+                f"[bold yellow]insecure:[/] there are no keys; whoever reaches {server.url} "
+                "may use, change and delete everything."
+            )
         until_stopped(app.wait)
 
 
@@ -96,7 +103,7 @@ def load(flags: Mapping[str, Any], config: Path | None) -> Any:
         ) from None
 
 
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """`flags` without those that were not given, so that lower sources show through."""
-    kept = {name: _given(value) if isinstance(value, Mapping) else value for name, value in flags.items()}
+    kept = {name: given(value) if isinstance(value, Mapping) else value for name, value in flags.items()}
     return {name: value for name, value in kept.items() if value not in (None, {})}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from adapters.errors import BackboneRefused, Unavailable
+from adapters.errors import BackboneRefused, InvalidRequest, Unavailable
 from serving.config import Settings
 from serving.deployments.environment import ray_environment
 from serving.deployments.ports import reserved_port
@@ -26,11 +26,15 @@ MAX_OPEN_FILES = 65536
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that answers. `start_s`: seconds from the first call to ready. `logs`: where Ray and Serve write."""
+    """A server that answers. `start_s`: seconds from the first call to ready. `logs`: where Ray and Serve write.
+
+    `has_keys`: callers need one; else the server is single-tenant and open to whoever reaches it.
+    """
 
     url: str
     start_s: float
     logs: Path
+    has_keys: bool
 
 
 @contextmanager
@@ -43,6 +47,7 @@ def running(settings: Settings, report: Callable[[str], None]) -> Iterator[Runni
     began = time.monotonic()
     host = settings.server.host
     _check_path(settings.backbone.path)
+    has_keys = check_exposure(settings)
     _allow_many_files()
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -68,7 +73,7 @@ def running(settings: Settings, report: Callable[[str], None]) -> Iterator[Runni
                 f"The server failed to start: {error}", remedy=f"The logs are in {session.path}."
             ) from None
         stack.callback(cluster.stop)
-        yield RunningServer(url, time.monotonic() - began, session.path / "session_latest" / "logs")
+        yield RunningServer(url, time.monotonic() - began, session.path / "session_latest" / "logs", has_keys)
 
 
 def wait() -> None:
@@ -80,6 +85,22 @@ def _end_on_signals() -> None:
     """Have SIGINT and SIGTERM end the program in order, and a second one at once."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_in_order)
+
+
+def check_exposure(settings: Settings) -> bool:
+    """Whether there are keys. Raises InvalidRequest where there are none and others than this machine could call."""
+    from serving.tenancy.tenancy import Tenancy  # noqa: PLC0415  (heavy)
+
+    with Tenancy(settings) as tenancy:
+        has_keys = tenancy.keys.any()
+    if not (has_keys or settings.server.is_loopback or settings.server.insecure):
+        raise InvalidRequest(
+            f"host: got {settings.server.host!r}, expected a loopback address, since there are no keys.",
+            param="server.host",
+            remedy="Make one with `deltamux keys bootstrap`, listen on 127.0.0.1, or set insecure (--insecure) if "
+            "all who reach the port may do everything.",
+        )
+    return has_keys
 
 
 def _check_path(path: str) -> None:

@@ -164,7 +164,9 @@ def _ours(error: BaseException) -> DeltamuxError:
     cause = getattr(error, "cause", None)
     if isinstance(cause, DeltamuxError):
         return cause
-    log.warning("a call to the backbone failed: %s: %s", type(error).__name__, error)
     if isinstance(error, RayTaskError):  # the replica lives; it has a bug
+        # not its text: messages of libraries can quote the caller's input
+        log.error("a call to the backbone failed: %s", type(cause).__qualname__)
         return DeltamuxError("The backbone failed on this request.", remedy="Try again.")
+    log.warning("a call to the backbone failed: %s: %s", type(error).__name__, error)
     return _unavailable()

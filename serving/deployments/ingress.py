@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -11,10 +12,11 @@ from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
 from serving.config import Settings
+from serving.deployments.logs import write_to_serves_file
 
 _LOCK = "gateway.lock"
 ABANDONED_AFTER_S = 3600.0
-"""Age from which an upload's staging is taken for abandoned while other gateways use the store."""
+"""Age from which staging and open rows of the ledger are taken for abandoned while there are other gateways."""
 
 
 class Gateway:
@@ -26,24 +28,40 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP application."""
+        write_to_serves_file()
         # here, not above: the driver imports this module to deploy the class and must stay light
+        from adapters.collector import Collector  # noqa: PLC0415
         from adapters.registry import Registry  # noqa: PLC0415
-        from adapters.store import LocalBlobStore  # noqa: PLC0415
+        from adapters.store import LocalBlobStore, open_store  # noqa: PLC0415
+        from serving.deployments.collection import start_collecting  # noqa: PLC0415
         from serving.deployments.handle import RayBackend  # noqa: PLC0415
         from serving.http.app import create_app  # noqa: PLC0415
         from serving.metrics import GatewayMetrics  # noqa: PLC0415
+        from serving.tenancy.tenancy import Tenancy  # noqa: PLC0415
 
-        store = LocalBlobStore(self._settings.store.path)
-        self._lock, alone = _share_store(self._settings.store.path)
-        # what a killed server left; with other gateways on the store, only what is old
-        store.sweep_staging(0.0 if alone else ABANDONED_AFTER_S)
+        store = open_store(self._settings.store.path)
+        if isinstance(store, LocalBlobStore):
+            self._lock, alone = _share_store(Path(self._settings.store.path))
+            # what a killed server left; with other gateways on the store, only what is old
+            store.sweep_staging(0.0 if alone else ABANDONED_AFTER_S)
+        registry = Registry(self._settings.database.url)
+        metrics = GatewayMetrics(CollectorRegistry())
+        collector = Collector(registry, store, grace_s=self._settings.store.grace_s)
+        start_collecting(collector, metrics, self._settings.store.collect_every_s)
         timeout_s = self._settings.limits.request_timeout_s
+        metrics = GatewayMetrics(CollectorRegistry())
+        tenancy = Tenancy(
+            self._settings, on_closed=lambda outcome, tokens: metrics.count_usage(outcome, asdict(tokens))
+        )
+        # requests that a killed gateway left open; while others run, only those that can't be theirs any more
+        tenancy.ledger.recover(older_than_s=0.0 if alone else timeout_s + ABANDONED_AFTER_S)
         return create_app(
             backend=RayBackend(self._backbone, timeout_s=timeout_s),
-            registry=Registry(self._settings.database.url),
+            registry=registry,
             store=store,
+            tenancy=tenancy,
             settings=self._settings,
-            metrics=GatewayMetrics(CollectorRegistry()),
+            metrics=metrics,
         )
 
 

@@ -12,6 +12,7 @@ from ray import serve
 from adapters.errors import ErrorInfo, Unavailable
 from serving.config import Settings
 from serving.core import AdmissionProof, BackboneInfo, Event, GenerateCall, MetricFamily
+from serving.deployments.logs import write_to_serves_file
 
 if TYPE_CHECKING:
     from serving.engine.backend import LocalBackend
@@ -29,6 +30,7 @@ class BackboneReplica:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         """Load the backbone and start the engine. Raises BackboneRefused, StoreError."""
+        write_to_serves_file()
         self._max_heartbeat_age_s = settings.limits.max_heartbeat_age_s
         self._labels = {"replica": str(serve.get_replica_context().rank.rank)}
         self._backend = await asyncio.to_thread(_build, settings)
@@ -69,8 +71,9 @@ class BackboneReplica:
 
 def _build(settings: Settings) -> LocalBackend:
     # here, not above: the driver imports this module to deploy the class and must stay free of torch
-    from adapters.store import LocalBlobStore  # noqa: PLC0415
+    from adapters.store import open_store  # noqa: PLC0415
     from serving.engine.backend import LocalBackend  # noqa: PLC0415
+    from serving.memory.budget import auto_capacity  # noqa: PLC0415
     from serving.model.backbone import load_backbone  # noqa: PLC0415
 
     wanted = settings.backbone
@@ -81,4 +84,7 @@ def _build(settings: Settings) -> LocalBackend:
         dtype=wanted.dtype,
         kernels=settings.engine.kernels,
     )
-    return LocalBackend(backbone, LocalBlobStore(settings.store.path), settings.engine, flush_s=FLUSH_S)
+    engine = settings.engine
+    if engine.memory_bytes is None and backbone.device.type == "cpu":
+        engine = engine.model_copy(update={"memory_bytes": auto_capacity() // settings.replicas})
+    return LocalBackend(backbone, open_store(settings.store.path), engine, flush_s=FLUSH_S)

@@ -37,13 +37,12 @@ def load_from(store: BlobStore, digest: str) -> Delta:
 
     Raises StoreError, InvalidDelta.
     """
-    paths = store.get(digest)
-    manifest, tensors = paths.manifest.read_bytes(), paths.tensors.read_bytes()
-    if digest_of(manifest, tensors) != digest:
+    blob = store.read(digest)
+    if digest_of(blob.manifest, blob.tensors) != digest:
         raise StoreError(
             f"The stored bytes of {digest[:12]} do not match their digest.", remedy="Upload it again."
         )
-    return from_canonical(manifest, tensors)
+    return from_canonical(blob.manifest, blob.tensors)
 
 
 class LocalBackend:
@@ -177,6 +176,8 @@ class LocalBackend:
             sampling=call.sampling,
             adapter_digest=call.adapter_digest,
             tenant=call.tenant,
+            weight=call.weight,
+            service_class=call.service_class,
         )
 
     async def admit(self, digest: str) -> AdmissionProof | ErrorInfo:

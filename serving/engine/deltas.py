@@ -1,7 +1,7 @@
 """Deltas as the engine sees them: host cache, placement and leases in one place.
 
-A lease is granted from device memory. A digest that is not there is loaded by the host cache's threads; the engine
-thread places it when it has arrived and there is room.
+A lease is granted from device memory. A digest that is not there is loaded by the host cache's threads; when it has
+arrived and there is room, another thread places it, and the engine thread only takes it over between two steps.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, Rows, VirtualTokens, WeightDelta
+from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
+from serving.engine.scheduler import NotYet
+from serving.memory.budget import MemoryBudget
 from serving.memory.host_cache import HostCache
 from serving.memory.residency import Residency
 from serving.metrics import EngineMetrics
@@ -31,79 +34,147 @@ PROBE_TOKENS = 16
 """Length of the fixed random prompt on which a delta's effect is measured."""
 
 
+class _Placing(NamedTuple):
+    """A delta on its way to the device: room is reserved, `proofs` wait for its admission probe."""
+
+    reserved_bytes: int
+    proofs: list[tuple[Delta, Future[AdmissionProof]]]
+
+
 class DeltaManager:
-    """`DeltaLeases` over a host cache and a device budget. Engine thread only, but for `host`."""
+    """`DeltaLeases` over a host cache and the shared memory budget. Engine thread only, but for `host`.
+
+    `post` runs something on the engine thread between two steps.
+    """
 
     def __init__(
         self,
         runner: Runner,
         host: HostCache,
         *,
-        capacity_bytes: int,
+        budget: MemoryBudget,
         metrics: EngineMetrics,
-        on_loaded: Callable[[], None],
+        post: Callable[[Callable[[], None]], None],
     ) -> None:
         self.runner = runner
         self.host = host
-        self.residency: Residency[PlacedDelta] = Residency(capacity_bytes)
+        self.residency: Residency[PlacedDelta] = Residency(budget, self._evicted)
         self._metrics = metrics
-        self._on_loaded = on_loaded
+        self._post = post
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="delta-place")
         self._loading: dict[str, Future[Delta]] = {}
+        self._placing: dict[str, _Placing] = {}
+        self._failed: dict[str, DeltamuxError] = {}
+        self._releasing: set[str] = set()
 
-    def try_lease(self, digest: str) -> PlacedDelta | None:
+    def try_lease(self, digest: str) -> PlacedDelta | NotYet:
         """See `DeltaLeases`. Raises the load's own error, or Overloaded for a delta larger than the whole budget."""
         placed = self.residency.lease(digest)
         if placed is not None:
             return placed
+        if digest in self._placing:
+            return NotYet.LOADING
+        if digest in self._failed:
+            raise self._failed.pop(digest)
         future = self._loading.get(digest)
         if future is None:
             future = self._loading[digest] = self.host.request(digest)
-            future.add_done_callback(lambda _: self._on_loaded())
+            future.add_done_callback(lambda _: self._post(_nothing))  # wakes the engine
         if not future.done():
-            return None
+            return NotYet.LOADING
         try:
-            if not self._insert(future.result(), digest):
-                return None
+            if not self._start_placing(future.result(), digest):
+                return NotYet.CROWDED
         except Exception as error:
             del self._loading[digest]
-            if isinstance(error, DeltamuxError):
-                raise
-            log.exception("delta %s can't be loaded", digest[:12])
-            raise StoreError(
-                "The delta can't be loaded.", param="model", remedy="Upload it again."
-            ) from error
+            raise _load_error(error, digest) from error
         del self._loading[digest]
-        return self.residency.lease(digest)
+        return self.residency.lease(digest) or NotYet.LOADING
 
     def end_lease(self, digest: str) -> None:
         """See `DeltaLeases`."""
         self.residency.end_lease(digest)
 
+    def is_resident(self, digest: str) -> bool:
+        """See `DeltaLeases`."""
+        return digest in self.residency
+
+    def prefetch(self, digest: str) -> None:
+        """See `DeltaLeases`. It comes into host memory only, which its own budget bounds."""
+        if digest not in self.residency and digest not in self._placing:
+            self.host.request(digest)
+
     def abandon(self, digest: str) -> None:
         """Nobody waits for `digest` any more: do not hold on to what its load brings."""
         self._loading.pop(digest, None)
+        self._failed.pop(digest, None)
 
-    def _insert(self, delta: Delta, digest: str) -> bool:
-        """Place `delta`; False while leased deltas leave no room."""
-        needed = self._device_bytes(delta)
-        if needed > self.residency.capacity_bytes:
+    def close(self) -> None:
+        """Stop the loader threads; what is under way is abandoned."""
+        self.host.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start_placing(self, delta: Delta, digest: str) -> bool:
+        """Reserve room and place `delta` on a thread of its own; False while what is in use leaves no room.
+
+        Virtual tokens need a forward pass, which the engine thread alone may run: such a delta is there at once.
+        """
+        needed, capacity = self._device_bytes(delta), self.residency.budget.capacity_bytes
+        if needed > capacity:
             raise Overloaded(
-                f"The delta needs {needed} bytes of device memory, the budget is {self.residency.capacity_bytes}.",
+                f"The delta needs {needed} bytes of device memory, the budget is {capacity}.",
                 param="model",
-                remedy="Raise engine.adapter_memory_bytes.",
+                remedy="Raise engine.memory_bytes.",
             )
-        before = self.residency.num_evictions
-        if not self.residency.make_room(needed):
+        if not self.residency.reserve(needed):
             return False
-        if evicted := self.residency.num_evictions - before:
-            self.runner.forget_programs()
-            self._metrics.adapter_evictions.inc(evicted)
-        started = time.perf_counter()
-        self.residency.insert(place(delta, digest, self.runner.backbone))
-        self._metrics.adapter_load_seconds.observe(time.perf_counter() - started)
+        self._placing[digest] = _Placing(needed, [])
+
+        def work() -> tuple[PlacedDelta, float]:
+            started = time.perf_counter()
+            placed = place(delta, digest, self.runner.backbone)
+            return placed, time.perf_counter() - started
+
+        if any(isinstance(op, VirtualTokens) for op in delta.ops):
+            done: Future[tuple[PlacedDelta, float]] = Future()
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+            self._settle(digest, done)
+            if digest in self._failed:
+                raise self._failed.pop(digest)
+        else:
+            future = self._pool.submit(work)
+            future.add_done_callback(lambda done: self._post(lambda: self._settle(digest, done)))
+        return True
+
+    def _settle(self, digest: str, done: Future[tuple[PlacedDelta, float]]) -> None:
+        """Take over what was placed, and the seconds it took, or give the room back; answer who waits for the probe."""
+        reserved_bytes, proofs = self._placing.pop(digest)
+        error = done.exception()
+        if error is not None:
+            self.residency.cancel(reserved_bytes)
+            self._failed[digest] = _load_error(error, digest)
+            for _, proof in proofs:
+                proof.set_exception(self._failed[digest])
+            if proofs:  # they have been told
+                del self._failed[digest]
+            return
+        placed, load_s = done.result()
+        self.residency.insert(placed, reserved_bytes=reserved_bytes, load_s=load_s)
+        if digest in self._releasing:
+            self.residency.start_release(digest)
+        self._metrics.adapter_load_seconds.observe(load_s)
         self._metrics.adapter_loads.inc()
         self._report()
-        return True
+        for delta, proof in proofs:
+            self._prove(delta, digest, load_s, proof)
+
+    def _evicted(self, digest: str) -> None:
+        self._forget(digest)
+        self._metrics.adapter_evictions.inc()
+        self._report()
 
     def _device_bytes(self, delta: Delta) -> int:
         """What `place` will take: fp32 weights, and keys and values in the backbone's dtype."""
@@ -114,39 +185,58 @@ class DeltaManager:
         # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
         doubled = sum(
             t.numel()
-            for i, _, t in delta.tensors()
-            if isinstance(delta.ops[i], LinearMap | WeightDelta | Rows | AttnPrefix)
+            for i, name, t in delta.tensors()
+            if name == "ids" or isinstance(delta.ops[i], LinearMap | WeightDelta | AttnPrefix)
         )
         return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
 
-    def admit(self, delta: Delta, digest: str) -> AdmissionProof:
-        """Place `delta` and measure what it does.
+    def admit(self, delta: Delta, digest: str, proof: Future[AdmissionProof]) -> None:
+        """Place `delta`, measure what it does, and tell `proof`.
 
-        Raises InvalidDelta for one without effect, Overloaded while there is no room for it.
+        It gets InvalidDelta for one without effect, Overloaded while there is no room for it.
         """
-        started = time.perf_counter()
-        if digest not in self.residency and not self._insert(delta, digest):
-            raise Overloaded(
-                "Deltas in use leave no device memory for the admission probe.", remedy="Try again later."
-            )
-        load_s = time.perf_counter() - started
-        placed = self.residency.lease(digest)
-        assert placed is not None
         try:
-            effect, scale = self._effect(placed)
-        except DeltamuxError:
-            self.start_release(digest)
-            raise
-        finally:
-            self.residency.end_lease(digest)
-            if self.residency.draining(digest):
-                self.finish_release(digest)
-        return AdmissionProof(
-            effect=effect,
-            reference_scale=scale,
-            load_s=load_s,
-            host_bytes=delta.size_bytes,
-            device_bytes=placed.device_bytes,
+            if digest not in self.residency and digest not in self._placing:
+                self._admit_new(delta, digest)
+        except DeltamuxError as error:
+            proof.set_exception(error)
+            return
+        if digest in self._placing:
+            self._placing[digest].proofs.append((delta, proof))
+        else:
+            self._prove(delta, digest, 0.0, proof)
+
+    def _admit_new(self, delta: Delta, digest: str) -> None:
+        if not self._start_placing(delta, digest):
+            raise Overloaded(
+                "What is in use leaves no device memory for the admission probe.", remedy="Try again later."
+            )
+
+    def _prove(self, delta: Delta, digest: str, load_s: float, proof: Future[AdmissionProof]) -> None:
+        """Answer `proof` with the effect of a resident delta; one that is refused leaves the device."""
+        try:
+            placed = self.residency.lease(digest)
+            assert placed is not None
+            try:
+                effect, scale = self._effect(placed)
+            except DeltamuxError:
+                self.start_release(digest)
+                raise
+            finally:
+                self.residency.end_lease(digest)
+                if self.residency.draining(digest):
+                    self.finish_release(digest)
+        except Exception as error:
+            proof.set_exception(error)
+            return
+        proof.set_result(
+            AdmissionProof(
+                effect=effect,
+                reference_scale=scale,
+                load_s=load_s,
+                host_bytes=delta.size_bytes,
+                device_bytes=placed.device_bytes,
+            )
         )
 
     def _effect(self, placed: PlacedDelta) -> tuple[float, float]:
@@ -178,12 +268,12 @@ class DeltaManager:
         if not torch.isfinite(changed).all():
             raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
         effect = float((changed - bare).abs().max())
-        if effect == 0.0:
+        if not effect > 0.0:  # also true for NaN
             raise InvalidDelta(
                 [
                     f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
                 ],
-                remedy="Upload trained weights; a freshly initialised adapter changes nothing.",
+                remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
             )
         return effect, float(bare.abs().max())
 
@@ -191,19 +281,42 @@ class DeltaManager:
         """Admit no new request to `digest`."""
         self.residency.start_release(digest)
         self.host.drop(digest)
+        if digest in self._placing:
+            self._releasing.add(digest)
 
     def finish_release(self, digest: str) -> int | None:
-        """Bytes freed, or None while requests still run."""
+        """Bytes freed, or None while requests still run or the delta is just being placed."""
+        if digest in self._placing:
+            return None
         freed = self.residency.finish_release(digest)
         if freed is not None:
-            self.runner.forget_programs()
+            self._forget(digest)
             self._loading.pop(digest, None)
+            self._releasing.discard(digest)
             self._report()
         return freed
+
+    def _forget(self, digest: str) -> None:
+        """Let go of what the runner made of a delta's weights."""
+        self.runner.forget_programs()
+        if self.runner.merging is not None:
+            self.runner.merging.evict(digest)
 
     def _report(self) -> None:
         self._metrics.adapters_resident.set(len(self.residency))
         self._metrics.adapter_bytes.set(self.residency.used_bytes)
+
+
+def _nothing() -> None:
+    """What is posted to the engine only to wake it."""
+
+
+def _load_error(error: BaseException, digest: str) -> DeltamuxError:
+    """What a caller is told of a load that failed."""
+    if isinstance(error, DeltamuxError):
+        return error
+    log.error("delta %s can't be loaded", digest[:12], exc_info=error)
+    return StoreError("The delta can't be loaded.", param="model", remedy="Upload it again.")
 
 
 def _is_joint(op: Op) -> bool:

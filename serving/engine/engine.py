@@ -7,6 +7,7 @@ with everything that happened. It runs without Ray, without HTTP and, for benchm
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -14,12 +15,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer
 
-from adapters.errors import DeltamuxError, ErrorInfo
+from adapters.errors import DeltamuxError, ErrorInfo, InvalidRequest
 from adapters.normal_form import Delta
 from serving.config import Engine as EngineSettings
 from serving.core import (
@@ -34,16 +34,22 @@ from serving.core import (
 )
 from serving.engine.deltas import DeltaManager
 from serving.engine.detokenizer import TextStream
+from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
+from serving.engine.merging import CONSUMER as MERGED
+from serving.engine.merging import HotMerge
+from serving.engine.prefix_cache import PrefixKeys
 from serving.engine.runner import RowLogits, Runner
 from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
-from serving.engine.scheduler import Scheduler, Sequence, max_total_len
+from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.sequence import Sequence, max_total_len
+from serving.engine.waiting import FirstComeQueue, WaitingQueue
+from serving.memory.budget import AUTO_SHARE, MemoryBudget, auto_capacity
 from serving.memory.host_cache import HostCache
 from serving.metrics import EngineMetrics
 from serving.model.backbone import Backbone
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 Publish = Callable[[Seq[tuple[str, Event]]], None]
 
@@ -78,28 +84,45 @@ class Engine:
         self._publish = publish
         self._events: list[tuple[str, Event]] = []
         self._tokenizer: Tokenizer | None = getattr(backbone.tokenizer, "backend_tokenizer", None)
+        self.budget = MemoryBudget(settings.memory_bytes or _auto_memory(backbone.device))
         self.runner = Runner(backbone, num_slots=settings.max_num_seqs, max_len=self.max_len)
+        self.runner.merging = self.merging = HotMerge(
+            backbone, self.budget, after_steps=settings.merge_after_steps, forget=self.runner.forget_programs
+        )
         self._wake = threading.Event()
-        host = HostCache(load_delta, settings.host_cache_bytes)
-        self.deltas = DeltaManager(
-            self.runner,
-            host,
-            capacity_bytes=settings.adapter_memory_bytes,
-            metrics=metrics,
-            on_loaded=self._wake.set,
-        )
-        self.scheduler = Scheduler(
-            SlotKVManager(settings.max_num_seqs, self.max_len),
-            self.deltas,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_queue=settings.max_queue,
-        )
-        self._live: dict[str, Sequence] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        host = HostCache(load_delta, settings.host_cache_bytes)
+        self.deltas = DeltaManager(self.runner, host, budget=self.budget, metrics=metrics, post=self._post)
+        self.scheduler = self._make_scheduler(settings)
+        self._live: dict[str, Sequence] = {}
         self._releases: list[tuple[str, Future[int]]] = []
+        self._counted_preemptions = 0
         self._stopping = False
         self._last_turn = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def _make_scheduler(self, settings: EngineSettings) -> Scheduler:
+        cache = self.runner.cache
+        kv = SlotKVManager(
+            cache.num_slots, cache.max_len, entry_bytes=cache.entry_bytes, budget=self.budget, storage=cache
+        )
+        policy: WaitingQueue = FirstComeQueue()
+        if settings.scheduling == "fair":
+            policy = FairQueue(
+                max_wait_s=settings.max_wait_s,
+                max_lead=settings.max_lead_tokens,
+                is_resident=lambda seq: (
+                    seq.request.adapter_digest is None or self.deltas.is_resident(seq.request.adapter_digest)
+                ),
+            )
+        limits = SchedulerLimits(
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_queue=settings.max_queue,
+            max_wait_s=settings.max_wait_s,
+            max_queue_s=settings.max_queue_s,
+        )
+        keys = PrefixKeys(self.backbone.spec.digest, settings.prefix_cache)
+        return Scheduler(kv, self.deltas, policy, keys, limits=limits, clock=time.monotonic)
 
     # -- the step loop ------------------------------------------------------------------------------------------
 
@@ -179,9 +202,14 @@ class Engine:
         state: RowState = seq.state
         state.announced = True
         logprobs = tuple(state.prompt_logprobs) if seq.wants_prompt_logits else None
-        event = PromptEvent(prompt_token_ids=seq.request.prompt_token_ids, logprobs=logprobs)
+        event = PromptEvent(
+            prompt_token_ids=seq.request.prompt_token_ids, logprobs=logprobs, num_cached_tokens=seq.num_cached
+        )
         self._events.append((seq.request.request_id, event))
         self.metrics.prompt_tokens.inc(seq.num_prompt)
+        if seq.num_cached:
+            self.metrics.prefix_hits.inc()
+            self.metrics.prefix_tokens.inc(seq.num_cached)
 
     def _collect_prompt_logprobs(self, seq: Sequence, count: int, logits: torch.Tensor) -> None:
         """Token i + 1 is scored by the logits of token i; the first token has no score."""
@@ -191,7 +219,7 @@ class Engine:
         known: list[TokenLogprobs | None] = seq.state.prompt_logprobs
         for offset in range(count):
             position = seq.num_computed + offset + 1
-            if position < seq.num_prompt:
+            if len(known) <= position < seq.num_prompt:  # after a preemption they come a second time
                 known.append(self._with_text(token_logprobs(logits[offset], seq.tokens[position], wanted)))
 
     def _with_text(self, found: TokenLogprobs) -> TokenLogprobs:
@@ -209,31 +237,36 @@ class Engine:
         *,
         event: TokenEvent | None = None,
         error: ErrorInfo | None = None,
+        failed: bool = False,
     ) -> None:
         """The one place where a request ends: one terminal event, slot and lease freed."""
         if self._live.pop(seq.request.request_id, None) is None:
             return
-        self.scheduler.finish(seq)
+        self.scheduler.finish(seq, failed=failed)
         self.metrics.requests_finished.labels(reason=reason.value).inc()
         self._events.append((seq.request.request_id, event or TokenEvent(finish_reason=reason, error=error)))
 
     def _fail(self, seq: Sequence) -> None:
         """End a request whose numbers went wrong. Its slot is wiped: NaN would leak through the next owner's mask."""
-        self.runner.cache.clear(seq.slot)
-        self._end(seq, FinishReason.ERROR, error=INTERNAL_ERROR)
+        self._end(seq, FinishReason.ERROR, error=INTERNAL_ERROR, failed=True)
 
     def _flush(self) -> None:
         if self._events:
             events, self._events = self._events, []
             self._publish(events)
         self.metrics.requests_running.set(len(self.scheduler.running))
-        self.metrics.requests_waiting.set(len(self.scheduler.waiting))
+        self.metrics.requests_waiting.set(len(self.scheduler.queue))
+        self.metrics.merged_bytes.set(self.budget.used_by(MERGED))
         self.metrics.kv_usage.set(self.scheduler.kv.usage)
+        self.metrics.preemptions.inc(self.scheduler.num_preemptions - self._counted_preemptions)
+        self._counted_preemptions = self.scheduler.num_preemptions
 
     # -- what other threads ask for -----------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Queue a request; its events arrive through `publish`. Raises ContextLengthExceeded, InvalidRequest."""
+        if not 0 < request.weight < math.inf:
+            raise InvalidRequest(f"weight: got {request.weight}, expected a share above 0.", param="weight")
         max_total_len(len(request.prompt_token_ids), request.sampling.max_tokens, self.max_len)
         self._post(lambda: self._enqueue(request))
 
@@ -242,8 +275,10 @@ class Engine:
         self._post(lambda: self._cancel(request_id))
 
     def admit(self, delta: Delta, digest: str) -> Future[AdmissionProof]:
-        """Place a delta and measure its effect between two steps."""
-        return self._command(lambda: self.deltas.admit(delta, digest))
+        """Place a delta beside the steps and measure its effect between two of them."""
+        proof: Future[AdmissionProof] = Future()
+        self._post(lambda: self.deltas.admit(delta, digest, proof))
+        return proof
 
     def release(self, digest: str) -> Future[int]:
         """Drain a delta's requests, free it; the future holds the device bytes freed."""
@@ -270,7 +305,8 @@ class Engine:
         self._stopping = True
         self._wake.set()
         self._thread.join()
-        self.deltas.host.close()
+        self.deltas.close()
+        self.merging.close()
 
     def _loop(self) -> None:
         while not self._stopping:
@@ -285,18 +321,6 @@ class Engine:
     def _post(self, command: Callable[[], None]) -> None:
         self._inbox.put(command)
         self._wake.set()
-
-    def _command(self, work: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
-
-        self._post(run)
-        return future
 
     def _serve_inbox(self) -> None:
         while not self._inbox.empty():
@@ -330,3 +354,10 @@ class Engine:
             if freed is not None:
                 self._releases.remove(item)
                 future.set_result(freed)
+
+
+def _auto_memory(device: torch.device) -> int:
+    """A share of the memory of the device that the backbone runs on."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1] * AUTO_SHARE)
+    return auto_capacity()

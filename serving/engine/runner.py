@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serving.engine.scheduler import ScheduledRow
+from serving.engine.merging import HotMerge
+from serving.engine.sequence import ScheduledRow
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
-from serving.model.programs import DeltaSegment, PlacedDelta, Program, compile_programs
+from serving.model.programs import NOTHING_MERGED, DeltaSegment, PlacedDelta, Program, compile_programs
 
 
 class RowLogits(NamedTuple):
@@ -40,12 +41,21 @@ class Batch:
     logits_counts: list[int]
     logit_segments: list[DeltaSegment]
 
+    @property
+    def sole_delta(self) -> PlacedDelta | None:
+        """The delta that all tokens of the step belong to, if there is one."""
+        if len(self.token_segments) != 1:
+            return None
+        start, stop, delta = self.token_segments[0]
+        return delta if (start, stop) == (0, len(self.token_ids)) else None
+
 
 class Runner:
-    """Runs batches through the backbone; owns the KV tensors."""
+    """Runs batches through the backbone; owns the KV tensors. Without `merging`, deltas are never merged."""
 
     def __init__(self, backbone: Backbone, *, num_slots: int, max_len: int) -> None:
         self.backbone = backbone
+        self.merging: HotMerge | None = None
         self.cache = backbone.new_cache(num_slots, max_len)
         self._programs: list[Program | None] = []
         self._programs_key: tuple[object, ...] | None = None
@@ -71,7 +81,8 @@ class Runner:
         return [RowLogits(row, part) for row, part in zip(batch.rows, parts, strict=True)]
 
     def _compile(self, batch: Batch) -> list[Program | None]:
-        key = (tuple(batch.token_segments), tuple(batch.logit_segments))
+        merged = NOTHING_MERGED if self.merging is None else self.merging.weights_for(batch.sole_delta)
+        key = (tuple(batch.token_segments), tuple(batch.logit_segments), id(merged))
         if key != self._programs_key:
             self._programs = compile_programs(
                 len(self.backbone.spec.modules),
@@ -79,6 +90,7 @@ class Runner:
                 batch.token_segments,
                 batch.logit_segments,
                 self.backbone.logit_modules,
+                merged,
             )
             self._programs_key = key
         return self._programs
@@ -105,15 +117,22 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
         batch.logits_counts.append(wanted)
         if seq.delta is not None:
             assert isinstance(seq.delta, PlacedDelta)
-            _extend(batch.token_segments, start, stop, seq.delta)
-            if wanted:
-                _extend(batch.logit_segments, logits_start, logits_start + wanted, seq.delta)
+            before = seq.invoked_at - first  # tokens of this step that come before the delta's invocation
+            _extend(batch.token_segments, start, count, before, seq.delta)
+            _extend(batch.logit_segments, logits_start, wanted, before - (count - wanted), seq.delta)
     return batch
 
 
-def _extend(segments: list[DeltaSegment], start: int, stop: int, delta: PlacedDelta) -> None:
-    """Add tokens [start, stop), joined with the segment before where that is the same delta's."""
-    if segments and segments[-1].delta is delta and segments[-1].stop == start:
-        segments[-1] = DeltaSegment(segments[-1].start, stop, delta)
-    else:
-        segments.append(DeltaSegment(start, stop, delta))
+def _extend(segments: list[DeltaSegment], start: int, count: int, before: int, delta: PlacedDelta) -> None:
+    """Add `count` tokens, the first `before` of them before the delta's invocation.
+
+    A segment is joined with the one before it where that is alike.
+    """
+    split = start + min(max(before, 0), count)
+    for begin, stop, form in ((start, split, delta.before), (split, start + count, delta)):
+        if begin == stop or form is None:
+            continue
+        if segments and segments[-1].delta is form and segments[-1].stop == begin:
+            segments[-1] = DeltaSegment(segments[-1].start, stop, form)
+        else:
+            segments.append(DeltaSegment(begin, stop, form))

@@ -1,94 +1,59 @@
 """Which tokens of which requests run in the next step. Policy only: no torch, no tensors.
 
-Continuous batching with chunked prefill: every step first continues the running requests, one token each where they
-decode, then admits waiting ones in order of arrival, all within one token budget. A request whose delta is still
-loading is passed over, so a cold delta delays nobody else.
+Continuous batching with chunked prefill, within one token budget a step: first the running requests go on, one token
+each where they decode, then waiting ones are admitted in the queue's order. A request whose delta is still loading is
+passed over, so a cold delta delays nobody else; so is one whose prompt a running request is about to compute.
+
+Nothing is reserved for tokens that are not there yet. Where a running request finds no room to grow, the lowest and
+youngest one is preempted: slot and lease are freed, its tokens are kept and computed again later.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from enum import Enum, auto
+from itertools import count
+from typing import NamedTuple, Protocol
 
-from adapters.errors import ContextLengthExceeded, DeltamuxError, Overloaded
-from serving.core import Request
+from adapters.errors import DeltamuxError, Overloaded
+from serving.engine.fair_queue import CLASS_RANK
 from serving.engine.kv_manager import KVManager
+from serving.engine.prefix_cache import HashChain, PrefixKeys
+from serving.engine.sequence import LeasedDelta, ScheduledRow, Sequence, max_total_len
+from serving.engine.waiting import WaitingQueue
+
+OUTPUT_COST = 2.0
+"""What a generated token is charged, in computed prompt tokens (S-LoRA's weights for the VTC)."""
 
 
-class LeasedDelta(Protocol):
-    """What the scheduler needs to know of a placed delta."""
+class NotYet(Enum):
+    """Why a delta can't be leased at present: it is under way, or what is in use leaves no room for it."""
 
-    @property
-    def prefix_len(self) -> int: ...
-
-    @property
-    def position_offset(self) -> int: ...
+    LOADING = auto()
+    CROWDED = auto()
 
 
 class DeltaLeases(Protocol):
     """Grants leases on deltas in device memory."""
 
-    def try_lease(self, digest: str) -> LeasedDelta | None:
-        """The delta, leased, or None while it is being loaded. Raises DeltamuxError when it can't be had."""
+    def try_lease(self, digest: str) -> LeasedDelta | NotYet:
+        """The delta, leased; where it isn't there, its load is under way. Raises DeltamuxError when it can't be had."""
         ...
 
     def end_lease(self, digest: str) -> None:
         """Give a lease back."""
         ...
 
+    def is_resident(self, digest: str) -> bool:
+        """Whether a lease could be had at once."""
+        ...
 
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """One request in flight. `tokens` are prompt and generated ones; the first `num_computed` are in the KV cache.
-
-    `slot`, `delta`, `max_len` are set on admission; `state` belongs to the engine (sampler, detokenizer).
-    """
-
-    request: Request
-    tokens: list[int]
-    state: Any
-    num_computed: int = 0
-    slot: int = -1
-    delta: LeasedDelta | None = None
-    max_len: int = 0
-    wants_prompt_logits: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.wants_prompt_logits = self.request.sampling.prompt_logprobs is not None
-
-    @property
-    def num_prompt(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def num_generated(self) -> int:
-        """Tokens generated so far."""
-        return len(self.tokens) - self.num_prompt
-
-    @property
-    def prefix_len(self) -> int:
-        """Entries in the KV slot before the first real token."""
-        return 0 if self.delta is None else self.delta.prefix_len
-
-    @property
-    def position_offset(self) -> int:
-        """Position id of the first real token."""
-        return 0 if self.delta is None else self.delta.position_offset
-
-
-class ScheduledRow(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of `seq` run in this step."""
-
-    seq: Sequence
-    num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """True when the step reaches the row's last token, so that its logits give the next one."""
-        return self.seq.num_computed + self.num_tokens == len(self.seq.tokens)
+    def prefetch(self, digest: str) -> None:
+        """Somebody will want this delta soon."""
+        ...
 
 
 class Failed(NamedTuple):
@@ -98,117 +63,264 @@ class Failed(NamedTuple):
     error: DeltamuxError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused."""
+
+    max_num_batched_tokens: int
+    max_queue: int
+    max_wait_s: float
+    max_queue_s: float
+
+
+@dataclass(slots=True)
+class _Step:
+    """What one step runs, and the tokens that are left for more."""
+
+    budget: int
+    rows: dict[Sequence, int] = field(default_factory=dict)
+
+    def run(self, seq: Sequence) -> None:
+        """Compute as much of `seq` as the budget allows."""
+        self.rows[seq] = min(seq.num_pending, self.budget)
+        self.budget -= self.rows[seq]
+
+    def drop(self, seq: Sequence) -> None:
+        """Leave `seq` out after all."""
+        self.budget += self.rows.pop(seq, 0)
+
+
+class _Outcome(Enum):
+    """What became of an attempt to admit: LATER, this one waits; FULL, nobody fits."""
+
+    ADMITTED = auto()
+    LATER = auto()
+    CROWDED = auto()
+    FULL = auto()
+
+
 class Scheduler:
-    """Waiting and running requests, their slots and leases."""
+    """Waiting and running requests, their slots and leases. `clock` gives seconds, as `Sequence.arrival_s` does."""
 
     def __init__(
-        self, kv: KVManager, leases: DeltaLeases, *, max_num_batched_tokens: int, max_queue: int
+        self,
+        kv: KVManager,
+        leases: DeltaLeases,
+        queue: WaitingQueue,
+        keys: PrefixKeys,
+        *,
+        limits: SchedulerLimits,
+        clock: Callable[[], float],
     ) -> None:
         self.kv = kv
         self.leases = leases
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_queue = max_queue
-        self.waiting: deque[Sequence] = deque()
+        self.queue = queue
+        self.limits = limits
         self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._keys = keys
+        self._clock = clock
+        self._arrivals = count()
+        self._awaited: Counter[str | None] = Counter()
 
-    def add(self, seq: Sequence) -> None:
-        """Queue `seq`. Raises Overloaded when the queue is full."""
-        if len(self.waiting) >= self.max_queue:
-            raise Overloaded(
-                f"{len(self.waiting)} requests are waiting, which is the limit.", remedy="Try again later."
-            )
-        self.waiting.append(seq)
-
-    def is_awaited(self, digest: str) -> bool:
-        """True while a waiting request needs the delta."""
-        return any(seq.request.adapter_digest == digest for seq in self.waiting)
+    # -- the step -----------------------------------------------------------------------------------------------
 
     def schedule(self) -> tuple[list[ScheduledRow], list[Failed]]:
         """The rows of the next step, and the waiting requests that turned out to be impossible."""
-        budget = self.max_num_batched_tokens
-        rows: list[ScheduledRow] = []
-        # Decodes first: a running stream is never starved by somebody's long prompt.
-        for seq in sorted(self.running, key=lambda s: len(s.tokens) - s.num_computed > 1):
-            count = min(len(seq.tokens) - seq.num_computed, budget)
-            if count > 0:
-                rows.append(ScheduledRow(seq, count))
-                budget -= count
-        failed = []
-        if budget > 0:
-            for seq, error in self._admit():
-                if error is not None:
-                    failed.append(Failed(seq, error))
-                    continue
-                count = min(len(seq.tokens), budget)
-                rows.append(ScheduledRow(seq, count))
-                budget -= count
-                if budget == 0:
-                    break
-        return rows, failed
+        now_s = self._clock()
+        failed = self._refuse_expired(now_s)
+        for seq in self.running:
+            self._publish(seq)
+        step = _Step(self.limits.max_num_batched_tokens)
+        self._continue_running(step)
+        carried = list(step.rows)
+        self._admit_waiting(step, failed, now_s)
+        for seq in carried:
+            self._charge(seq, step.rows.get(seq, 0))
+        return [ScheduledRow(seq, num_tokens) for seq, num_tokens in step.rows.items()], failed
 
-    def _admit(self) -> Iterator[tuple[Sequence, DeltamuxError | None]]:
-        """Admit waiting requests one by one while there is room; the caller stops when its budget is spent."""
-        for seq in list(self.waiting):
-            try:
-                admitted = self._try_admit(seq)
-            except DeltamuxError as error:
-                self.waiting.remove(seq)
-                yield seq, error
-                continue
-            if admitted is None:
+    def _continue_running(self, step: _Step) -> None:
+        # Decodes first: a running stream is never starved by somebody's long prompt. Then the highest class and the
+        # oldest, so that whoever is preempted for room comes later in this loop.
+        for seq in sorted(self.running, key=lambda seq: (seq.num_pending > 1, *_priority(seq))):
+            while seq.slot >= 0 and not self.kv.grow(seq.slot, seq.prefix_len + len(seq.tokens)):
+                self._preempt(max(self.running, key=_priority), step)
+            if seq.slot >= 0 and step.budget > 0:
+                step.run(seq)
+
+    def _admit_waiting(self, step: _Step, failed: list[Failed], now_s: float) -> None:
+        """Admit while there is room.
+
+        Where the oldest overdue request finds none for its delta, others may use what is resident, but no new delta
+        comes in, and the delta with the fewest requests takes no more of them, so that it drains.
+        """
+        crowded, closed = False, None
+        for seq in self.queue.candidates(now_s):
+            if step.budget == 0:
                 return
-            if admitted:
-                self.waiting.remove(seq)
-                self.running.append(seq)
-                yield seq, None
+            digest = seq.request.adapter_digest
+            if crowded and digest is not None and (digest == closed or not self.leases.is_resident(digest)):
+                continue
+            try:
+                outcome = self._admit(seq, step, now_s)
+            except DeltamuxError as error:
+                self._leave_queue(seq)
+                failed.append(Failed(seq, error))
+                continue
+            if outcome is _Outcome.ADMITTED:
+                step.run(seq)
+                self._charge(seq, step.rows[seq])
+            elif outcome is _Outcome.CROWDED and not crowded and self._is_overdue(seq, now_s):
+                crowded, closed = True, self._delta_with_fewest_rows()
+                if closed is None:  # no delta to drain: what runs must end first
+                    return
+            elif outcome is _Outcome.FULL:
+                return
 
-    def _try_admit(self, seq: Sequence) -> bool | None:
-        """True: admitted. False: its delta is not there yet. None: no room for anyone."""
+    def _admit(self, seq: Sequence, step: _Step, now_s: float) -> _Outcome:
+        """Try to admit `seq`, in the place of running requests that should yield to it if need be."""
+        while True:
+            outcome = self._try_admit(seq, now_s) if self.kv.has_free_slot else _Outcome.FULL
+            if outcome is not _Outcome.FULL:
+                return outcome
+            yielding = [
+                other
+                for other in self.running
+                if not self._is_overdue(other, now_s) and self.queue.should_yield(other, seq)
+            ]
+            if not yielding:
+                return outcome
+            self._preempt(max(yielding, key=_priority), step)
+
+    def _try_admit(self, seq: Sequence, now_s: float) -> _Outcome:
         digest = seq.request.adapter_digest
-        delta = None
-        if digest is not None:
-            delta = self.leases.try_lease(digest)
-            if delta is None:
-                return False
+        delta = None if digest is None else self.leases.try_lease(digest)
+        if isinstance(delta, NotYet):
+            return _Outcome.CROWDED if delta is NotYet.CROWDED else _Outcome.LATER
+        outcome = _Outcome.LATER
         try:
-            slot = self._allocate(seq, delta)
-        except DeltamuxError:
-            if digest is not None:
+            outcome = self._open(seq, delta, overdue=self._is_overdue(seq, now_s))
+        finally:
+            if outcome is not _Outcome.ADMITTED and digest is not None:
                 self.leases.end_lease(digest)
-            raise
-        if slot is None:
-            if digest is not None:
-                self.leases.end_lease(digest)
-            return None
-        seq.slot, seq.delta = slot, delta
-        return True
+        return outcome
 
-    def _allocate(self, seq: Sequence, delta: LeasedDelta | None) -> int | None:
-        prefix = 0 if delta is None else delta.prefix_len
-        room = self.kv.max_len - prefix
-        seq.max_len = max_total_len(seq.num_prompt, seq.request.sampling.max_tokens, room)
-        return self.kv.allocate(prefix + seq.max_len)
+    def _open(self, seq: Sequence, delta: LeasedDelta | None, *, overdue: bool) -> _Outcome:
+        """Give `seq` its slot, with whatever of its prompt is known already."""
+        request = seq.request
+        prefix_len = 0 if delta is None else delta.prefix_len
+        room = self.kv.max_entries(0 if delta is None else delta.device_bytes) - prefix_len
+        seq.max_len = max_total_len(seq.num_prompt, request.sampling.max_tokens, room)
+        if seq.chain is None and self._keys.enabled:
+            root = self._keys.root(
+                tenant=request.tenant,
+                adapter_digest=request.adapter_digest,
+                prefix_len=prefix_len,
+                position_offset=0 if delta is None else delta.position_offset,
+                invoked_at=seq.invocation_of(delta),
+            )
+            seq.chain = HashChain(root)
+        # logits of the whole prompt need the whole prompt computed
+        reused = None if seq.wants_prompt_logits else seq.chain
+        if reused and not overdue and 2 * self.kv.will_be_cached(reused, seq.tokens) >= len(seq.tokens):
+            return _Outcome.LATER
+        opened = self.kv.open(reused, seq.tokens, prefix_len, headroom=len(self.running))
+        if opened is None:
+            return _Outcome.FULL
+        seq.admit(opened.slot, delta)
+        seq.num_computed = opened.num_cached
+        if seq.num_generated == 0:
+            seq.num_cached = opened.num_cached
+        self._leave_queue(seq)
+        self.running.append(seq)
+        return _Outcome.ADMITTED
 
-    def finish(self, seq: Sequence) -> None:
-        """Free the slot and the lease of a running request, or drop a waiting one."""
-        if seq in self.running:
-            self.running.remove(seq)
-            self.kv.free(seq.slot)
-            if seq.request.adapter_digest is not None:
-                self.leases.end_lease(seq.request.adapter_digest)
-            seq.slot, seq.delta = -1, None
-        elif seq in self.waiting:
-            self.waiting.remove(seq)
+    # -- requests come and go -----------------------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """Queue `seq`. Raises Overloaded when the queue is full."""
+        if len(self.queue) >= self.limits.max_queue:
+            raise Overloaded(
+                f"{len(self.queue)} requests are waiting, which is the limit.", remedy="Try again later."
+            )
+        seq.arrival_s, seq.order = self._clock(), next(self._arrivals)
+        self.queue.add(seq)
+        digest = seq.request.adapter_digest
+        self._awaited[digest] += 1
+        if digest is not None:
+            self.leases.prefetch(digest)
+
+    def finish(self, seq: Sequence, *, failed: bool = False) -> None:
+        """Free the slot and the lease of a running request, or drop a waiting one.
+
+        `failed`: its numbers went wrong, so nothing of its slot may be seen by anyone again.
+        """
+        if seq.slot >= 0:
+            self._release(seq, sound=seq.is_sound and not failed)
+        elif seq in self.queue:
+            self._leave_queue(seq)
+
+    def is_awaited(self, digest: str) -> bool:
+        """True while a waiting request needs the delta."""
+        return self._awaited[digest] > 0
+
+    def _preempt(self, seq: Sequence, step: _Step) -> None:
+        step.drop(seq)
+        self._release(seq, sound=seq.is_sound)
+        seq.num_computed = 0
+        self.queue.put_back(seq)
+        self._awaited[seq.request.adapter_digest] += 1
+        self.num_preemptions += 1
+
+    def _release(self, seq: Sequence, *, sound: bool) -> None:
+        if sound:
+            self._publish(seq)
+        self.running.remove(seq)
+        self.kv.close(seq.slot, sound=sound)
+        if seq.request.adapter_digest is not None:
+            self.leases.end_lease(seq.request.adapter_digest)
+        seq.slot, seq.delta = -1, None
+
+    def _publish(self, seq: Sequence) -> None:
+        if seq.chain is not None and seq.is_sound:
+            self.kv.publish(seq.slot, seq.chain, seq.tokens, seq.num_computed)
+
+    def _leave_queue(self, seq: Sequence) -> None:
+        self.queue.remove(seq)
+        digest = seq.request.adapter_digest
+        self._awaited[digest] -= 1
+        if not self._awaited[digest]:
+            del self._awaited[digest]
+
+    def _refuse_expired(self, now_s: float) -> list[Failed]:
+        failed = []
+        for seq in self.queue.expired(now_s - self.limits.max_queue_s):
+            self._leave_queue(seq)
+            waited = f"The request waited {now_s - seq.arrival_s:.0f} s for a place, which is the limit."
+            remedy = f"Try again in {math.ceil(self.limits.max_wait_s)} s, or when the server is less busy."
+            failed.append(Failed(seq, Overloaded(waited, remedy=remedy)))
+        return failed
+
+    # -- fairness -----------------------------------------------------------------------------------------------
+
+    def _charge(self, seq: Sequence, num_tokens: int) -> None:
+        """Charge the tenant for tokens that are computed; those that are computed again are free."""
+        if num_tokens == 0:
+            return
+        reached = min(seq.num_computed + num_tokens, seq.num_prompt)
+        fresh = max(0, reached - max(seq.num_charged, seq.num_computed))
+        seq.num_charged = max(seq.num_charged, reached)
+        self.queue.charge(seq, fresh + (OUTPUT_COST if num_tokens == seq.num_pending else 0.0))
+
+    def _is_overdue(self, seq: Sequence, now_s: float) -> bool:
+        return now_s - seq.arrival_s > self.limits.max_wait_s
+
+    def _delta_with_fewest_rows(self) -> str | None:
+        rows = Counter(seq.request.adapter_digest for seq in self.running)
+        del rows[None]
+        return min(rows, key=lambda digest: (rows[digest], digest or ""), default=None)
 
 
-def max_total_len(num_prompt: int, max_tokens: int | None, room: int) -> int:
-    """Prompt and generated tokens that a request may reach. Raises ContextLengthExceeded when they do not fit."""
-    wanted = num_prompt + (1 if max_tokens is None else max_tokens)
-    if wanted > room:
-        raise ContextLengthExceeded(
-            f"The prompt has {num_prompt} tokens and max_tokens is {max_tokens or 1}; {room} fit"
-            " (virtual tokens of the delta deducted).",
-            param="prompt" if num_prompt >= room else "max_tokens",
-            remedy="Shorten the prompt or lower max_tokens.",
-        )
-    return room if max_tokens is None else wanted
+def _priority(seq: Sequence) -> tuple[int, int]:
+    """Lower is served first and preempted last: class, then arrival."""
+    return CLASS_RANK[seq.request.service_class], seq.order

@@ -10,13 +10,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from adapters.errors import DeltamuxError, NotFound
-from adapters.registry import AdapterRecord, AliasRecord, VersionRecord
-from serving.http.bodies import json_route
+from adapters.migrations.queries import not_found
+from adapters.names import ModelReference
+from adapters.registry import AdapterPage, AdapterRecord, AliasRecord, Registry, VersionRecord
+from serving.http.access import Manage, Read, Upload
 from serving.http.edge import set_adapter_digest
 from serving.http.errors import JsonObject
 from serving.http.schemas import AliasBody
-from serving.http.services import Services, in_thread
+from serving.http.services import Services
+from serving.http.threads import in_thread
 from serving.http.uploads import Uploads
+from serving.tenancy.principal import Principal
 
 log = logging.getLogger("deltamux.http")
 
@@ -24,7 +28,8 @@ _UPLOAD_BODY = {
     "requestBody": {
         "required": True,
         "description": "One part per file, whose file name says what it is; optional fields "
-        "`labels` (a JSON object of strings), `backbone_digest` and `alias`.",
+        "`labels` (a JSON object of strings), `backbone_digest`, `alias` and `parity` (what `deltamux verify` wrote; "
+        "kept in the admission proof).",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -34,6 +39,7 @@ _UPLOAD_BODY = {
                         "labels": {"type": "string"},
                         "backbone_digest": {"type": "string"},
                         "alias": {"type": "string"},
+                        "parity": {"type": "string"},
                     },
                 }
             }
@@ -44,21 +50,21 @@ _UPLOAD_BODY = {
 
 def adapters_router(services: Services) -> APIRouter:
     """`/v1/adapters` and below."""
-    registry, tenant = services.registry, services.tenant
+    registry = services.registry
     uploads = Uploads(services)
-    router = APIRouter(route_class=json_route(services.settings.limits.max_body_bytes), tags=["adapters"])
+    router = APIRouter(route_class=services.route_class, tags=["adapters"])
 
     @router.put("/v1/adapters/{name}/versions", status_code=201, openapi_extra=_UPLOAD_BODY)
-    async def upload(name: str, request: Request) -> JSONResponse:
+    async def upload(name: str, request: Request, caller: Upload) -> JSONResponse:
         """Publish the next version of a delta; the answer is its admission proof."""
-        record = await uploads.accept(request, name)
+        record = await uploads.accept(request, caller, name)
         set_adapter_digest(request, record.digest)
         return JSONResponse(version_object(record), 201)
 
     @router.get("/v1/adapters")
-    async def list_adapters(limit: int = 100, after: str | None = None) -> JsonObject:
-        """A page of deltas by name, beginning behind `after`."""
-        page = await in_thread(registry.list_adapters, tenant, limit=limit, after=after)
+    async def list_adapters(caller: Read, limit: int = 100, after: str | None = None) -> JsonObject:
+        """A page of the caller's deltas by name, beginning behind `after`."""
+        page = await in_thread(_visible_page, registry, caller, limit, after)
         data = [adapter_object(adapter) for adapter in page.items]
         return {
             "object": "list",
@@ -69,53 +75,65 @@ def adapters_router(services: Services) -> APIRouter:
         }
 
     @router.get("/v1/adapters/{name}")
-    async def get_adapter(name: str) -> JsonObject:
+    async def get_adapter(name: str, caller: Read) -> JsonObject:
         """One delta: its latest version and its aliases."""
-        with _no_model_field():
-            return adapter_object(await in_thread(registry.get_adapter, tenant, name))
+        with own_delta(caller, name):
+            return adapter_object(await in_thread(registry.get_adapter, caller.tenant, name))
 
     @router.get("/v1/adapters/{name}/versions")
-    async def list_versions(name: str, limit: int = 100, before: int | None = None) -> JsonObject:
+    async def list_versions(
+        name: str, caller: Read, limit: int = 100, before: int | None = None
+    ) -> JsonObject:
         """A page of a delta's versions, newest first, beginning below `before`."""
-        with _no_model_field():
-            found = await in_thread(registry.list_versions, tenant, name, limit=limit, before=before)
+        with own_delta(caller, name):
+            found = await in_thread(registry.list_versions, caller.tenant, name, limit=limit, before=before)
         return {"object": "list", "data": [version_object(version) for version in found]}
 
     @router.get("/v1/adapters/{name}/versions/{version}")
-    async def get_version(name: str, version: int) -> JsonObject:
+    async def get_version(name: str, version: int, caller: Read) -> JsonObject:
         """One version and its admission proof."""
-        with _no_model_field():
-            return version_object(await in_thread(registry.get_version, tenant, name, version))
+        with own_delta(caller, name):
+            return version_object(await in_thread(registry.get_version, caller.tenant, name, version))
 
     @router.put("/v1/adapters/{name}/aliases/{alias}")
-    async def set_alias(name: str, alias: str, body: AliasBody) -> JsonObject:
+    async def set_alias(name: str, alias: str, body: AliasBody, caller: Manage) -> JsonObject:
         """Point an alias at a version, if it still is where the caller has seen it."""
-        with _no_model_field():
+        with own_delta(caller, name):
             moved = await in_thread(
                 registry.set_alias,
-                tenant,
+                caller.tenant,
                 name,
                 alias,
                 body.version,
                 expected_revision=body.expected_revision,
+                actor=caller.actor,
             )
         return alias_object(moved)
 
     @router.delete("/v1/adapters/{name}")
-    async def delete_adapter(name: str) -> JsonObject:
-        """Delete a delta with all its versions and aliases, and free its memory."""
-        with _no_model_field():
-            gone = await in_thread(registry.delete_adapter, tenant, name)
+    async def delete_adapter(name: str, caller: Manage) -> JsonObject:
+        """Delete a delta with all its versions and aliases, and free its memory. Each version can be undeleted."""
+        with own_delta(caller, name):
+            gone = await in_thread(registry.delete_adapter, caller.tenant, name, actor=caller.actor)
         freed = await _release(services, {version.digest for version in gone})
         versions = [version.version for version in gone]
         return {**_deleted(name, "adapter", freed), "versions": versions}
 
     @router.delete("/v1/adapters/{name}/versions/{version}")
-    async def delete_version(name: str, version: int) -> JsonObject:
+    async def delete_version(name: str, version: int, caller: Manage) -> JsonObject:
         """Delete one version, and free its memory where no other version has the same content."""
-        with _no_model_field():
-            gone = await in_thread(registry.delete_version, tenant, name, version)
+        with own_delta(caller, name):
+            gone = await in_thread(registry.delete_version, caller.tenant, name, version, actor=caller.actor)
         return _deleted(f"{name}@v{version}", "adapter.version", await _release(services, {gone.digest}))
+
+    @router.post("/v1/adapters/{name}/versions/{version}/undelete")
+    async def undelete_version(name: str, version: int, caller: Manage) -> JsonObject:
+        """Undo the deletion of a version whose bytes are not collected yet."""
+        with own_delta(caller, name):
+            back = await in_thread(
+                registry.undelete_version, caller.tenant, name, version, actor=caller.actor
+            )
+        return version_object(back)
 
     return router
 
@@ -186,9 +204,28 @@ async def _release(services: Services, digests: Iterable[str]) -> int | None:
 
 
 @contextmanager
-def _no_model_field() -> Iterator[None]:
-    """Say `name` where the registry says `model`: these routes have no such field."""
+def own_delta(caller: Principal, name: str) -> Iterator[None]:
+    """Work on a delta of the caller's, which is not found where the key does not reach it.
+
+    Says `name` where the registry says `model`: these routes have no such field.
+    """
     try:
+        if not caller.reaches(caller.tenant, name):
+            raise not_found(ModelReference(caller.tenant, name))
         yield
     except NotFound as error:
-        raise NotFound(error.message, param="name", remedy=error.remedy) from None
+        raise NotFound(
+            error.message, param="name" if error.param == "model" else error.param, remedy=error.remedy
+        ) from None
+
+
+def _visible_page(registry: Registry, caller: Principal, limit: int, after: str | None) -> AdapterPage:
+    """A page of what the caller's key reaches, which is as full as if there were nothing else."""
+    found: list[AdapterRecord] = []
+    while True:
+        page = registry.list_adapters(caller.tenant, limit=limit, after=after)
+        found += [item for item in page.items if caller.reaches(item.tenant, item.name)]
+        after = page.next_after
+        if after is None or len(found) >= limit:
+            more = after is not None or len(found) > limit
+            return AdapterPage(tuple(found[:limit]), found[limit - 1].name if more else None)

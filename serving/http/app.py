@@ -8,27 +8,50 @@ from adapters.registry import Registry
 from adapters.store import BlobStore
 from serving.config import Settings
 from serving.core import Backend
+from serving.http.access import require_declared
 from serving.http.adapters import adapters_router
+from serving.http.admin import admin_router
 from serving.http.edge import Edge
 from serving.http.errors import install_handlers
 from serving.http.generation import generation_router
+from serving.http.grants import grants_router
 from serving.http.models import models_router
 from serving.http.operations import operations_router
 from serving.http.services import Services
+from serving.http.usage import usage_router
 from serving.metrics import GatewayMetrics
+from serving.tenancy.tenancy import Tenancy
 
 
 def create_app(
-    *, backend: Backend, registry: Registry, store: BlobStore, settings: Settings, metrics: GatewayMetrics
+    *,
+    backend: Backend,
+    registry: Registry,
+    store: BlobStore,
+    tenancy: Tenancy,
+    settings: Settings,
+    metrics: GatewayMetrics,
 ) -> FastAPI:
     """The application over these parts, which the caller opens and closes. It runs on one event loop."""
-    services = Services(backend=backend, registry=registry, store=store, settings=settings, metrics=metrics)
+    services = Services(
+        backend=backend, registry=registry, store=store, tenancy=tenancy, settings=settings, metrics=metrics
+    )
     # no redirects: a path that is not a route is answered in the envelope
     app = FastAPI(
         title="deltamux", summary="Many PEFT deltas over one frozen backbone", redirect_slashes=False
     )
     app.add_middleware(Edge, metrics=metrics)
     install_handlers(app)
-    for make_router in (models_router, generation_router, adapters_router, operations_router):
+    routers = (
+        models_router,
+        generation_router,
+        adapters_router,
+        grants_router,
+        admin_router,
+        usage_router,
+        operations_router,
+    )
+    for make_router in routers:
         app.include_router(make_router(services))
+    require_declared(app)
     return app

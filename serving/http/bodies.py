@@ -11,6 +11,8 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
+from serving.http.access import Gate, GatedRoute
+
 
 def bounded_receive(request: Request, max_bytes: int) -> Receive:
     """`request.receive` that stops over `max_bytes`.
@@ -46,16 +48,19 @@ class JsonRequest(Request):
             raise HTTPException(400, f"The body is not valid JSON: {error}.") from None
 
 
-def json_route(max_bytes: int) -> type[APIRoute]:
-    """A route class that reads at most `max_bytes` of JSON."""
+def json_route(max_bytes: int, gate: Callable[[APIRoute], Gate]) -> type[APIRoute]:
+    """A route class that lets callers through `gate`, then reads at most `max_bytes` of JSON."""
 
-    class JsonRoute(APIRoute):
+    class JsonRoute(GatedRoute):
         limit_bytes: ClassVar[int] = max_bytes
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
+            handle, check = super().get_route_handler(), gate(self)
 
             async def handle_bounded(request: Request) -> Response:
+                await check(request)
+                if self.body_field is None:  # no body, or one that the handler reads and bounds itself
+                    return await handle(request)
                 return await handle(JsonRequest(request.scope, bounded_receive(request, self.limit_bytes)))
 
             return handle_bounded

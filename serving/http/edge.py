@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,6 +23,11 @@ CLIENT_GONE = 499
 def set_adapter_digest(request: Request, digest: str | None) -> None:
     """Have the answer say which content it came from, also where it turns out to be an error."""
     request.state.adapter_digest = f"sha256:{digest}" if digest else "base"
+
+
+def set_answer_headers(request: Request, headers: Mapping[str, str]) -> None:
+    """Have the answer, or the error in its place, carry these."""
+    request.state.answer_headers = headers
 
 
 class Edge:
@@ -49,6 +55,7 @@ class Edge:
                 headers["x-request-id"] = request_id
                 if digest := state.get("adapter_digest"):
                     headers["x-adapter-digest"] = digest
+                headers.update(state.get("answer_headers", {}))
             await send(message)
 
         self._metrics.requests_in_flight.inc()

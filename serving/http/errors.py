@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import traceback
 from collections.abc import Mapping, Sequence
@@ -45,10 +46,18 @@ ANSWERS: Mapping[type[errors.DeltamuxError], Answer] = {
     errors.ContextLengthExceeded: Answer(400, INVALID_REQUEST_TYPE, "context_length_exceeded"),
     errors.InvalidDelta: Answer(400, INVALID_REQUEST_TYPE, "invalid_adapter"),
     errors.PayloadTooLarge: Answer(413, INVALID_REQUEST_TYPE, "payload_too_large"),
+    errors.Unauthenticated: Answer(
+        401, INVALID_REQUEST_TYPE, "invalid_api_key", {"www-authenticate": "Bearer"}
+    ),
+    errors.Forbidden: Answer(403, INVALID_REQUEST_TYPE, "insufficient_permissions"),
     errors.NotFound: Answer(404, INVALID_REQUEST_TYPE, "not_found"),
     # the SDK repeats every 409 unless told otherwise; a lost compare-and-swap stays lost
     errors.Conflict: Answer(409, INVALID_REQUEST_TYPE, "conflict", {"x-should-retry": "false"}),
     errors.Overloaded: Answer(429, "rate_limit_error", "rate_limit_exceeded", _RETRY_SOON),
+    errors.RateLimited: Answer(429, "rate_limit_error", "rate_limit_exceeded", {"x-should-retry": "true"}),
+    errors.QuotaExceeded: Answer(
+        429, "insufficient_quota", "insufficient_quota", {"x-should-retry": "false"}
+    ),
     errors.Unavailable: Answer(503, "service_unavailable_error", "unavailable", _RETRY_SOON),
 }
 """A class that is not listed is answered as its nearest base."""
@@ -93,7 +102,11 @@ def reply_to(error: BaseException) -> ErrorReply:
     body = _envelope(str(error), answer.type, error.param, code)
     if isinstance(error, errors.InvalidDelta):
         body["error"]["problems"] = list(error.problems)
-    return ErrorReply(answer.status, body, answer.headers)
+    headers = dict(answer.headers)
+    if isinstance(error, errors.RateLimited):  # the SDK prefers the milliseconds
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+        headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
+    return ErrorReply(answer.status, body, headers)
 
 
 def log_unhandled(error: Exception, request_id: str) -> None:

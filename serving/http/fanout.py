@@ -7,8 +7,9 @@ import contextvars
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
-from adapters.errors import DeltamuxError, Unavailable, from_info
+from adapters.errors import DeltamuxError, Overloaded, Unavailable, from_info
 from serving.core import Backend, Event, FailureEvent, FinishReason, GenerateCall, PromptEvent, TokenEvent
 from serving.http.errors import INTERNAL_MESSAGE
 from serving.metrics import GatewayMetrics
@@ -22,14 +23,24 @@ _QUEUED_BATCHES_PER_CALL = 4
 """A caller that reads slowly holds its own calls back; its tokens do not pile up here."""
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a request may take: in all, and (None: as long) until every call of it has begun."""
+
+    total_s: float
+    wait_s: float | None = None
+
+
 async def run(
-    backend: Backend, calls: Sequence[GenerateCall], metrics: GatewayMetrics, timeout_s: float
+    backend: Backend, calls: Sequence[GenerateCall], metrics: GatewayMetrics, patience: Patience
 ) -> AsyncGenerator[tuple[int, tuple[Checked, ...]], None]:
     """(index of the call, its events) as they come, until every call has ended with a true finish reason.
 
     The first failure of any call is raised. Closing the generator cancels the calls that still run.
     """
-    deadline = asyncio.get_running_loop().time() + timeout_s
+    started = asyncio.get_running_loop().time()
+    deadline = started + patience.total_s
+    wait_deadline = deadline if patience.wait_s is None else started + patience.wait_s
     queue: asyncio.Queue[_Item] = asyncio.Queue(_QUEUED_BATCHES_PER_CALL * len(calls))
     # An empty context each: concurrent Ray handle calls that share a request's context leave one another unrouted.
     tasks = [
@@ -38,19 +49,27 @@ async def run(
     ]
     clocks = [_TokenClock(metrics) for _ in calls]
     unfinished = set(range(len(calls)))
+    not_begun = set(unfinished)
     try:
         while unfinished:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(min(deadline, wait_deadline) if not_begun else deadline):
                     index, item = await queue.get()
             except TimeoutError:
+                if not_begun and wait_deadline < deadline:
+                    raise Overloaded(
+                        f"The request waited longer than {patience.wait_s:g} s for its turn.",
+                        remedy="Try again later.",
+                    ) from None
                 raise Unavailable(
-                    f"The request ran longer than {timeout_s:g} s.", remedy="Ask for fewer tokens or choices."
+                    f"The request ran longer than {patience.total_s:g} s.",
+                    remedy="Ask for fewer tokens or choices.",
                 ) from None
             if isinstance(item, Exception):
                 raise item
             if index not in unfinished:
                 continue
+            not_begun.discard(index)
             if item is None:
                 raise RuntimeError("the backend ended a call without a finish reason")
             batch = tuple(_checked(event) for event in item)

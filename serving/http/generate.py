@@ -11,8 +11,9 @@ from typing import Protocol
 
 from serving.core import Backend, GenerateCall, PromptEvent, TokenEvent
 from serving.http import sse
+from serving.http.counting import Usage
 from serving.http.errors import JsonObject
-from serving.http.fanout import Checked, run
+from serving.http.fanout import Checked, Patience, run
 from serving.metrics import GatewayMetrics
 
 
@@ -37,14 +38,17 @@ class Style(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One HTTP request as calls. Calls i * num_samples .. are those of prompt i; a call's place is its `index`."""
+    """One HTTP request as calls. Calls i * num_samples .. are those of prompt i; a call's place is its `index`.
+
+    `usage` counts while the job runs.
+    """
 
     id: str
     model: str
     calls: tuple[GenerateCall, ...]
-    num_samples: int
+    usage: Usage
     include_usage: bool
-    timeout_s: float
+    patience: Patience
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, object_name: str) -> JsonObject:
@@ -52,37 +56,12 @@ class Job:
         return {"id": self.id, "object": object_name, "created": self.created, "model": self.model}
 
 
-@dataclass(slots=True)
-class Usage:
-    """Tokens of one request; a prompt counts once, however many choices it has."""
-
-    num_samples: int
-    prompt_tokens: dict[int, int] = field(default_factory=dict)
-    completion_tokens: int = 0
-
-    def add(self, index: int, event: Checked) -> None:
-        """Count one event of call `index`."""
-        if isinstance(event, PromptEvent):
-            self.prompt_tokens[index // self.num_samples] = len(event.prompt_token_ids)
-        else:
-            self.completion_tokens += len(event.token_ids)
-
-    def body(self) -> JsonObject:
-        """The usage object of a reply."""
-        prompt = sum(self.prompt_tokens.values())
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": prompt + self.completion_tokens,
-        }
-
-
 async def reply(backend: Backend, job: Job, style: Style, metrics: GatewayMetrics) -> JsonObject:
     """Every choice in one object."""
-    usage = Usage(job.num_samples)
+    usage = job.usage
     prompts: dict[int, PromptEvent] = {}
     outputs: defaultdict[int, list[TokenEvent]] = defaultdict(list)
-    async with aclosing(run(backend, job.calls, metrics, job.timeout_s)) as batches:
+    async with aclosing(run(backend, job.calls, metrics, job.patience)) as batches:
         async for index, batch in batches:
             for event in batch:
                 usage.add(index, event)
@@ -98,13 +77,13 @@ async def stream(
     backend: Backend, job: Job, style: Style, metrics: GatewayMetrics
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events. The first comes when every call has begun, so that a refusal can still be a status."""
-    usage = Usage(job.num_samples)
+    usage = job.usage
     head = job.head(style.chunk_object_name)
     if job.include_usage:
         head["usage"] = None  # present in every chunk, as OpenAI has it
     not_begun = set(range(len(job.calls)))
     held: list[bytes] = []
-    async with aclosing(run(backend, job.calls, metrics, job.timeout_s)) as batches:
+    async with aclosing(run(backend, job.calls, metrics, job.patience)) as batches:
         async for index, batch in batches:
             not_begun.discard(index)
             held += [sse.event({**head, "choices": [choice]}) for choice in _chunks(style, index, batch)]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 
 from adapters.errors import InvalidReference, NotFound
+from adapters.migrations.queries import not_found
 from adapters.names import ModelReference
 from adapters.registry import MAX_PAGE, AdapterRecord, Registry, VersionRecord
 from serving.core import BASE
+from serving.http.access import Infer
 from serving.http.edge import set_adapter_digest
 from serving.http.errors import JsonObject
-from serving.http.services import Services, in_thread
+from serving.http.services import Services
+from serving.http.threads import in_thread
+from serving.tenancy.principal import Principal
 
 BACKBONE_OWNER = "deltamux"
 
@@ -34,10 +39,11 @@ class Target:
         return self.version.name if self.version else ""
 
 
-async def resolve(services: Services, model: str) -> Target:
+async def resolve(services: Services, caller: Principal, model: str) -> Target:
     """What the caller's `model` means at this moment. Raises NotFound, also for what does not parse.
 
-    Nothing is cached: a name's meaning changes, and a stale one would be another delta's answer.
+    Nothing is cached: a name's meaning changes, and a stale one would be another delta's answer. What the caller may
+    not use is refused before it is looked up, so the answer and its time are those for what does not exist.
     """
     if model == (await services.backbone()).name:
         return Target(None)
@@ -45,40 +51,43 @@ async def resolve(services: Services, model: str) -> Target:
         reference = ModelReference.parse(model)
     except InvalidReference as error:
         raise NotFound(error.message, param="model", remedy=error.remedy) from None
-    if reference.tenant not in (None, services.tenant):
-        raise _unknown(reference)
-    version = await in_thread(services.registry.resolve, reference, default_tenant=services.tenant)
+    owner = reference.tenant or caller.tenant
+    if not caller.reaches(owner, reference.name):
+        raise not_found(reference)
+    if owner != caller.tenant and not await in_thread(
+        services.tenancy.grants.covers, owner, reference.name, caller.tenant
+    ):
+        raise not_found(reference)
+    version = await in_thread(services.registry.resolve, reference, default_tenant=caller.tenant)
     if version.status != "ready":
-        raise _unknown(reference)
+        raise not_found(reference)
     return Target(version)
-
-
-def _unknown(reference: ModelReference) -> NotFound:
-    return NotFound(f"The model '{reference}' does not exist.", param="model")
 
 
 def models_router(services: Services) -> APIRouter:
     """`GET /v1/models` and `GET /v1/models/{id}`."""
-    router = APIRouter(tags=["models"])
+    router = APIRouter(route_class=services.route_class, tags=["models"])
 
     async def backbone_card() -> JsonObject:
         info = await services.backbone()
         return _card(info.name, info.created, owner=BACKBONE_OWNER, parent=None)
 
     @router.get("/v1/models")
-    async def list_models() -> JsonObject:
-        """The backbone, and every delta that the caller can name."""
+    async def list_models(caller: Infer) -> JsonObject:
+        """The backbone, and every delta that the caller can name: its own, then those of others as `tenant/name`."""
         base = await backbone_card()
-        deltas = await in_thread(_ready_adapters, services.registry, services.tenant)
+        own = await in_thread(_ready_adapters, services.registry, caller)
+        others = await in_thread(_granted_adapters, services, caller)
         cards = [
-            _card(delta.name, delta.created_at, owner=delta.tenant, parent=base["id"]) for delta in deltas
+            _card(name, delta.created_at, owner=delta.tenant, parent=base["id"])
+            for name, delta in [*((delta.name, delta) for delta in own), *others]
         ]
         return {"object": "list", "data": [base, *cards]}
 
     @router.get("/v1/models/{model:path}")
-    async def get_model(model: str, request: Request) -> JsonObject:
+    async def get_model(model: str, request: Request, caller: Infer) -> JsonObject:
         """One model, by any reference that `model` takes in a request."""
-        target = await resolve(services, model)
+        target = await resolve(services, caller, model)
         set_adapter_digest(request, target.digest)
         base = await backbone_card()
         if target.version is None:
@@ -89,16 +98,26 @@ def models_router(services: Services) -> APIRouter:
     return router
 
 
-def _ready_adapters(registry: Registry, tenant: str) -> list[AdapterRecord]:
-    """Every adapter that its bare name reaches. OpenAI's list of models has no pages."""
+def _ready_adapters(registry: Registry, caller: Principal) -> list[AdapterRecord]:
+    """Every adapter of the caller that its bare name reaches. OpenAI's list of models has no pages."""
     found: list[AdapterRecord] = []
     after: str | None = None
     while True:
-        page = registry.list_adapters(tenant, limit=MAX_PAGE, after=after)
-        found += [adapter for adapter in page.items if adapter.latest is not None]
+        page = registry.list_adapters(caller.tenant, limit=MAX_PAGE, after=after)
+        found += [a for a in page.items if a.latest is not None and caller.reaches(a.tenant, a.name)]
         after = page.next_after
         if after is None:
             return found
+
+
+def _granted_adapters(services: Services, caller: Principal) -> list[tuple[str, AdapterRecord]]:
+    """Every adapter of others that the caller may use, by the name it uses it by."""
+    found = []
+    for owner, name in services.tenancy.grants.to(caller.tenant):
+        if caller.reaches(owner, name):
+            with suppress(NotFound):  # deleted since
+                found.append((f"{owner}/{name}", services.registry.get_adapter(owner, name)))
+    return [(name, adapter) for name, adapter in found if adapter.latest is not None]
 
 
 def _card(model: str, created: float, *, owner: str, parent: str | None) -> JsonObject:

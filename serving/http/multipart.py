@@ -13,13 +13,14 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from adapters.errors import InvalidRequest
 from adapters.names import check_name
+from adapters.parity import MAX_RECORD_BYTES, ParityRecord, read_record
 from serving.http.bodies import bounded_receive
 
 MAX_FILES = 8
 MAX_LABELS = 32
 MAX_LABEL_CHARS = 256
-_MAX_FIELD_BYTES = 16 << 10
-_FIELDS = ("alias", "backbone_digest", "labels")
+_MAX_FIELD_BYTES = MAX_RECORD_BYTES  # the largest of the fields
+_FIELDS = ("alias", "backbone_digest", "labels", "parity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Parts:
     files: Mapping[str, bytes]
     backbone_digest: str | None = None
     alias: str | None = None
+    parity: ParityRecord | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -67,6 +69,7 @@ async def receive_parts(request: Request, max_bytes: int) -> Parts:
         files,
         backbone_digest=fields.get("backbone_digest") or None,
         alias=check_name(fields["alias"], what="alias") if fields.get("alias") else None,
+        parity=read_record(fields["parity"]) if fields.get("parity") else None,
         labels=_labels(fields.get("labels") or "{}"),
     )
 

@@ -6,7 +6,8 @@ from fastapi import APIRouter, Response
 
 from adapters.errors import DeltamuxError, Unavailable
 from serving.http.errors import JsonObject
-from serving.http.services import Services, in_thread
+from serving.http.services import Services
+from serving.http.threads import in_thread
 from serving.metrics import families, render
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -14,7 +15,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 def operations_router(services: Services) -> APIRouter:
     """`/health/live`, `/health/ready` and `/metrics`."""
-    router = APIRouter(tags=["operations"])
+    router = APIRouter(route_class=services.route_class, tags=["operations"])
 
     @router.get("/health/live")
     async def live() -> JsonObject:

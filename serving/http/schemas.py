@@ -62,17 +62,19 @@ Count = Annotated[int | None, Field(ge=0)]
 MaxTokens = Annotated[int | None, Field(ge=1)]
 
 
-class _Body(BaseModel):
+class RequestBody(BaseModel):
+    """What every body has in common."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestBody):
     """What a stream carries beside its chunks."""
 
     include_usage: bool = False
 
 
-class GenerateBody(_Body, ABC):
+class GenerateBody(RequestBody, ABC):
     """What completions and chat share. A null stands for the default."""
 
     model: str = Field(min_length=1, max_length=MAX_REFERENCE_CHARS)
@@ -193,14 +195,14 @@ class CompletionBody(GenerateBody):
         return self.logprobs
 
 
-class TextPart(_Body):
+class TextPart(RequestBody):
     """A piece of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class MessageBody(_Body):
+class MessageBody(RequestBody):
     """One message of a chat. `developer` is OpenAI's newer word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -214,7 +216,7 @@ class MessageBody(_Body):
         return ChatMessage(role="system" if self.role == "developer" else self.role, content=text)
 
 
-class TextFormat(_Body):
+class TextFormat(RequestBody):
     """The one response format that there is."""
 
     type: Literal["text"]
@@ -252,7 +254,7 @@ class ChatBody(GenerateBody):
         return None
 
 
-class AliasBody(_Body):
+class AliasBody(RequestBody):
     """The body of `PUT /v1/adapters/{name}/aliases/{alias}`.
 
     `expected_revision`: the alias's revision that the caller has seen, 0 if it saw none; null moves it regardless.

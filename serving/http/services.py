@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
-from anyio import to_thread
-
-from adapters.registry import DEFAULT_TENANT, Registry
+from adapters.registry import Registry
 from adapters.store import BlobStore
 from serving.config import Settings
 from serving.core import BackboneInfo, Backend
+from serving.http.access import Access
+from serving.http.admission import Admission
+from serving.http.bodies import json_route
 from serving.metrics import GatewayMetrics
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`work(*args, **kwargs)` off the event loop. Cancelling the wait does not stop the thread."""
-    return await to_thread.run_sync(partial(work, *args, **kwargs))
+from serving.tenancy.tenancy import Tenancy
 
 
 class Services:
@@ -35,15 +27,18 @@ class Services:
         backend: Backend,
         registry: Registry,
         store: BlobStore,
+        tenancy: Tenancy,
         settings: Settings,
         metrics: GatewayMetrics,
     ) -> None:
         self.backend = backend
         self.registry = registry
         self.store = store
+        self.tenancy = tenancy
+        self.admission = Admission(tenancy.buckets, tenancy.ledger)
+        self.route_class = json_route(settings.limits.max_body_bytes, Access(tenancy).gate)
         self.settings = settings
         self.metrics = metrics
-        self.tenant = DEFAULT_TENANT  # single-tenant mode: every caller is this one
         self._backbone: BackboneInfo | None = None
         self._digest_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 

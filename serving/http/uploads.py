@@ -16,7 +16,7 @@ from adapters.errors import (
     Conflict,
     DeltamuxError,
     ErrorInfo,
-    InvalidDelta,
+    Forbidden,
     Overloaded,
     Unavailable,
     from_info,
@@ -28,9 +28,14 @@ from adapters.registry import VersionRecord
 from serving.core import AdmissionProof
 from serving.http.errors import reply_to
 from serving.http.multipart import Parts, receive_parts
-from serving.http.services import Services, in_thread
+from serving.http.services import Services
+from serving.http.threads import in_thread
+from serving.tenancy.principal import Principal
 
 log = logging.getLogger("deltamux.http")
+
+HOLD_REQUESTS = 3
+"""An upload holds its bytes for so many longest requests; one that is killed leaves them to collection then."""
 
 
 class Uploads:
@@ -38,31 +43,35 @@ class Uploads:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        # storing and admitting come behind receiving, and each may take as long as a request
+        self._hold_s = HOLD_REQUESTS * services.settings.limits.request_timeout_s
         self._num_receiving = 0
         self._publishing: set[asyncio.Task[VersionRecord]] = set()
 
-    async def accept(self, request: Request, name: str) -> VersionRecord:
-        """Publish the delta in the body of `request` as the next version of `name`.
+    async def accept(self, request: Request, caller: Principal, name: str) -> VersionRecord:
+        """Publish the delta in the body of `request` as the caller's next version of `name`.
 
-        Raises InvalidRequest, InvalidDelta, Conflict, Overloaded, Unavailable, or HTTPException for the body, after
-        which nothing of it is left.
+        Raises Forbidden, InvalidRequest, InvalidDelta, Conflict, Overloaded, Unavailable, or HTTPException for the
+        body, after which nothing of it is left.
         """
         try:
-            parts = await self._receive(request, name)
+            parts = await self._receive(request, caller, name)
         except Exception as error:
             self._count(error)
             raise
         # A task of its own, which the end of the request leaves alone: cancelling the wait for a thread does not
         # stop the thread, and bytes must not be deleted under a row that is just being committed.
-        task = asyncio.create_task(self._publish(name, parts))
+        task = asyncio.create_task(self._publish(caller, name, parts))
         self._publishing.add(task)
         task.add_done_callback(self._published)
         self._show_open()
         return await asyncio.shield(task)
 
-    async def _receive(self, request: Request, name: str) -> Parts:
+    async def _receive(self, request: Request, caller: Principal, name: str) -> Parts:
         limits = self._services.settings.limits
         check_name(name)
+        if not caller.reaches(caller.tenant, name):
+            raise Forbidden(f"This API key may not publish {name!r}.", param="name")
         if name == (await self._services.backbone()).name:
             raise Conflict(
                 f"name: {name!r} is the backbone's own name.", param="name", remedy="Choose another."
@@ -104,39 +113,43 @@ class Uploads:
                 outcome = reply_to(error).code
         self._services.metrics.uploads.labels(outcome=outcome).inc()
 
-    async def _publish(self, name: str, parts: Parts) -> VersionRecord:
+    async def _publish(self, caller: Principal, name: str, parts: Parts) -> VersionRecord:
         services = self._services
         info = await services.backbone()
         delta, canonical = await in_thread(_read, parts, info.spec_json)
         digest = canonical.digest
         async with services.digest_lock(digest):
+            # before the first byte: no collector, in whatever process, removes what is held
+            hold = await in_thread(services.registry.blobs.hold, digest, self._hold_s)
             try:
                 await in_thread(services.store.put, digest, canonical.manifest, canonical.tensors)
                 proof = await self._admit(digest)
-                return await self._record(name, delta, canonical, proof, parts)
+                return await self._record(caller, name, delta, canonical, proof, parts, hold)
             except Exception:
-                await self._discard(digest)
+                await self._discard(digest, hold)
                 raise
 
     async def _admit(self, digest: str) -> AdmissionProof:
         proof = await self._services.backend.admit(digest)
         if isinstance(proof, ErrorInfo):
             raise from_info(proof)
-        if not proof.effect > 0:  # also true for NaN
-            raise InvalidDelta(
-                ["The delta has no effect: the logits on the probe inputs are the backbone's own."],
-                remedy="Check that the trained weights were saved.",
-            )
         return proof
 
     async def _record(
-        self, name: str, delta: Delta, canonical: Canonical, proof: AdmissionProof, parts: Parts
+        self,
+        caller: Principal,
+        name: str,
+        delta: Delta,
+        canonical: Canonical,
+        proof: AdmissionProof,
+        parts: Parts,
+        hold: str,
     ) -> VersionRecord:
         """Version and alias in one transaction."""
         services = self._services
         return await in_thread(
             services.registry.publish,
-            services.tenant,
+            caller.tenant,
             name,
             canonical.digest,
             method=delta.method,
@@ -144,21 +157,21 @@ class Uploads:
             task=delta.task,
             size_bytes=canonical.size_bytes,
             labels=parts.labels,
-            proof=asdict(proof),
+            proof=asdict(proof) | ({"parity": parts.parity.model_dump()} if parts.parity else {}),
             alias=parts.alias,
+            hold=hold,
+            actor=caller.actor,
         )
 
-    async def _discard(self, digest: str) -> None:
-        """Free the device memory and the bytes of a failed upload, unless a live version has the same content.
+    async def _discard(self, digest: str, hold: str) -> None:
+        """Free the device memory and the bytes of a failed upload, unless a version or an upload has the same content.
 
-        What can't be removed now is garbage: no row refers to it.
+        What can't be removed now is left to collection.
         """
         services = self._services
         try:
-            if digest in await in_thread(services.registry.live_digests):
-                return
-            await in_thread(services.store.delete, digest)
-            await services.backend.release(digest)
+            if await in_thread(services.registry.blobs.discard, digest, hold, services.store.delete):
+                await services.backend.release(digest)
         except DeltamuxError as error:
             log.warning("a failed upload left sha256:%s behind: %s", digest, type(error).__name__)
 
@@ -166,4 +179,7 @@ class Uploads:
 def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical]:
     spec = BackboneSpec.from_json(spec_json)
     delta = read_upload(parts.files, spec, backbone_digest=parts.backbone_digest)
-    return delta, to_canonical(delta)
+    canonical = to_canonical(delta)
+    if parts.parity is not None:
+        parts.parity.require_proof_of(canonical.digest, delta.backbone_digest)
+    return delta, canonical

@@ -1,18 +1,20 @@
 """KV storage in contiguous slots, and attention of a ragged batch over it.
 
 One slot a request: K and V are [num_slots, kv_heads, max_len, D] per layer, reserved whole and committed by the
-operating system page by page, so reserving costs no memory. A delta's own keys and values are copied to the front of
-the slot on admission. Pools start zeroed: garbage under a mask is 0 * NaN.
+operating system page by page, so reserving costs no memory; a slot that is cleared gives its pages back. A delta's own
+keys and values are copied to the front of the slot on admission. Pools start zeroed: garbage under a mask is 0 * NaN.
 Legend: T tokens of the batch, B decode rows, H query heads, K kv heads, G = H / K, D head width, L cached length.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,8 @@ from torch import Tensor
 from serving.kernels.ops import DecodeAttention, ScoreRule, TokenHeads
 
 DENSE_SHARE = 0.5
-"""Batched decode reads every slot up to the highest used one; below this share of useful cells, go row by row."""
+"""Batched decode reads every slot from the lowest used one to the highest; below this share of useful cells, go row by
+row."""
 
 
 class RowSpan(NamedTuple):
@@ -62,16 +65,29 @@ class SlotKVCache:
         self.num_slots = num_slots
         self.max_len = max_len
         self.groups = shape.num_heads // shape.num_kv_heads
-        pool = (num_slots, shape.num_kv_heads, max_len, shape.head_dim)
-        self.keys = [self._reserve(pool) for _ in range(shape.num_layers)]
-        self.values = [self._reserve(pool) for _ in range(shape.num_layers)]
+        self._shape = (num_slots, shape.num_kv_heads, max_len, shape.head_dim)
+        self._maps: list[mmap.mmap] = []
+        self.keys = [self._reserve() for _ in range(shape.num_layers)]
+        self.values = [self._reserve() for _ in range(shape.num_layers)]
 
-    def _reserve(self, shape: tuple[int, ...]) -> Tensor:
-        if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        width = torch.empty((), dtype=self.dtype).element_size()
-        raw = np.zeros(int(np.prod(shape)) * width, dtype=np.uint8)  # lazily committed, unlike torch.zeros
-        return torch.from_numpy(raw).view(self.dtype).view(shape)
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry, over all layers."""
+        _, num_kv_heads, _, head_dim = self._shape
+        return 2 * len(self.keys) * num_kv_heads * head_dim * self.dtype.itemsize
+
+    @property
+    def _slot_bytes(self) -> int:
+        return math.prod(self._shape[1:]) * self.dtype.itemsize
+
+    def _reserve(self) -> Tensor:
+        size = self.num_slots * self._slot_bytes
+        if self.device.type != "cpu" or sys.platform != "linux" or not size:
+            return torch.zeros(self._shape, dtype=self.dtype, device=self.device)
+        # committed lazily, unlike torch.zeros; pages of a private mapping can be given back
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._maps.append(pages)
+        return torch.frombuffer(pages, dtype=self.dtype).view(self._shape)
 
     def write_prefix(self, slot: int, prefix: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Copy a delta's keys and values, [l, K, D] per layer, to the front of `slot`."""
@@ -81,9 +97,26 @@ class SlotKVCache:
             self.values[layer][slot, :, :length] = value.transpose(0, 1)
 
     def clear(self, slot: int) -> None:
-        """Zero `slot`."""
+        """Zero `slot`, giving whole pages back to the operating system where that is possible."""
+        if not self._maps:
+            for pool in (*self.keys, *self.values):
+                pool[slot].zero_()
+            return
+        size = self._slot_bytes
+        begin, end = slot * size, (slot + 1) * size
+        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        for pages in self._maps:
+            if first >= last:
+                pages[begin:end] = bytes(size)
+                continue
+            pages.madvise(mmap.MADV_DONTNEED, first, last - first)  # reads as zero from now on
+            pages[begin:first] = bytes(first - begin)
+            pages[last:end] = bytes(end - last)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` entries of slot `source` to the front of slot `target`."""
         for pool in (*self.keys, *self.values):
-            pool[slot].zero_()
+            pool[target, :, :length] = pool[source, :, :length]
 
     def read(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """Copies of the first `length` entries of `slot`, [length, K, D] per layer."""
@@ -144,7 +177,11 @@ class SlotAttention:
             columns = [(row.start, row.slot, row.past) for row in self.decodes]
             self.rows_3B = torch.tensor(columns, device=device).t().contiguous()
             self.tokens_B, self.slots_B, self.past_B = self.rows_3B
-            self.used_slots = max(row.slot for row in self.decodes) + 1
+            # slots outside the used ones are not read: retained prefixes lie around those that run
+            first = min(row.slot for row in self.decodes)
+            self.used = slice(first, max(row.slot for row in self.decodes) + 1)
+            self.num_used = self.used.stop - first
+            self.places_B = self.slots_B - first
             self.longest_decode = max(row.past for row in self.decodes) + 1
 
     def view(self, window: int | None) -> View:
@@ -161,7 +198,7 @@ class SlotAttention:
         if self.cache.decode is not None:  # it needs no masks
             return View(window, prefills, batched=False, decode_mask=None)
         lengths = [min(row.past + 1, window or row.past + 1) for row in self.decodes]
-        batched = bool(lengths) and sum(lengths) >= DENSE_SHARE * self.used_slots * self.longest_decode
+        batched = bool(lengths) and sum(lengths) >= DENSE_SHARE * self.num_used * self.longest_decode
         return View(window, prefills, batched, self._decode_mask(window) if batched else None)
 
     def _prefill_view(self, row: RowSpan, window: int | None) -> tuple[int, Tensor | None]:
@@ -177,13 +214,13 @@ class SlotAttention:
     def _decode_mask(self, window: int | None) -> Tensor:
         device = self.cache.device
         # idle slots attend to one entry: a row that is masked whole would be NaN
-        visible = torch.ones(self.used_slots, dtype=torch.long, device=device)
-        visible[self.slots_B] = self.past_B + 1
+        visible = torch.ones(self.num_used, dtype=torch.long, device=device)
+        visible[self.places_B] = self.past_B + 1
         entries = torch.arange(self.longest_decode, device=device)[None]
         hidden = entries >= visible[:, None]
         if window is not None:
             hidden |= entries < visible[:, None] - window
-        mask = torch.zeros(self.used_slots, 1, 1, self.longest_decode, dtype=self.cache.dtype, device=device)
+        mask = torch.zeros(self.num_used, 1, 1, self.longest_decode, dtype=self.cache.dtype, device=device)
         return mask.masked_fill_(hidden[:, None, None], -torch.inf)
 
     def attend(
@@ -263,15 +300,15 @@ class SlotAttention:
     ) -> Tensor:
         # Heads that share a key head are packed as that head's queries: one read of the cache serves them all.
         count, heads, width = query_BHD.shape
-        packed = query_BHD.new_zeros(self.used_slots, heads // self.cache.groups, self.cache.groups, width)
-        packed[self.slots_B] = query_BHD.view(count, -1, self.cache.groups, width)
+        packed = query_BHD.new_zeros(self.num_used, heads // self.cache.groups, self.cache.groups, width)
+        packed[self.places_B] = query_BHD.view(count, -1, self.cache.groups, width)
         attended = scores.attend(
             packed,
-            keys[: self.used_slots, :, : self.longest_decode],
-            values[: self.used_slots, :, : self.longest_decode],
+            keys[self.used, :, : self.longest_decode],
+            values[self.used, :, : self.longest_decode],
             view.decode_mask,
         )
-        return attended[self.slots_B].view(count, heads, width)
+        return attended[self.places_B].view(count, heads, width)
 
     def _decode_each(
         self, query_BHD: Tensor, keys: Tensor, values: Tensor, view: View, scores: _Scores

@@ -20,7 +20,12 @@ from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 
 
 def mergeable_modules(delta: PlacedDelta, backbone: Backbone) -> list[int]:
-    """Indices of the linear modules where all that `delta` does is affine in the module's own input."""
+    """Indices of the linear modules where all that `delta` does is affine in the module's own input.
+
+    None of a delta that acts from an invocation on: its rows are not alike.
+    """
+    if delta.before is not None:
+        return []
     return [
         index
         for index, ops in delta.modules.items()

@@ -1,4 +1,4 @@
-"""Placing LinearMaps, WeightDeltas, Rows and replaced norms: from the normal form to what the kernels take."""
+"""Placing LinearMaps, WeightDeltas, Rows and replaced modules: from the normal form to what the kernels take."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from adapters.normal_form import LinearMap, Rows, WeightDelta
+from adapters.normal_form import Head, LinearMap, Rows, WeightDelta
 from serving.kernels.ops import (
     CirculantWeights,
     DenseWeights,
@@ -105,3 +106,10 @@ def place_replaced_norm(base: nn.Module, weight: Tensor, bias: Tensor | None, to
         return out
 
     return run
+
+
+def place_head(op: Head, to_device: Copy) -> Replacement:
+    """The head with the delta's own parameters, in fp32."""
+    weight = to_device(op.weight)
+    bias = None if op.bias is None else to_device(op.bias)
+    return lambda x: F.linear(x.to(torch.float32), weight, bias)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    Head,
     LinearMap,
     LowRank,
     Rows,
@@ -28,6 +30,7 @@ from serving.model.backbone import Backbone
 from serving.model.place_matrices import (
     Copy,
     place_blocks,
+    place_head,
     place_reflections,
     place_replaced_norm,
     place_rows,
@@ -58,28 +61,51 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
             placer.affines[op.site, op.side].append(op)
         elif isinstance(op, AttnPrefix) and op.merge == "separate":
             placer.prompts.append(op)
-        elif isinstance(op, LinearMap | WeightDelta | Rows):
+        elif isinstance(op, LinearMap | WeightDelta | Rows | Head):
             placer.matrices.append(op)
     modules = placer.modules()
+    placed = _placed(delta, digest, modules, placer)
+    placed.device_bytes = placer.device_bytes
+    if delta.invocation:
+        placed.before = _placed(delta, digest, _without(modules, placer.invoked), placer)
+    if (prefix := place_prefix(delta, placed, backbone)) is not None:
+        placed.prefix = prefix
+        placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
+    return placed
+
+
+def _placed(delta: Delta, digest: str, modules: Mapping[int, PlacedModule], placer: _Placer) -> PlacedDelta:
+    backbone = placer.backbone
     general = _general_modules(modules, backbone)
     encoded = None
     if (fused := backbone.kernels.fused) is not None:
         rest = {index: ops for index, ops in modules.items() if index not in general}
         encoded = fused.encode(rest, placer.taps, len(backbone.spec.modules))
-    placed = PlacedDelta(
+    return PlacedDelta(
         digest=digest,
         modules=modules,
         taps=placer.taps,
         prefix=None,
         position_offset=delta.position_offset,
-        device_bytes=placer.device_bytes,
+        device_bytes=0,
         encoded=encoded,
         general_modules=general,
+        invocation=delta.invocation,
     )
-    if (prefix := place_prefix(delta, placed, backbone)) is not None:
-        placed.prefix = prefix
-        placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
-    return placed
+
+
+def _without(modules: Mapping[int, PlacedModule], invoked: set[int]) -> dict[int, PlacedModule]:
+    """`modules` without the weights whose ids are in `invoked`; what is left of none is left out."""
+    kept = {
+        index: replace(
+            ops,
+            parallel=[w for w in ops.parallel if id(w) not in invoked],
+            remote=[(site, w) for site, w in ops.remote if id(w) not in invoked],
+            sequential=[w for w in ops.sequential if id(w) not in invoked],
+        )
+        for index, ops in modules.items()
+    }
+    return {index: ops for index, ops in kept.items() if ops != PlacedModule()}
 
 
 def _general_modules(modules: Mapping[int, PlacedModule], backbone: Backbone) -> frozenset[int]:
@@ -100,9 +126,10 @@ class _Placer:
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
-        self.matrices: list[LinearMap | WeightDelta | Rows] = []
+        self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
+        self.invoked: set[int] = set()  # ids of the weights that act only from the invocation on
         self.device_bytes = 0
         self._copies: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
@@ -144,7 +171,7 @@ class _Placer:
         return dict(placed)
 
     def _place_matrix(
-        self, target: PlacedModule, op: LinearMap | WeightDelta | Rows, part: Slice, module: ModuleSpec
+        self, target: PlacedModule, op: LinearMap | WeightDelta | Rows | Head, part: Slice, module: ModuleSpec
     ) -> None:
         copy: Copy = self.to_device
         if isinstance(op, WeightDelta):
@@ -154,6 +181,8 @@ class _Placer:
         elif isinstance(op, Rows):
             rows = place_rows(op, self.backbone.model.get_submodule(module.path), copy)
             (target.logits if op.site.name == "logits" else target.embeddings).append(rows)
+        elif isinstance(op, Head):
+            target.replacement = place_head(op, copy)
         elif op.reflections is not None:
             target.reflections.append(place_reflections(op.reflections, copy))
         elif op.side == "input":
@@ -187,6 +216,8 @@ class _Placer:
             start=part.start,
             stop=part.stop,
         )
+        if op.positions is not None:
+            self.invoked.add(id(weights))
         if op.sequential:
             target.sequential.append(weights)
         elif op.read == module.read:
@@ -259,6 +290,7 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
                 and last.read == op.read
                 and last.scaling == op.scaling
                 and last.activation == op.activation
+                and last.positions == op.positions
                 and last.a_bias is op.a_bias
                 and (last.b_bias is None) == (op.b_bias is None)
             )
@@ -275,6 +307,7 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
                     activation=op.activation,
                     a_bias=op.a_bias,
                     b_bias=b_bias,
+                    positions=op.positions,
                 )
                 joined[-1] = (wider, Slice(span.site, span.start, part.stop))
                 continue

@@ -43,6 +43,7 @@ class PlacedDelta:
 
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
+    `before`: what acts on the tokens before the last `invocation` in the prompt, where the delta has one.
     """
 
     digest: str
@@ -53,6 +54,8 @@ class PlacedDelta:
     device_bytes: int
     encoded: Any
     general_modules: frozenset[int]
+    invocation: tuple[int, ...] = ()
+    before: PlacedDelta | None = None
 
     @property
     def prefix_len(self) -> int:

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.variants import calculate_alora_offsets
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapters.canonical import from_canonical, to_canonical
-from adapters.formats import read_directory
+from adapters.formats import read_directory, read_upload
 from serving.model.backbone import Backbone
 from serving.model.placement import place
 from serving.model.programs import PlacedDelta
+from serving.offline.lowering import to_delta
+from serving.offline.peft_source import changes_of, load_adapter, method_of
 from tests.cases import Case, quiet, tiny_backbone
 from tests.contract.bottleneck import Bottleneck
 from tests.contract.forced import Row, errors
@@ -77,10 +81,23 @@ def peft_logits(
     """Logits [T, V] per prompt of PEFT's own model, loaded from `directory`."""
     with quiet(), torch.no_grad():
         model = PeftModel.from_pretrained(base_model(case.family, weights).to(dtype), str(directory)).eval()
-        return [
-            model(input_ids=torch.tensor([p]), use_cache=False, **case.forward).logits[0, -len(p) :]
-            for p in prompts
-        ]
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            with _invoked(model, ids):
+                out = model(input_ids=ids, use_cache=False, **case.forward)
+            found.append(out.logits[0, -len(prompt) :])
+        return found
+
+
+def _invoked(model: PeftModel, ids: Tensor) -> AbstractContextManager[None]:
+    """On MPT PEFT's `forward` leaves aLoRA out; its `generate` does not, and this is what that does."""
+    config = model.peft_config["default"]
+    if model.config.model_type != "mpt" or not getattr(config, "alora_invocation_tokens", None):
+        return nullcontext()
+    offsets = calculate_alora_offsets(model.peft_config, "default", ids)
+    hooks: AbstractContextManager[None] = model.base_model._enable_peft_forward_hooks(alora_offsets=offsets)
+    return hooks
 
 
 def bottleneck_logits(
@@ -110,6 +127,16 @@ def served(directory: Path, backbone: Backbone) -> PlacedDelta:
     return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone)
 
 
+def converted(directory: Path, family: Family, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
+    """As `served`, for what only `deltamux convert` makes an upload of: each module probed under PEFT."""
+    with quiet():
+        adapted, _ = load_adapter(base_model(family, dtype).float(), directory)
+        changes = changes_of(adapted, base_model(family, dtype), quota_bytes=1 << 30)
+    pair = to_canonical(to_delta(changes, backbone.spec, method=method_of(adapted), lineage={}))
+    delta = read_upload({"manifest.json": pair.manifest, "tensors.safetensors": pair.tensors}, backbone.spec)
+    return place(delta, pair.digest, backbone)
+
+
 def expected(method: Method, dtype: torch.dtype, prompts: Prompts) -> Expected:
     """What `method` must compute for `prompts`, and how exactly, when it is served in `dtype`."""
     references = method.reference(torch.float32, prompts)
@@ -129,9 +156,19 @@ def rows_for(found: Sequence[Method], chunk: int = 1 << 30) -> list[list[Row]]:
         for _ in range(PROMPTS):
             prefill, decode = draw.randint(3, 17), draw.randint(4, 7)
             tokens = [draw.randrange(97) for _ in range(prefill + decode)]
+            if method.delta is not None:
+                _invoke(tokens, method.delta.invocation, len(mine))
             mine.append(Row(method.name, tokens, prefill, method.delta, chunk))
         rows.append(mine)
     return rows
+
+
+def _invoke(tokens: list[int], invocation: tuple[int, ...], index: int) -> None:
+    """Write the invocation into the prompt: further back with each prompt, in one twice, in the last not at all."""
+    if invocation and index < PROMPTS - 1:
+        for wanted in {1 + 3 * index, 1 + index}:
+            at = min(wanted, len(tokens) - len(invocation))
+            tokens[at : at + len(invocation)] = invocation
 
 
 def shuffled(rows: list[list[Row]]) -> list[Row]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from serving.core import Request, SamplingParams
 from serving.engine.runner import Runner
-from serving.engine.scheduler import ScheduledRow
-from serving.engine.scheduler import Sequence as EngineSequence
+from serving.engine.sequence import ScheduledRow
+from serving.engine.sequence import Sequence as EngineSequence
 from serving.model.programs import PlacedDelta
 
 
@@ -42,7 +42,8 @@ def run(runner: Runner, rows: Sequence[Row]) -> None:
             adapter_digest=None if row.delta is None else row.delta.digest,
         )
         sequence = EngineSequence(request, list(row.tokens), state=row)
-        sequence.slot, sequence.delta, sequence.max_len = slot, row.delta, len(row.tokens)
+        sequence.admit(slot, row.delta)
+        sequence.max_len = len(row.tokens)
         sequences.append(sequence)
         plans.append(row.counts())
     while any(plans):

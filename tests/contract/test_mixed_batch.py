@@ -93,7 +93,9 @@ def test_mixed_batch_equals_reference(
     run(runner, shuffled(chunked))
 
     print(f"\n{family} {label}: max |logit error| over {PROMPTS} prompts, every position")
-    columns = ("alone: prefill", "decode", "mixed: prefill", "decode", "chunked", "limit", "rms / PEFT's")
+    columns = (
+        "alone: prefill", "decode", "mixed: prefill", "decode", "chunked", "limit", "alone - mixed", "rms / PEFT's",
+    )  # fmt: skip
     print(f"{'method':24}" + "".join(f"{column:>15}" for column in columns))
     for index, method in enumerate(found):
         prompts = [row.tokens for row in alone[index]]
@@ -104,13 +106,20 @@ def test_mixed_batch_equals_reference(
         ratios = []
         if target.own_rms is not None:
             ratios = [rms(rows[index], references) / target.own_rms for rows in (alone, together, chunked)]
-        cells = "".join(f"{value:15.1e}" for value in (*measured, limit))
+        apart = max(distance(one, other) for one, other in zip(alone[index], together[index], strict=True))
+        cells = "".join(f"{value:15.1e}" for value in (*measured, limit, apart))
         print(f"{method.name:24}{cells}" + (f"{max(ratios):15.2f}" if ratios else ""))
         assert max(measured) <= limit, (method.name, measured, limit)
+        assert apart <= limit, (method.name, apart, limit)
         assert max(ratios, default=0.0) <= RMS_RATIO, (method.name, ratios)
         if method.delta is not None:
             bare = bare_logits(family, dtype, torch.float32, prompts)
             assert float((references[0] - bare[0]).abs().max()) > EFFECT, f"{method.name} does nothing"
+
+
+def distance(row: Row, other: Row) -> float:
+    """Largest difference of two runs of the same row."""
+    return float((torch.cat(row.logits) - torch.cat(other.logits)).abs().max())
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES, ids=case_id)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapters.normal_form import Affine, Delta, LinearMap, LowRank, Op, Site, WeightDelta
+from adapters.normal_form import Affine, Delta, Head, LinearMap, LowRank, Op, Site, WeightDelta
 from adapters.validate import check
 from serving.engine.runner import Runner
 from serving.model.backbone import adopt_backbone
@@ -97,7 +97,20 @@ def dead_norm_columns(model: PreTrainedModel) -> tuple[Op, ...]:
     return (Affine(site=site, weight=weight, bias=bias), Affine(site=site, scale=scale, shift=shift))
 
 
-@pytest.mark.parametrize("edit", [fused_slice, everything_at_one_site, dead_norm_columns])
+def adapted_head(model: PreTrainedModel) -> tuple[Op, ...]:
+    """Another head with a bias, which the base has not, a LowRank on top; the tied embedding stays."""
+    weight, bias = 0.3 * torch.randn(97, 32), torch.randn(97)
+    A, B = torch.randn(3, 32), 0.2 * torch.randn(97, 3)
+    model.lm_head = torch.nn.Linear(32, 97)
+    model.lm_head.weight.data, model.lm_head.bias.data = weight + 0.5 * B @ A, bias
+    site = Site("logits")
+    return (
+        Head(site=site, weight=weight, bias=bias),
+        LowRank(read=Site("final"), write=site, A=A, B=B, scaling=0.5),
+    )
+
+
+@pytest.mark.parametrize("edit", [fused_slice, everything_at_one_site, dead_norm_columns, adapted_head])
 def test_ops_equal_edited_weights(edit: Callable[[PreTrainedModel], tuple[Op, ...]]) -> None:
     torch.manual_seed(8)
     family: Family = "gpt2"

@@ -62,6 +62,8 @@ class ServerProcess:
         command = [str(Path(sys.executable).with_name("deltamux")), "serve", "--backbone", str(self.backbone)]
         command += ["--port", str(self.port), "--replicas", "2", "--device", "cpu"]
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), **SMALL, **self.environment}
+        if "PYTHONPATH" in os.environ:  # a checkout that is not the installed one
+            environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
         with (self.home / "output").open("wb") as output:
             self.process = subprocess.Popen(
                 command,

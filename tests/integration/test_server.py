@@ -19,10 +19,16 @@ import grpc
 import httpx
 import openai
 import pytest
+import torch
+from peft import FourierFTConfig, get_peft_model
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from serving.cli import app
 from serving.cli.sockets import listeners
+from serving.offline import convert as converter
+from serving.offline import worker
+from tests.cases import quiet
 from tests.integration.support import (
     AGENTS,
     LONG,
@@ -35,7 +41,7 @@ from tests.integration.support import (
     upload,
     wait_for,
 )
-from tests.integration.world import BACKBONE, DELTAS, PROMPTS, World
+from tests.integration.world import BACKBONE, DELTAS, PROMPTS, World, byte_tokenizer, greedy
 
 pytestmark = pytest.mark.cluster
 
@@ -158,6 +164,34 @@ def test_cli_push_promote_rollback_delete(server: ServerProcess, world: World) -
     assert "ready" in runner.invoke(app, ["doctor", "--server", server.url]).output
 
 
+def test_cli_push_converts_what_the_server_can_not_read(
+    server: ServerProcess,
+    client: openai.OpenAI,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(converter, "run_job", lambda job, report: worker.run(job))
+    config = FourierFTConfig(task_type="CAUSAL_LM", n_frequency=60, target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(8)
+    with quiet():
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(world.backbone), config)
+        model.save_pretrained(tmp_path)
+    options = ["--server", server.url]
+    plain = CliRunner().invoke(app, ["push", str(tmp_path), "fourier", *options])
+    assert plain.exit_code == 1
+    assert "--backbone" in plain.output
+    pushed = CliRunner().invoke(
+        app, ["push", str(tmp_path), "fourier", "--backbone", str(world.backbone), *options]
+    )
+    assert pushed.exit_code == 0, pushed.output
+    assert "its converted form is sent" in pushed.output
+    assert "proof: parity" in pushed.output
+    reference = greedy(model.eval(), byte_tokenizer(), "hello")
+    assert reference != world.reference[BACKBONE, "hello"]
+    assert token_ids(client, "fourier", "hello") == reference
+
+
 # -- a replica's death -----------------------------------------------------------------------------------------
 
 
@@ -208,6 +242,9 @@ def test_a_replicas_death_ends_its_streams_with_an_error_and_no_others(server: S
     assert {"length", "unavailable after the first token"} <= ends
     # a call that met only dying replicas, retries included, is refused in time to be sent again
     assert ends <= {"length", "unavailable after the first token", "unavailable at once"}
+    logs = Path(re.search(r"logs in (\S+)", server.output)[1])  # type: ignore[index]
+    written = "".join(file.read_text() for file in (logs / "serve").glob("replica_deltamux_gateway_*"))
+    assert "a call to the backbone failed" in written
 
 
 # -- the end ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,13 @@ ALLOWED = {
         "adapters", "serving.core", "serving.config", "serving.metrics", "serving.kernels", "serving.memory",
         "serving.model", "serving.engine",
     },
-    "serving.http": {"adapters", "serving.core", "serving.config", "serving.metrics", "serving.http"},
+    "serving.tenancy": {"adapters", "serving.core", "serving.config", "serving.metrics", "serving.tenancy"},
+    "serving.http": {
+        "adapters", "serving.core", "serving.config", "serving.metrics", "serving.tenancy", "serving.http",
+    },
+    "serving.offline": {
+        "adapters", "serving.core", "serving.kernels", "serving.model", "serving.engine", "serving.offline",
+    },
     "serving.deployments": {"adapters", "serving"},
     "serving.cli": {"adapters", "serving"},
 }  # fmt: skip
@@ -31,8 +37,10 @@ FORBIDDEN_LIBRARIES = {
     "adapters": {"ray", "fastapi", "transformers", "peft"},
     "serving.engine": {"ray", "fastapi"},
     "serving.model": {"ray", "fastapi", "peft"},
+    "serving.tenancy": {"ray", "torch", "transformers", "fastapi", "starlette"},
     "serving.http": {"ray", "torch", "transformers"},
-    "serving.cli": {"ray"},
+    "serving.offline": {"ray", "fastapi"},
+    "serving.cli": {"ray", "peft"},
 }
 
 TORCH_FREE = (
@@ -41,6 +49,11 @@ TORCH_FREE = (
     "serving/metrics.py",
     "serving/engine/scheduler.py",
     "serving/engine/kv_manager.py",
+    "serving/engine/prefix_cache.py",
+    "serving/engine/fair_queue.py",
+    "serving/engine/waiting.py",
+    "serving/engine/sequence.py",
+    "serving/memory/budget.py",
     "serving/memory/residency.py",
 )
 
@@ -102,12 +115,40 @@ def test_policy_modules_do_not_import_torch(path: str) -> None:
     assert not any(name.split(".")[0] == "torch" for name in imports_of(ROOT / path))
 
 
+OFFLINE = frozenset(sources("serving.offline"))
+"""What only the uploader's own command line runs."""
+
+
+def test_only_the_command_line_imports_the_offline_tools() -> None:
+    users = {p.relative_to(ROOT).parts[:2] for p in {*sources("adapters"), *sources("serving")} - OFFLINE if any(
+        name.startswith("serving.offline") for name in imports_of(p)
+    )}  # fmt: skip
+    assert users == {("serving", "cli")}
+
+
+def test_only_one_offline_module_imports_peft() -> None:
+    users = {p.relative_to(ROOT).as_posix() for k in ("adapters", "serving") for p in sources(k) if any(
+        name.split(".")[0] == "peft" for name in imports_of(p)
+    )}  # fmt: skip
+    assert users == {"serving/offline/peft_source.py"}
+
+
+def unpickling_calls(path: Path) -> list[ast.Call]:
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func) == "torch.load"]
+
+
 @pytest.mark.parametrize("path", [p for k in ("adapters", "serving") for p in sources(k)], ids=str)
 def test_server_never_unpickles(path: Path) -> None:
-    tree = ast.parse(path.read_text())
     assert not {"pickle", "cloudpickle", "joblib", "dill"} & imports_of(path)
-    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    assert "torch.load" not in calls
+    assert path in OFFLINE or not unpickling_calls(path)
+
+
+def test_offline_tools_unpickle_tensors_only() -> None:
+    calls = [call for path in OFFLINE for call in unpickling_calls(path)]
+    assert len(calls) == 1
+    arguments = {keyword.arg: keyword.value for keyword in calls[0].keywords}
+    assert ast.unparse(arguments["weights_only"]) == "True"
 
 
 def test_the_rule_sees_an_upward_edge(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
+NAME = sa.String(63).with_variant(sa.String(63, collation="C"), "postgresql")
+
 
 def upgrade() -> None:
     op.create_table(
         "adapters",
         sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("tenant", sa.String(63), nullable=False),
-        sa.Column("name", sa.String(63), nullable=False),
+        sa.Column("tenant", NAME, nullable=False),
+        sa.Column("name", NAME, nullable=False),
         sa.Column("created_at", sa.Float, nullable=False),
         sa.UniqueConstraint("tenant", "name", name="uq_adapters_tenant_name"),
     )
@@ -44,7 +46,7 @@ def upgrade() -> None:
     op.create_table(
         "aliases",
         sa.Column("adapter_id", sa.Integer, primary_key=True),
-        sa.Column("alias", sa.String(63), primary_key=True),
+        sa.Column("alias", NAME, primary_key=True),
         sa.Column("version", sa.Integer),
         sa.Column("revision", sa.Integer, nullable=False),
         sa.Column("updated_at", sa.Float, nullable=False),

@@ -15,6 +15,8 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    FromInvocation,
+    Head,
     LinearMap,
     LowRank,
     Op,
@@ -67,6 +69,10 @@ def places(*rows: list[int]) -> Tensor:
 def new_rows(*ids: int, **changes: Any) -> Rows:
     values: dict[str, Any] = {"site": Site("embed"), "rows": ones(len(ids), 32), **changes}
     return Rows(ids=torch.tensor(ids, dtype=torch.int32), **values)
+
+
+def head(weight: Tensor, **changes: Any) -> Head:
+    return Head(weight=weight, **{"site": Site("logits"), **changes})
 
 
 def prompted(layer: int = 1, **changes: Any) -> AttnPrefix:
@@ -130,6 +136,14 @@ GOOD: dict[str, tuple[Delta, Any]] = {
             Rows(site=Site("logits"), ids=places([5, 96])[0], rows=ones(2, 32)),
         ),
         GPT2,
+    ),
+    "replaced head": (delta(head(ones(97, 32))), GPT2),
+    "adapted head with a bias": (
+        delta(
+            head(ones(97, 32), bias=ones(97)),
+            LowRank(read=Site("final"), write=Site("logits"), A=ones(2, 32), B=ones(97, 2)),
+        ),
+        LLAMA,
     ),
     "prompts of their own": (delta(prompted(1), prompted(2)), LLAMA),
     "projected prompt": (delta(prompted(key=ones(4, 2, 8), value=ones(4, 2, 8), projected=True)), LLAMA),
@@ -334,6 +348,29 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(new_rows(5, rows=ones(2, 32))), LLAMA, ("ids: shape [1], expected [2]",)),
     (delta(new_rows(5, site=Site("final"))), LLAMA, ("only at embed and logits",)),
     (delta(new_rows(5), new_rows(6)), LLAMA, ("2 Rows ops at embed",)),
+    (
+        delta(low_rank(positions=FromInvocation((5,))), low_rank(positions=FromInvocation((6,)))),
+        LLAMA,
+        ("different invocation tokens",),
+    ),
+    (
+        delta(
+            low_rank(positions=FromInvocation((5,))),
+            Affine(site=low_rank().write, scale=ones(32), weight_normalized=True),
+        ),
+        LLAMA,
+        ("would change inside the prompt",),
+    ),
+    (delta(head(ones(96, 32))), LLAMA, ("weight: shape [96, 32], expected [97, 32]",)),
+    (delta(head(ones(97, 32), bias=ones(32))), LLAMA, ("bias: shape [32], expected [97]",)),
+    (delta(head(ones(97, 32), site=Site("final"))), LLAMA, ("executed only at logits",)),
+    (delta(head(ones(97, 32)), head(ones(97, 32))), LLAMA, ("2 Head ops at logits",)),
+    (delta(head(ones(97, 32)), new_rows(5, site=Site("logits"))), LLAMA, ("both a Head and Rows at logits",)),
+    (
+        delta(head(ones(97, 32)), Affine(site=Site("logits"), scale=ones(97))),
+        LLAMA,
+        ("both a Head and Affine at logits",),
+    ),
     (delta(Affine(site=Site("q.out", 0), weight=ones(32))), LLAMA, ("only the weight of a norm",)),
     (delta(Affine(site=Site("final"), weight=ones(31))), LLAMA, ("weight: shape [31], expected [32]",)),
     (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from adapters.normal_form import Delta, LowRank, Site
 from adapters.registry import Registry
 from adapters.site_maps import build_spec
 from adapters.store import LocalBlobStore
-from serving.config import Backbone, Limits, Settings
+from serving.config import Auth, Backbone, Database, Limits, Settings
 from serving.core import (
     AdmissionProof,
     Alternative,
@@ -39,6 +40,10 @@ from serving.core import (
 )
 from serving.http.app import create_app
 from serving.metrics import GatewayMetrics
+from serving.tenancy.ledger import Tokens
+from serving.tenancy.principal import Limits as TenantLimits
+from serving.tenancy.principal import Scope
+from serving.tenancy.tenancy import Tenancy
 
 BACKBONE = "tiny"
 WIDTH = 8
@@ -105,6 +110,7 @@ def tokens(call: GenerateCall, *, finish: FinishReason | None = FinishReason.STO
 class FakeBackend:
     """A backend with known tokens. `script` gives a call's batches, or the exceptions in their place."""
 
+    spec: BackboneSpec = SPEC
     script: Callable[[GenerateCall], Batches] = tokens
     admission: Callable[[str], AdmissionProof | ErrorInfo] = lambda digest: PROOF
     has_chat_template: bool = True
@@ -121,8 +127,8 @@ class FakeBackend:
     async def describe(self) -> BackboneInfo:
         return BackboneInfo(
             name=BACKBONE,
-            digest=SPEC.digest,
-            spec_json=SPEC.to_json(),
+            digest=self.spec.digest,
+            spec_json=self.spec.to_json(),
             max_model_len=64,
             vocab_size=32,
             has_chat_template=self.has_chat_template,
@@ -166,6 +172,16 @@ class FakeBackend:
             raise self.failure
 
 
+class Clock:
+    """Time that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @dataclass
 class Gateway:
     """A running application and what it stands on."""
@@ -174,6 +190,7 @@ class Gateway:
     backend: FakeBackend
     registry: Registry
     store: LocalBlobStore
+    tenancy: Tenancy
     metrics: GatewayMetrics
     openai: AsyncOpenAI
     http: httpx.AsyncClient
@@ -181,6 +198,25 @@ class Gateway:
     def sample(self, name: str, **labels: str) -> float:
         """The value of one sample of the gateway's metrics."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def key(self, tenant: str = "default", *scopes: Scope, adapters: Sequence[str] = ()) -> str:
+        """A new key of a tenant, which is made where it is missing; with every scope but admin by default."""
+        if tenant not in {item.name for item in self.tenancy.tenants.list()}:
+            self.tenancy.tenants.create(tenant, TenantLimits(), actor="test")
+        wanted = scopes or (Scope.INFER, Scope.UPLOAD, Scope.MANAGE)
+        return self.tenancy.keys.create(tenant, wanted, adapters=adapters, actor="test")[1].text
+
+    def limited(self, **limits: Any) -> str:
+        """A key, in use from now on, of the tenant `acme`, whose limits these are from now on."""
+        key = self.key("acme")
+        self.tenancy.tenants.set_limits("acme", TenantLimits(**limits), actor="test")
+        self.use(key)
+        return key
+
+    def use(self, key: str) -> None:
+        """Have both clients show this key from now on."""
+        self.openai.api_key = key
+        self.http.headers["authorization"] = f"Bearer {key}"
 
     async def push(self, name: str = "delta", *, seed: int = 0, **fields: str) -> httpx.Response:
         """Upload a LoRA as a canonical pair."""
@@ -194,19 +230,39 @@ async def gateway(
     *,
     registry_type: type[Registry] = Registry,
     store_type: type[LocalBlobStore] = LocalBlobStore,
+    clock: Callable[[], float] = time.time,
     **limits: Any,
 ) -> AsyncIterator[Gateway]:
     """A gateway in this process, reached without sockets."""
     backend = backend or FakeBackend()
-    settings = Settings(backbone=Backbone(path=BACKBONE), limits=Limits(**limits))
+    settings = Settings(
+        backbone=Backbone(path=BACKBONE),
+        limits=Limits(**limits),
+        database=Database(url=f"sqlite:///{tmp_path}/registry.db"),
+        auth=Auth(secret_file=tmp_path / "secret"),
+    )
     metrics = GatewayMetrics(CollectorRegistry())
     store = store_type(tmp_path / "blobs")
-    with registry_type(f"sqlite:///{tmp_path}/registry.db") as registry:
-        app = create_app(backend=backend, registry=registry, store=store, settings=settings, metrics=metrics)
+
+    def count(outcome: str, tokens: Tokens) -> None:
+        metrics.count_usage(outcome, asdict(tokens))
+
+    with (
+        registry_type(settings.database.url) as registry,
+        Tenancy(settings, clock=clock, on_closed=count) as tenancy,
+    ):
+        app = create_app(
+            backend=backend,
+            registry=registry,
+            store=store,
+            tenancy=tenancy,
+            settings=settings,
+            metrics=metrics,
+        )
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             sdk = AsyncOpenAI(api_key="none", base_url="http://gateway/v1", http_client=client, max_retries=0)
-            yield Gateway(app, backend, registry, store, metrics, sdk, client)
+            yield Gateway(app, backend, registry, store, tenancy, metrics, sdk, client)
 
 
 @asynccontextmanager

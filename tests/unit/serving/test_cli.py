@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.errors import Conflict, DeltamuxError, InvalidDelta, InvalidRequest
+from adapters.registry import Registry
+from adapters.store import LocalBlobStore
 from serving.cli import app, heldout
 from serving.cli.client import body_of
 from serving.cli.doctor import verdict
@@ -25,7 +28,7 @@ from serving.deployments.app import running
 from serving.deployments.ports import reserved_port
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
-COMMANDS = ("serve", "push", "adapters", "demo", "doctor")
+COMMANDS = ("serve", "push", "adapters", "tenants", "keys", "usage", "audit", "demo", "doctor")
 
 
 def run(*arguments: str) -> Any:
@@ -58,7 +61,10 @@ def test_the_command_starts_without_torch_ray_and_server_code() -> None:
         (("demo", "--data", "/no/such/place"), "checkout"),
     ],
 )
-def test_refusals_say_what_and_remedy_without_a_traceback(arguments: tuple[str, ...], says: str) -> None:
+def test_refusals_say_what_and_remedy_without_a_traceback(
+    arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert result.exit_code == 1
     assert "error:" in result.output
@@ -219,3 +225,16 @@ def test_demo_data_is_read_as_it_is_written(tmp_path: Path) -> None:
     }
     tasks = heldout.read_tasks(json.loads(json.dumps({"deltas": {"a": entry, "b": entry}})))
     assert [task.delta for task in tasks] == ["a", "b"]
+
+
+def test_gc_removes_what_was_deleted_long_enough_ago(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, database = tmp_path / "blobs", f"sqlite:///{tmp_path}/registry.db"
+    LocalBlobStore(store).put("a" * 64, b"m", b"t")
+    where = ("adapters", "gc", "--store", str(store), "--database", database)
+    assert "at least limits.request_timeout_s" in run(*where, "--grace-s", "1").output
+    now = time.time()
+    for passed_s, says in ((0, "0 removed, 1 newly"), (86_000, "0 removed, 0 newly"), (86_400, "1 removed")):
+        monkeypatch.setattr(time, "time", lambda passed_s=passed_s: now + passed_s)
+        monkeypatch.setattr(Registry.__init__, "__kwdefaults__", {"busy_timeout_s": 5.0, "clock": time.time})
+        assert says in run(*where).output
+    assert list(LocalBlobStore(store).iter_digests()) == []

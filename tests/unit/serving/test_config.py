@@ -102,7 +102,7 @@ def test_all_problems_come_at_once() -> None:
         load_settings(flags={**FLAGS, "engine": {"max_num_seqs": 0}, "replicas": 0})
 
 
-@pytest.mark.parametrize("name", ["DELTAMUX_SREVER__PORT", "DELTAMUX_API_KEY"])
+@pytest.mark.parametrize("name", ["DELTAMUX_SREVER__PORT", "DELTAMUX_API_KEYS"])
 def test_misspelt_variables_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     with pytest.raises(ValueError, match=name):
@@ -130,16 +130,19 @@ def test_a_missing_file_is_refused_and_an_empty_one_is_not(tmp_path: Path) -> No
     assert load_settings(tmp_path / "empty.yaml", FLAGS).engine == Engine()
 
 
+def test_the_commands_key_is_not_a_misspelt_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAMUX_API_KEY", "dmx_...")
+    assert load_settings(flags=FLAGS) == Settings(backbone=Backbone(path="model"))
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
-def test_loopback_needs_no_permission(host: str) -> None:
-    assert Server(host=host).host == host
+def test_loopback(host: str) -> None:
+    assert Server(host=host).is_loopback
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org", ""])  # noqa: S104
-def test_other_addresses_need_insecure(host: str) -> None:
-    with pytest.raises(ValidationError, match="loopback"):
-        Server(host=host)
-    assert Server(host=host, insecure=True).host == host
+def test_other_addresses_are_not_loopback(host: str) -> None:
+    assert not Server(host=host).is_loopback
 
 
 def test_secrets_stay_out_of_texts() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from adapters.collector import Collector
 from adapters.errors import Unavailable
 from tests.unit.serving.http_support import BACKBONE, digest, gateway
 from tests.unit.serving.test_http_errors import assert_envelope
@@ -167,3 +168,20 @@ async def test_a_deletion_stands_though_the_backend_is_gone(tmp_path: Path) -> N
         reply = await g.http.delete("/v1/adapters/delta")
         assert (reply.status_code, reply.json()["bytes_freed"]) == (200, None)
         assert (await g.http.get("/v1/adapters/delta")).status_code == 404
+
+
+async def test_a_deleted_version_comes_back_until_its_bytes_are_collected(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        published = (await g.push("delta", seed=1)).json()
+        await g.http.delete("/v1/adapters/delta/versions/1")
+        path = "/v1/adapters/delta/versions/1/undelete"
+        back = await g.http.post(path)
+        assert (back.status_code, back.json()) == (200, published)
+        await g.openai.completions.create(model="delta", prompt="hi")
+        assert_envelope(await g.http.post(path), 404)
+        await g.http.delete("/v1/adapters/delta")
+        for _ in range(2):
+            Collector(g.registry, g.store, grace_s=0).collect()
+        assert list(g.store.iter_digests()) == []
+        assert_envelope(await g.http.post(path), 503)
+        assert (await g.push("delta", seed=1)).json()["version"] == 2

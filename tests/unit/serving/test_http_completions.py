@@ -46,7 +46,28 @@ async def test_completion_has_openai_shape(tmp_path: Path) -> None:
         ]
         assert reply.usage is not None
         usage = reply.usage.model_dump(exclude_none=True)
-        assert usage == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+        assert usage == {
+            "prompt_tokens": 3,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens": 3,
+            "total_tokens": 6,
+        }
+
+
+async def test_cached_tokens_are_those_that_no_choice_of_a_prompt_computed(tmp_path: Path) -> None:
+    cached = {"a": [32, 48], "b": [16, 0]}
+
+    def script(call: GenerateCall) -> Batches:
+        assert isinstance(call.prompt, str)
+        prompt = PromptEvent(prompt_token_ids=tuple(range(64)), num_cached_tokens=cached[call.prompt].pop(0))
+        return [(prompt, TokenEvent(token_ids=(1,), text="x", finish_reason=FinishReason.LENGTH))]
+
+    async with gateway(tmp_path, FakeBackend(script=script)) as g:
+        reply = await g.openai.completions.create(model=BACKBONE, prompt=["a", "b"], n=2)
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens == 2 * 64
+        assert reply.usage.prompt_tokens_details is not None
+        assert reply.usage.prompt_tokens_details.cached_tokens == 32 + 0
 
 
 async def test_chat_has_openai_shape(tmp_path: Path) -> None:

@@ -84,7 +84,12 @@ async def test_usage_comes_last_and_is_null_before(tmp_path: Path, path: str) ->
         *chunks, last, _ = await post(g, path, stream_options={"include_usage": True}, n=2)
         assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
         assert last["choices"] == []
-        assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+        assert last["usage"] == {
+            "prompt_tokens": 3,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens": 6,
+            "total_tokens": 9,
+        }
 
 
 async def test_the_sdk_reads_a_stream(tmp_path: Path) -> None:

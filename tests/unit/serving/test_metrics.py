@@ -94,4 +94,4 @@ def test_label_values_are_escaped(value: str) -> None:
 
 def test_labels_are_bounded_sets() -> None:
     labels = {label for kind in CLASSES for metric in declared(kind) for label in metric._labelnames}
-    assert labels == {"route", "status", "outcome", "reason"}
+    assert labels == {"route", "status", "outcome", "reason", "kind"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from serving.core import (
     FinishReason,
     GenerateCall,
     PromptEvent,
+    Request,
     SamplingParams,
+    ServiceClass,
     TokenEvent,
 )
 from serving.engine.backend import LocalBackend
@@ -126,9 +129,9 @@ async def test_admission_of_a_stored_delta_and_refusal_of_an_empty_one(backend: 
     assert refused.kind == "InvalidDelta"
 
 
-async def test_stored_bytes_that_changed_are_never_served(backend: LocalBackend) -> None:
+async def test_stored_bytes_that_changed_are_never_served(backend: LocalBackend, tmp_path: Path) -> None:
     digest = store_delta(backend)
-    path = backend.store.get(digest).tensors
+    (path,) = tmp_path.rglob(f"{digest}/tensors.safetensors")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.chmod(0o600)
@@ -153,3 +156,20 @@ async def test_a_request_id_in_use_is_refused(backend: LocalBackend) -> None:
     assert isinstance(event, FailureEvent)
     assert event.error.param == "request_id"
     await stream.aclose()
+
+
+async def test_who_asks_and_its_standing_reach_the_engine(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Request] = []
+    submit = backend.engine.submit
+
+    def noting(request: Request) -> None:
+        seen.append(request)
+        submit(request)
+
+    monkeypatch.setattr(backend.engine, "submit", noting)
+    asked = replace(call("hello"), tenant="acme", weight=2.5, service_class=ServiceClass.BATCH)
+    async for _ in backend.generate(asked):
+        pass
+    assert [(r.tenant, r.weight, r.service_class) for r in seen] == [("acme", 2.5, ServiceClass.BATCH)]

@@ -4,117 +4,37 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
-from prometheus_client import CollectorRegistry
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from adapters.errors import ContextLengthExceeded, InvalidDelta, NotFound, Overloaded
 from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
+    Head,
     LinearMap,
-    LowRank,
     Op,
     Rows,
     Site,
-    VirtualTokens,
     WeightDelta,
 )
-from serving.config import Engine as EngineSettings
-from serving.core import Event, FinishReason, PromptEvent, Request, SamplingParams, TokenEvent
-from serving.engine.engine import Engine
-from serving.metrics import EngineMetrics
+from serving.core import FinishReason, PromptEvent, TokenEvent
 from serving.model.backbone import Backbone, adopt_backbone
 from serving.model.placement import place
 from tests.cases import tiny_backbone
+from tests.unit.serving.engine.engine_support import BLOCK_BYTES, Bench, low_rank, prompt_tuning, tiny
 
 EOS = 2
 
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    vocabulary = {chr(33 + i): i for i in range(97)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    return adopt_backbone(tiny_backbone("llama"), name="tiny", tokenizer=fast, device="cpu", dtype="float32")
-
-
-def low_rank(backbone: Backbone, seed: int, scale: float = 0.5) -> Delta:
-    draw = torch.Generator().manual_seed(seed)
-    ops = tuple(
-        LowRank(
-            read=Site("attn.x", layer),
-            write=Site("v.out", layer),
-            A=scale * torch.randn(4, 32, generator=draw),
-            B=torch.randn(16, 4, generator=draw),
-        )
-        for layer in range(3)
-    )
-    return Delta(method="LORA", ops=ops, backbone_digest=backbone.spec.digest)
-
-
-def prompt_tuning(backbone: Backbone, seed: int) -> Delta:
-    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(seed))
-    return Delta(
-        method="PROMPT_TUNING",
-        ops=(VirtualTokens(embeddings=rows),),
-        position_offset=5,
-        backbone_digest=backbone.spec.digest,
-    )
-
-
-class Bench:
-    """An engine whose deltas come from a dictionary and whose events are kept."""
-
-    def __init__(
-        self, backbone: Backbone, deltas: dict[str, Delta] | Callable[[str], Delta], **settings: Any
-    ) -> None:
-        self.events: list[tuple[str, Event]] = []
-        load = deltas if callable(deltas) else deltas.__getitem__
-        self.engine = Engine(
-            backbone,
-            load,
-            self.events.extend,
-            metrics=EngineMetrics(CollectorRegistry()),
-            settings=EngineSettings(**settings),
-        )
-
-    def submit(self, name: str, prompt: Sequence[int], digest: str | None = None, **sampling: Any) -> None:
-        params = SamplingParams(**{"temperature": 0.0, "max_tokens": 6, "ignore_eos": True, **sampling})
-        request = Request(
-            request_id=name, prompt_token_ids=tuple(prompt), sampling=params, adapter_digest=digest
-        )
-        self.engine.submit(request)
-
-    def run(self, until: Callable[[], bool] | None = None) -> None:
-        deadline = time.monotonic() + 20
-        done = until or (lambda: not self.engine._live and self.engine._inbox.empty())
-        while not done():
-            assert time.monotonic() < deadline, "the engine made no progress"
-            if not self.engine.step():
-                time.sleep(0.001)
-
-    def tokens(self, name: str) -> list[int]:
-        return [t for n, e in self.events if n == name and isinstance(e, TokenEvent) for t in e.token_ids]
-
-    def terminal(self, name: str) -> TokenEvent:
-        ends = [e for n, e in self.events if n == name and isinstance(e, TokenEvent) and e.finish_reason]
-        assert len(ends) == 1, f"{name}: {len(ends)} terminal events"
-        assert [e for n, e in self.events if n == name][-1] is ends[0]
-        return ends[0]
-
-    def assert_nothing_held(self, *digests: str) -> None:
-        assert self.engine.scheduler.kv.usage == 0.0
-        assert [self.engine.deltas.residency.leases(d) for d in digests] == [0] * len(digests)
+    return tiny()
 
 
 def one_by_one(
@@ -132,14 +52,14 @@ def test_alone_equals_together_through_churn_and_eviction(backbone: Backbone) ->
     names = [None, *deltas]
     calls = [(str(i), [(7 * i + j) % 97 for j in range(3 + i % 9)], names[i % len(names)]) for i in range(30)]
     expected = one_by_one(backbone, deltas, calls)
-    room = 3 * low_rank(backbone, 0).size_bytes  # three of seven fit
-    bench = Bench(backbone, deltas, max_num_seqs=5, max_num_batched_tokens=12, adapter_memory_bytes=room)
+    room = 4 * BLOCK_BYTES  # two short requests, or all deltas
+    bench = Bench(backbone, deltas, max_num_seqs=5, max_num_batched_tokens=12, memory_bytes=room)
     for name, prompt, digest in calls:
         bench.submit(name, prompt, digest)
     bench.run()
     assert {name: bench.tokens(name) for name, _, _ in calls} == expected
     assert bench.engine.deltas.residency.num_evictions > 0
-    assert bench.engine.deltas.residency.used_bytes <= room
+    assert bench.engine.budget.used_bytes <= room
     bench.assert_nothing_held(*deltas)
     assert len({tuple(expected[str(i)]) for i in range(8)}) > 4, "the deltas hardly change the output"
 
@@ -290,6 +210,7 @@ def test_the_probe_uses_the_tokens_that_a_delta_replaces(backbone: Backbone) -> 
             order=torch.arange(64).view(2, 32).int() % 32,
         ),
         Rows(site=Site("embed"), ids=torch.tensor([3], dtype=torch.int32), rows=torch.ones(1, 32)),
+        Head(site=Site("logits"), weight=torch.randn(97, 32), bias=torch.randn(97)),
         AttnPrefix(
             layer=1,
             key=torch.randn(9, 32),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,11 +20,13 @@ HEAD_DIM, SCALING = 8, 0.3
 EXECUTORS = pytest.mark.parametrize("decode", [None, CpuDecodeAttention()], ids=["torch", "compiled"])
 
 
-def cache(kv_heads: int, heads: int, decode: DecodeAttention | None = None) -> SlotKVCache:
+def cache(
+    kv_heads: int, heads: int, decode: DecodeAttention | None = None, *, max_len: int = 32
+) -> SlotKVCache:
     return SlotKVCache(
         KVShape(num_layers=2, num_kv_heads=kv_heads, num_heads=heads, head_dim=HEAD_DIM),
         num_slots=6,
-        max_len=32,
+        max_len=max_len,
         dtype=torch.float32,
         device=torch.device("cpu"),
         decode=decode,
@@ -118,11 +124,19 @@ def test_sparse_and_uneven_decodes_go_row_by_row_with_the_same_result(
     torch.manual_seed(1)
     rows = Rows(2, 4, window, softcap)
     rows.step({5: 30, 0: 1})
-    plan = rows.cache.plan([RowSpan(0, 1, 5, 30)])
+    plan = rows.cache.plan([RowSpan(0, 1, 0, 1), RowSpan(1, 2, 5, 30)])
     assert not plan.view(window).batched
-    assert rows.step({5: 1}) < 2e-6
-    assert rows.cache.plan([RowSpan(0, 1, 0, 1)]).view(window).batched
-    assert rows.step({0: 1}) < 2e-6
+    assert rows.step({0: 1, 5: 1}) < 2e-6
+
+
+def test_a_batched_decode_reads_only_the_slots_from_the_lowest_used_one_to_the_highest() -> None:
+    torch.manual_seed(1)
+    rows = Rows(2, 4)
+    rows.step({4: 30, 5: 28})
+    rows.cache.keys[1][:4] = torch.nan  # what lies elsewhere must not matter
+    plan = rows.cache.plan([RowSpan(0, 1, 4, 30), RowSpan(1, 2, 5, 28)])
+    assert plan.view(None).batched
+    assert rows.step({5: 1, 4: 1}) < 2e-6
 
 
 def test_masks_are_made_once_per_window() -> None:
@@ -151,6 +165,46 @@ def test_read_gives_back_what_was_written() -> None:
     for (key, value), (k, v) in zip(pairs, store.read(4, 3), strict=True):
         assert torch.equal(key, k)
         assert torch.equal(value, v)
+
+
+def test_a_copied_prefix_is_attended_to_like_the_original() -> None:
+    torch.manual_seed(3)
+    rows = Rows(2, 4)
+    rows.prefix(1, 5)
+    rows.step({1: 20})
+    rows.cache.copy(1, 4, 18)
+    rows.known[4] = tuple(x[:18] for x in rows.known[1])  # type: ignore[assignment]
+    assert rows.step({4: 3, 1: 1}) < 2e-6
+    assert rows.step({4: 1, 1: 1}) < 2e-6
+
+
+@pytest.mark.parametrize("max_len", [40, 4096])  # less than a page, and many pages
+def test_clearing_zeroes_one_slot_and_no_other(max_len: int) -> None:
+    store = cache(2, 4, max_len=max_len)
+    for pool in (*store.keys, *store.values):
+        pool.fill_(torch.nan)
+    store.clear(2)
+    for pool in (*store.keys, *store.values):
+        assert not pool[2].any()
+        assert pool[1].isnan().all()
+        assert pool[3].isnan().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_clearing_gives_memory_back_and_an_unused_slot_takes_none() -> None:
+    def resident_mib() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    before = resident_mib()
+    store = cache(2, 4, max_len=1 << 18)  # 16 MiB a slot and pool, 6 slots, 4 pools
+    assert store.entry_bytes * (1 << 18) == 64 * 2**20
+    assert resident_mib() - before < 8
+    for pool in (*store.keys, *store.values):
+        pool[3].fill_(1.0)
+    assert resident_mib() - before > 56
+    store.clear(3)
+    assert resident_mib() - before < 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

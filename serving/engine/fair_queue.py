@@ -1,0 +1,177 @@
+"""The fair order of waiting requests: by service received, not by who asks most.
+
+Every tenant has a virtual token counter (VTC, Sheng et al., arXiv 2401.00588): the tokens it was served, weighted by
+cost and divided by its weight. The tenant with the lowest counter goes first, so no tenant falls behind another by
+more than a bound that does not grow with time. Who comes back after a pause is lifted to the lowest counter in the
+queue: idleness earns no credit. Counters belong to tenants, never to deltas: a hundred deltas are one share.
+
+- Service classes have counters of the same kind with fixed weights, so that `batch` is slow but never starves.
+- Whoever waited longer than the age cap goes before everything else, oldest first.
+- Among tenants whose counters differ by less than `max_lead`, a request whose delta is resident goes first (the
+  deficit of DLPM, arXiv 2501.14312, with residency in place of the longest prefix).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+
+from serving.core import ServiceClass
+from serving.engine.sequence import Sequence
+from serving.engine.waiting import LOOK_AHEAD, FirstComeQueue
+
+CLASS_WEIGHTS: Mapping[ServiceClass, float] = {
+    ServiceClass.REALTIME: 16.0,
+    ServiceClass.STANDARD: 4.0,
+    ServiceClass.BATCH: 1.0,
+}
+"""Shares of a full engine, highest class first."""
+
+CLASS_RANK: Mapping[ServiceClass, int] = {name: rank for rank, name in enumerate(CLASS_WEIGHTS)}
+"""0 is the highest class."""
+
+
+class _Line:
+    """The waiting requests of one class, by tenant. `order` has (counter, tenant), lowest first."""
+
+    def __init__(self) -> None:
+        self.served = 0.0
+        self.queues: dict[str, OrderedDict[Sequence, None]] = {}
+        self.order: list[tuple[float, str]] = []
+
+    def place(self, tenant: str, old: float, new: float) -> None:
+        """Move a waiting tenant whose counter changed."""
+        if tenant in self.queues:
+            del self.order[bisect_left(self.order, (old, tenant))]
+            insort(self.order, (new, tenant))
+
+
+class FairQueue:
+    """`WaitingQueue` by virtual token counters. `is_resident` tells whether a request's delta is on the device."""
+
+    def __init__(
+        self, *, max_wait_s: float, max_lead: float, is_resident: Callable[[Sequence], bool]
+    ) -> None:
+        self._max_wait_s = max_wait_s
+        self._max_lead = max_lead
+        self._is_resident = is_resident
+        self._by_age = FirstComeQueue()
+        self._lines: dict[ServiceClass, _Line] = {name: _Line() for name in CLASS_WEIGHTS}
+        self._served: defaultdict[str, float] = defaultdict(float)
+        self._last_tenant: str | None = None
+        self._last_class: ServiceClass | None = None
+
+    def __len__(self) -> int:
+        return len(self._by_age)
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq in self._by_age
+
+    def served(self, tenant: str) -> float:
+        """A tenant's counter."""
+        return self._served[tenant]
+
+    def add(self, seq: Sequence) -> None:
+        """See `WaitingQueue`."""
+        self._lift(seq)
+        self._by_age.add(seq)
+        self._enter(seq)[seq] = None
+
+    def put_back(self, seq: Sequence) -> None:
+        """See `WaitingQueue`. It comes back with the counter it has: being preempted is no pause."""
+        self._by_age.put_back(seq)
+        queue = self._enter(seq)
+        queue[seq] = None
+        queue.move_to_end(seq, last=False)
+
+    def remove(self, seq: Sequence) -> None:
+        """See `WaitingQueue`."""
+        self._by_age.remove(seq)
+        tenant, line = seq.request.tenant, self._lines[seq.request.service_class]
+        del line.queues[tenant][seq]
+        if not line.queues[tenant]:
+            del line.queues[tenant]
+            del line.order[bisect_left(line.order, (self._served[tenant], tenant))]
+            self._last_tenant, self._last_class = tenant, seq.request.service_class
+
+    def charge(self, seq: Sequence, cost: float) -> None:
+        """See `WaitingQueue`."""
+        request = seq.request
+        before = self._served[request.tenant]
+        self._set(request.tenant, before + cost / request.weight)
+        self._lines[request.service_class].served += cost / CLASS_WEIGHTS[request.service_class]
+
+    def should_yield(self, running: Sequence, to: Sequence) -> bool:
+        """See `WaitingQueue`. Only `batch` yields, and only while it has had more than its weighted share."""
+        below, above = running.request.service_class, to.request.service_class
+        return (
+            below is ServiceClass.BATCH
+            and above is not ServiceClass.BATCH
+            and self._lines[above].served <= self._lines[below].served
+        )
+
+    def expired(self, arrived_before_s: float) -> list[Sequence]:
+        """See `WaitingQueue`."""
+        return self._by_age.expired(arrived_before_s)
+
+    def candidates(self, now_s: float) -> Iterator[Sequence]:
+        """See `WaitingQueue`."""
+        seen = set()
+        for seq in self._by_age.overdue(now_s - self._max_wait_s):
+            seen.add(seq)
+            yield seq
+        passed = 0
+        while passed < LOOK_AHEAD and (candidate := self._next(seen)) is not None:
+            seen.add(candidate)
+            yield candidate
+            passed += candidate in self._by_age
+
+    def _next(self, seen: set[Sequence]) -> Sequence | None:
+        lines = sorted(
+            self._lines.values(), key=lambda line: line.served
+        )  # stable: ties go to the higher class
+        return next((seq for line in lines if (seq := self._next_in(line, seen)) is not None), None)
+
+    def _next_in(self, line: _Line, seen: set[Sequence]) -> Sequence | None:
+        """The first resident request among tenants close to the lowest counter, else the first of the lowest."""
+        choice: Sequence | None = None
+        for counter, tenant in islice(line.order, LOOK_AHEAD):
+            if choice is not None and counter > line.order[0][0] + self._max_lead:
+                break
+            for seq in islice(line.queues[tenant], LOOK_AHEAD):
+                if seq in seen:
+                    continue
+                if self._is_resident(seq):
+                    return seq
+                choice = choice or seq
+        return choice
+
+    def _enter(self, seq: Sequence) -> OrderedDict[Sequence, None]:
+        tenant, line = seq.request.tenant, self._lines[seq.request.service_class]
+        if tenant not in line.queues:
+            line.queues[tenant] = OrderedDict()
+            insort(line.order, (self._served[tenant], tenant))
+        return line.queues[tenant]
+
+    def _lift(self, seq: Sequence) -> None:
+        """Raise the counters of who was away to the lowest of those who wait, or to the last one that left."""
+        tenant, service_class = seq.request.tenant, seq.request.service_class
+        waiting = [line for line in self._lines.values() if line.order]
+        if not any(tenant in line.queues for line in waiting):
+            floor = min((line.order[0][0] for line in waiting), default=None)
+            if floor is None and self._last_tenant is not None:
+                floor = self._served[self._last_tenant]
+            self._set(tenant, max(self._served[tenant], floor or 0.0))
+        line = self._lines[service_class]
+        if not line.order:
+            lowest = min((other.served for other in waiting), default=None)
+            if lowest is None and self._last_class is not None:
+                lowest = self._lines[self._last_class].served
+            line.served = max(line.served, lowest or 0.0)
+
+    def _set(self, tenant: str, counter: float) -> None:
+        for line in self._lines.values():
+            line.place(tenant, self._served[tenant], counter)
+        self._served[tenant] = counter

@@ -1,0 +1,349 @@
+"""Who may call what: default deny, scopes, globs, grants, and that the invisible looks like the unknown."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import iter_route_contexts
+
+from adapters.registry import Registry
+from serving.http.access import PUBLIC, declared_scopes, require_declared
+from serving.http.bodies import json_route
+from serving.tenancy.keys import make_key
+from serving.tenancy.principal import Scope
+from tests.unit.serving.http_support import BACKBONE, Gateway, gateway, listening, pair
+from tests.unit.serving.test_http_errors import assert_envelope
+
+WRONG = "dmx_0123456789abcdef_" + "0" * 64
+
+
+@pytest.fixture
+async def g(tmp_path: Path) -> AsyncIterator[Gateway]:
+    """A gateway that has keys: an administrator's in use, and the delta `acme/private`."""
+    async with gateway(tmp_path) as made:
+        made.use(made.key("acme"))
+        assert (await made.push("private")).status_code == 201
+        made.use(made.key("default", Scope.ADMIN))
+        yield made
+
+
+# -- routes ----------------------------------------------------------------------------------------------------
+
+
+async def test_every_route_declares_its_scopes_or_is_public(g: Gateway) -> None:
+    contexts = list(iter_route_contexts(g.app.routes))
+    assert {item.path for item in contexts if not declared_scopes(item.original_route)} == set(PUBLIC)
+    assert len(guarded(g)) > 20
+    assert {scopes for _, path, scopes in guarded(g) if path.startswith("/v1/admin")} == {(Scope.ADMIN,)}
+
+
+async def test_the_description_says_which_routes_take_a_key(g: Gateway) -> None:
+    paths = (await g.http.get("/openapi.json")).json()["paths"]
+    without = {path for path, item in paths.items() if not all("security" in op for op in item.values())}
+    assert without == set(PUBLIC) & set(paths)
+
+
+def test_an_application_with_an_undeclared_route_is_not_made() -> None:
+    app = FastAPI()
+    require_declared(app)
+
+    @app.get("/v1/open")
+    def forgotten() -> None: ...
+
+    with pytest.raises(ValueError, match="/v1/open"):
+        require_declared(app)
+
+
+async def test_a_router_refuses_an_undeclared_route(g: Gateway) -> None:
+    route_class = next(
+        type(item.original_route)
+        for item in iter_route_contexts(g.app.routes)
+        if item.path == "/v1/completions"
+    )
+    assert route_class.__qualname__.startswith(json_route.__name__)
+    router = APIRouter(route_class=route_class)
+    with pytest.raises(ValueError, match="without scopes"):
+
+        @router.get("/v1/open")
+        def forgotten() -> None: ...
+
+
+def guarded(g: Gateway) -> list[tuple[str, str, tuple[Scope, ...]]]:
+    """(method, path with something for each parameter, scopes) of every route that is not public."""
+    return [
+        (
+            method,
+            str(item.path).replace("{version}", "1").replace("{", "").replace("}", ""),
+            declared_scopes(item.original_route) or (),
+        )
+        for item in iter_route_contexts(g.app.routes)
+        for method in sorted(item.methods or ())
+        if item.path not in PUBLIC
+    ]
+
+
+async def test_without_a_valid_key_every_route_answers_401(g: Gateway) -> None:
+    del g.http.headers["authorization"]
+    for header in (
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Basic eDp5",
+        f"Bearer {WRONG}_00000000",
+        f"Bearer {make_key().text}",
+    ):
+        headers = {} if header is None else {"authorization": header}
+        for method, path, _ in guarded(g):
+            reply = await g.http.request(method, path, headers=headers, content=b"{not json")
+            assert_envelope(reply, 401)
+            assert reply.json()["error"]["code"] == "invalid_api_key"
+            assert reply.headers["www-authenticate"] == "Bearer"
+        for path in PUBLIC:
+            assert (await g.http.get(path, headers=headers)).status_code == 200
+
+
+async def test_a_key_reaches_the_routes_of_its_scope_and_no_other(g: Gateway) -> None:
+    keys = {scope: g.key("acme", scope) for scope in Scope}
+    for scope, (method, path, scopes) in product(Scope, guarded(g)):
+        g.use(keys[scope])
+        reply = await g.http.request(method, path, json={})
+        if scope in scopes or scope is Scope.ADMIN:
+            assert reply.status_code not in (401, 403), (method, path)
+        else:
+            assert_envelope(reply, 403)
+            assert reply.json()["error"]["code"] == "insufficient_permissions"
+
+
+async def test_a_body_is_not_read_from_a_caller_without_a_key(g: Gateway) -> None:
+    async with listening(g.app) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: 4000000\r\nexpect: 100-continue\r\n\r\n".encode())
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401")  # and no "100 Continue" before it
+        writer.close()
+
+
+# -- keys ------------------------------------------------------------------------------------------------------
+
+
+async def test_before_the_first_key_everything_is_open_and_after_it_nothing(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        assert (await g.push("delta")).status_code == 201
+        made = await g.http.post("/v1/admin/keys", json={"tenant": "default", "scopes": ["admin"]})
+        assert made.status_code == 201
+        assert (await g.http.get("/v1/models")).status_code == 401
+        g.use(made.json()["key"])
+        assert (await g.http.get("/v1/models")).status_code == 200
+        await g.http.delete(f"/v1/admin/keys/{made.json()['id']}")
+        assert (await g.http.get("/v1/models")).status_code == 401  # the last key is gone; it stays closed
+
+
+async def test_a_key_is_shown_once_and_stored_hashed(g: Gateway, tmp_path: Path) -> None:
+    body = {"tenant": "acme", "scopes": ["infer"], "adapters": ["a-*"], "label": "bot", "expires_in_s": 60}
+    reply = await g.http.post("/v1/admin/keys", json=body)
+    made = reply.json()
+    assert reply.headers["cache-control"] == "no-store"
+    assert (made["tenant"], made["scopes"], made["adapters"], made["label"]) == (
+        "acme",
+        ["infer"],
+        ["a-*"],
+        "bot",
+    )
+    listed = (await g.http.get("/v1/admin/keys", params={"tenant": "acme"})).json()["data"]
+    assert [item["id"] for item in listed][-1] == made["id"]
+    secret = made["key"].split("_")[2]
+    assert secret not in str(listed)
+    stored = b"".join(file.read_bytes() for file in tmp_path.glob("registry.db*"))
+    assert made["id"].encode() in stored
+    assert secret.encode() not in stored
+
+
+async def test_rotation_over_http(g: Gateway) -> None:
+    old = (await g.http.post("/v1/admin/keys", json={"tenant": "acme", "scopes": ["infer"]})).json()
+    new = (await g.http.post(f"/v1/admin/keys/{old['id']}/rotate", json={"overlap_s": 3600})).json()
+    cut = (await g.http.post(f"/v1/admin/keys/{new['id']}/rotate", json={"overlap_s": 0})).json()
+    statuses = []
+    for key in (old, new, cut):
+        g.use(key["key"])
+        statuses.append((await g.http.get("/v1/models")).status_code)
+    assert statuses == [200, 401, 200]
+
+
+async def test_a_disabled_tenants_keys_are_refused(g: Gateway) -> None:
+    key = g.key("acme")
+    path, headers = "/v1/admin/tenants/acme/state", {"authorization": f"Bearer {key}"}
+    assert (await g.http.put(path, json={"disabled": True})).json()["disabled"] is True
+    assert (await g.http.get("/v1/models", headers=headers)).status_code == 401
+    await g.http.put(path, json={"disabled": False})
+    assert (await g.http.get("/v1/models", headers=headers)).status_code == 200
+
+
+# -- tenants ---------------------------------------------------------------------------------------------------
+
+
+async def test_tenants_and_their_limits(g: Gateway) -> None:
+    made = await g.http.post("/v1/admin/tenants", json={"name": "initech", "tokens_per_min": 100})
+    assert (made.status_code, made.json()["tokens_per_min"]) == (201, 100)
+    again = await g.http.post("/v1/admin/tenants", json={"name": "initech"})
+    assert_envelope(again, 409, "tenant")
+    limits = {"requests_per_min": 5, "weight": 2.0, "service_class": "batch"}
+    changed = (await g.http.put("/v1/admin/tenants/initech/limits", json=limits)).json()
+    assert changed == made.json() | limits | {"tokens_per_min": None}
+    assert (await g.http.get("/v1/admin/tenants/initech")).json() == changed
+    names = [item["id"] for item in (await g.http.get("/v1/admin/tenants")).json()["data"]]
+    assert names == ["acme", "default", "initech"]
+
+
+async def test_refusals(g: Gateway) -> None:
+    cases: list[tuple[str, dict[str, Any], int]] = [
+        ("/v1/admin/tenants", {"name": "No Name!"}, 400),
+        ("/v1/admin/tenants", {"name": "x", "requests_per_min": 0}, 400),
+        ("/v1/admin/tenants", {"name": "x", "weight": 1000}, 400),
+        ("/v1/admin/tenants", {"name": "x", "service_class": "urgent"}, 400),
+        ("/v1/admin/keys", {"tenant": "absent", "scopes": ["infer"]}, 404),
+        ("/v1/admin/keys", {"tenant": "acme", "scopes": []}, 400),
+        ("/v1/admin/keys", {"tenant": "acme", "scopes": ["root"]}, 400),
+        ("/v1/admin/keys", {"tenant": "acme", "scopes": ["infer"], "adapters": ["(a+)+"]}, 400),
+        ("/v1/admin/keys", {"tenant": "acme", "scopes": ["infer"], "label": "a\nb"}, 400),
+        ("/v1/admin/keys/0123456789abcdef/rotate", {}, 404),
+    ]
+    for path, body, status in cases:
+        reply = await g.http.post(path, json=body)
+        assert reply.status_code == status, (path, body, reply.text)
+
+
+async def test_the_tenant_and_its_standing_reach_the_backend(g: Gateway) -> None:
+    limits = {"weight": 2.5, "service_class": "realtime"}
+    await g.http.put("/v1/admin/tenants/acme/limits", json=limits)
+    g.use(g.key("acme"))
+    await g.openai.completions.create(model="private", prompt="hi")
+    (call,) = g.backend.calls
+    assert (call.tenant, call.weight, call.service_class) == ("acme", 2.5, "realtime")
+
+
+# -- what is visible -------------------------------------------------------------------------------------------
+
+
+async def test_tenants_have_names_of_their_own(g: Gateway) -> None:
+    g.use(g.key("globex"))
+    assert (await g.push("private", seed=5)).json()["digest"] != ""
+    digests = {}
+    for tenant in ("acme", "globex"):
+        g.use(g.key(tenant))
+        raw = await g.openai.completions.with_raw_response.create(model="private", prompt="hi")
+        digests[tenant] = raw.headers["x-adapter-digest"]
+        assert {m.owned_by for m in (await g.openai.models.list()).data} == {"deltamux", tenant}
+    assert digests["acme"] != digests["globex"]
+
+
+class Counting(Registry):
+    """A registry that counts what is looked up."""
+
+    looked_up = 0
+
+    def resolve(self, *args: Any, **options: Any) -> Any:
+        type(self).looked_up += 1
+        return super().resolve(*args, **options)
+
+
+@pytest.mark.parametrize("pin", ["", ":latest", "@v1", "@sha256:" + "0" * 64])
+async def test_an_invisible_delta_is_answered_exactly_like_an_unknown_one(tmp_path: Path, pin: str) -> None:
+    async with gateway(tmp_path, registry_type=Counting) as g:
+        g.use(g.key("acme"))
+        await g.push("hidden-1")
+        g.use(g.key("globex"))
+        Counting.looked_up = 0
+        replies: list[httpx.Response] = []
+        for name in ("hidden-1", "absent-1"):
+            body = {"model": f"acme/{name}{pin}", "prompt": "hi"}
+            reply = await g.http.post("/v1/completions", json=body, headers={"x-request-id": "same"})
+            assert_envelope(reply, 404, "model")
+            replies.append(reply)
+        first, second = replies
+        assert first.text.replace("hidden-1", "absent-1") == second.text
+        assert first.headers == second.headers
+        assert Counting.looked_up == 0  # neither costs a look at the deltas: no time tells them apart
+        with pytest.raises(openai.NotFoundError):
+            await g.openai.models.retrieve(f"acme/hidden-1{pin}")
+        assert g.backend.calls == []
+
+
+async def test_grants_make_a_delta_usable_by_its_full_name_and_nothing_else(g: Gateway) -> None:
+    owner, other, third = g.key("acme"), g.key("globex"), g.key("initech")
+
+    async def who_can_use_it() -> list[bool]:
+        able = []
+        for key in (other, third):
+            g.use(key)
+            reply = await g.http.post("/v1/completions", json={"model": "acme/private", "prompt": "hi"})
+            listed = {item["id"] for item in (await g.http.get("/v1/models")).json()["data"]}
+            assert (reply.status_code == 200) == ("acme/private" in listed)
+            able.append(reply.status_code == 200)
+        g.use(owner)
+        return able
+
+    assert await who_can_use_it() == [False, False]
+    path = "/v1/adapters/private/grants"
+    assert (await g.http.put(f"{path}/globex")).status_code == 200
+    assert (await g.http.put(f"{path}/globex")).status_code == 200
+    assert await who_can_use_it() == [True, False]
+    assert (await g.http.put(f"{path}/*")).status_code == 200
+    assert await who_can_use_it() == [True, True]
+    assert [item["tenant"] for item in (await g.http.get(path)).json()["data"]] == ["*", "globex"]
+    assert (await g.http.delete(f"{path}/*")).json()["deleted"] is True
+    assert_envelope(await g.http.delete(f"{path}/*"), 404, "tenant")
+    assert await who_can_use_it() == [True, False]
+
+    g.use(other)  # using is not managing
+    for request in (
+        ("DELETE", "/v1/adapters/private"),
+        ("PUT", f"{path}/initech"),
+        ("GET", "/v1/adapters/private"),
+    ):
+        assert_envelope(await g.http.request(*request), 404, "name")
+
+    g.use(owner)  # a name that is used again was never shared
+    await g.http.delete("/v1/adapters/private")
+    await g.push("private", seed=3)
+    assert await who_can_use_it() == [False, False]
+
+
+@pytest.mark.parametrize(("tenant", "status"), [("absent", 404), ("acme", 400), ("No!", 400)])
+async def test_a_grant_needs_a_grantee(g: Gateway, tenant: str, status: int) -> None:
+    g.use(g.key("acme"))
+    assert_envelope(await g.http.put(f"/v1/adapters/private/grants/{tenant}"), status, "tenant")
+
+
+async def test_globs_narrow_a_key(g: Gateway) -> None:
+    g.use(g.key("acme"))
+    for seed, name in enumerate(("team-a.x", "team-a.y", "team-b.x")):
+        await g.push(name, seed=seed + 10)
+    g.use(g.key("acme", Scope.INFER, Scope.UPLOAD, Scope.MANAGE, adapters=["team-a.*"]))
+    assert [m.id for m in (await g.openai.models.list()).data] == [BACKBONE, "team-a.x", "team-a.y"]
+    page = (await g.http.get("/v1/adapters", params={"limit": 1, "after": "team-a.x"})).json()
+    assert ([item["id"] for item in page["data"]], page["last_id"]) == (["team-a.y"], "team-a.y")
+    await g.openai.completions.create(model="team-a.x", prompt="hi")
+    with pytest.raises(openai.NotFoundError) as hidden:
+        await g.openai.completions.create(model="team-b.x", prompt="hi")
+    with pytest.raises(openai.NotFoundError) as absent:
+        await g.openai.completions.create(model="team-b.q", prompt="hi")
+    assert str(hidden.value).replace("team-b.x", "team-b.q") == str(absent.value)
+    assert_envelope(await g.http.delete("/v1/adapters/team-b.x"), 404, "name")
+    refused = await g.http.put("/v1/adapters/team-b.x/versions", files=pair(20))
+    assert_envelope(refused, 403, "name")
+
+
+async def test_an_upload_may_be_longer_than_a_json_body(g: Gateway) -> None:
+    files = [("file", ("manifest.json", b"x" * (9 << 20)))]
+    g.use(g.key("acme"))
+    reply = await g.http.put("/v1/adapters/long/versions", files=files)
+    assert reply.json()["error"]["code"] == "invalid_adapter"  # it was read, and judged
