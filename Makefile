@@ -1,11 +1,11 @@
-# make install | demo | test | lint     The environment is made on first use and again when what it is made from changes.
+# make install | demo | test | test-triton | test-gpu | lint     The environment is made on first use and again when what it is made from changes.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint postgresql
+.PHONY: install demo test test-triton test-gpu lint postgresql
 
 install: $(STAMP)
 
@@ -20,6 +20,16 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# the CUDA kernels without a GPU, under Triton's interpreter; adds triton to the environment (0.7 GB)
+test-triton: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda]'
+	$(BIN)/python -m pytest tests/contract/test_triton_interpreted.py
+
+# on a machine with a CUDA device: the same kernels against the reference, and CUDA graphs
+test-gpu: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda]'
+	$(BIN)/python -m pytest -m gpu tests/contract
 
 lint: install
 	$(BIN)/ruff check .

@@ -110,7 +110,7 @@ class Engine(_Group):
     host_cache_bytes: int = Field(default=1024 * MIB, ge=0)
     """Host memory that loaded deltas may take beside the device."""
     kernels: Literal["auto", "reference", "compiled"] = "auto"
-    """Runs the deltas: kernels compiled for this CPU at first start, or plain torch; `auto` takes what it can have."""
+    """Runs the deltas: compiled kernels (C++ on CPU, Triton on CUDA) or plain torch; `auto` takes what it can have."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of one replica's CPU kernels; by default its share of the machine's cores."""
 

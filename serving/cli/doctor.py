@@ -17,6 +17,7 @@ from serving.cli.sockets import Listener, listeners
 PACKAGES = (
     "deltamux",
     "torch",
+    "triton",
     "transformers",
     "safetensors",
     "ray",

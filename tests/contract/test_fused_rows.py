@@ -1,4 +1,4 @@
-"""The fused kernels against the general ones: a module with every row-wise op, both dtypes, one and two threads."""
+"""The fused kernels against the general ones: a module with every row-wise op, each dtype, one and two threads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from serving.kernels.ops import AffineWeights, Kernels, LinearMapWeights, LowRan
 from serving.kernels.reference import ReferenceKernels
 from serving.model.context import ForwardContext
 from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
+from tests.contract.executors import FUSED_WITH_DTYPE, FusedExecutor, moved
 
 D_IN, D_OUT, TOKENS = 96, 160, 56
 TAP = Site("attn.x", 0)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -58,8 +60,8 @@ def everything(rank: int) -> PlacedModule:
     )  # fmt: skip
 
 
-def placed(rank: int, kernels: Kernels) -> PlacedDelta:
-    modules = {1: everything(rank)}
+def placed(rank: int, kernels: Kernels, device: torch.device = CPU) -> PlacedDelta:
+    modules = {1: moved(everything(rank), device)}
     assert kernels.fused is not None
     return PlacedDelta(
         digest=f"{rank}", modules=modules, taps={TAP: 0}, prefix=None, position_offset=0, device_bytes=0,
@@ -81,15 +83,18 @@ def through(
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_module_with_every_op_equals_the_general_kernels(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("executor", "dtype"), FUSED_WITH_DTYPE)
+def test_a_module_with_every_op_equals_the_general_kernels(
+    executor: FusedExecutor, dtype: torch.dtype
+) -> None:
     torch.manual_seed(11)
-    fused = Kernels(ReferenceKernels(), CpuRows(), None)
-    deltas = [placed(rank, fused) for rank in (1, 4, 7, 64)]
+    device = executor.device
+    fused = Kernels(ReferenceKernels(), executor.make(device), None)
+    deltas = [placed(rank, fused, device) for rank in (1, 4, 7, 64)]
     spans = [(0, 1), (1, 9), (12, 13), (13, 56)]  # tokens 9 to 12 are bare
     segments = [DeltaSegment(a, b, delta) for (a, b), delta in zip(spans, deltas, strict=True)]
-    x, far = torch.randn(TOKENS, D_IN).to(dtype), torch.randn(TOKENS, 40).to(dtype)
-    weight = torch.randn(D_OUT, D_IN).to(dtype) / D_IN**0.5
+    x, far = torch.randn(TOKENS, D_IN).to(device, dtype), torch.randn(TOKENS, 40).to(device, dtype)
+    weight = torch.randn(D_OUT, D_IN).to(device, dtype) / D_IN**0.5
     general = through(Kernels(ReferenceKernels(), None, None), segments, x.clone(), far, weight)
     compiled = through(fused, segments, x.clone(), far, weight)
     bare = x @ weight.t()

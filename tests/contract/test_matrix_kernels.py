@@ -74,7 +74,7 @@ def test_weight_delta_equals_its_matrix(kernels: DeltaKernels, layout: str) -> N
         assert torch.equal(y[rows], before[rows])
 
 
-@pytest.mark.parametrize("kernels", ROW_WISE, ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize("kernels", ROW_WISE)
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize(("stages", "count"), [(1, 4), (3, 4), (2, 1)])
 def test_linear_map_equals_its_matrices(
@@ -96,7 +96,7 @@ def test_linear_map_equals_its_matrices(
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", ROW_WISE, ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize("kernels", ROW_WISE)
 def test_reflections_run_in_turn(kernels: DeltaKernels) -> None:
     torch.manual_seed(7)
     rows = torch.nn.functional.normalize(random(5, D_IN), dim=1)
