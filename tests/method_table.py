@@ -198,7 +198,8 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("dora", _linear(LoraConfig, r=4, lora_alpha=6, use_dora=True), "T2"),
     MethodRow("adalora", _linear(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9)),
     MethodRow("lora_saved_head", _linear(LoraConfig, r=4, modules_to_save=["lm_head"])),
-    MethodRow("alora", _linear(LoraConfig, r=4, alora_invocation_tokens=[91, 7])),
+    # larger weights make one position of phi3 so steep that PEFT's fp32 is 1.8e-5 away from its own fp64
+    MethodRow("alora", _linear(LoraConfig, r=4, alora_invocation_tokens=[91, 7]), sigma=0.25),
     MethodRow("adaption_prompt", _whole(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
     MethodRow("beft", _linear(BeftConfig)),
     MethodRow("boft", _linear(BOFTConfig, boft_block_size=8)),

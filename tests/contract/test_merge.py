@@ -17,7 +17,14 @@ from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 from tests.cases import PEFT_CASES, Case, tiny_backbone
 from tests.contract.exactness import served
 
-UNMERGED = ("adaption_prompt", "ln_tuning", "prefix", "prompt", "trainable_tokens")  # and their variants
+UNMERGED = (
+    "adaption_prompt",
+    "alora",
+    "ln_tuning",
+    "prefix",
+    "prompt",
+    "trainable_tokens",
+)  # and their variants
 TOKENS = 20
 
 

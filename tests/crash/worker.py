@@ -18,9 +18,10 @@ from adapters.collector import Collector
 from adapters.errors import DeltamuxError
 from adapters.registry import DEFAULT_TENANT, Registry
 from adapters.store import LocalBlobStore
-from serving.config import Backbone, Settings
+from serving.config import Auth, Backbone, Database, Settings
 from serving.http.app import create_app
 from serving.metrics import GatewayMetrics
+from serving.tenancy.tenancy import Tenancy
 from tests.crash.failpoints import Failpoints
 from tests.crash.model import Model, Operation
 from tests.unit.serving.http_support import BACKBONE, FakeBackend
@@ -73,7 +74,7 @@ def _perform(
 ) -> None:
     match operation:
         case ("upload", name, content, alias) if plan.http:
-            asyncio.run(_upload_over_http(registry, store, name, contents[content], alias))
+            asyncio.run(_upload_over_http(plan, registry, store, name, contents[content], alias))
         case ("upload", name, content, alias):
             _upload(registry, store, plan.tenant, name, contents[content], alias)
         case ("alias", name, alias, version):
@@ -105,21 +106,29 @@ def _upload(
 
 
 async def _upload_over_http(
-    registry: Registry, store: LocalBlobStore, name: str, content: Canonical, alias: str | None
+    plan: Plan, registry: Registry, store: LocalBlobStore, name: str, content: Canonical, alias: str | None
 ) -> None:
     """Through the gateway, with a backend that admits everything; only for the gateway's own tenant."""
-    app = create_app(
-        backend=FakeBackend(),
-        registry=registry,
-        store=store,
-        settings=Settings(backbone=Backbone(path=BACKBONE)),
-        metrics=GatewayMetrics(CollectorRegistry()),
+    settings = Settings(
+        backbone=Backbone(path=BACKBONE),
+        database=Database(url=plan.url),
+        auth=Auth(secret_file=plan.root.parent / "secret"),
     )
     parts = {"manifest.json": content.manifest, "tensors.safetensors": content.tensors}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://gateway") as client:
-        files = [("file", (file, data)) for file, data in parts.items()]
-        fields = {"alias": alias} if alias else {}
-        reply = await client.put(f"/v1/adapters/{name}/versions", files=files, data=fields)
+    with Tenancy(settings) as tenancy:
+        app = create_app(
+            backend=FakeBackend(),
+            registry=registry,
+            store=store,
+            tenancy=tenancy,
+            settings=settings,
+            metrics=GatewayMetrics(CollectorRegistry()),
+        )
+        gateway = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=gateway, base_url="http://gateway") as client:
+            files = [("file", (file, data)) for file, data in parts.items()]
+            fields = {"alias": alias} if alias else {}
+            reply = await client.put(f"/v1/adapters/{name}/versions", files=files, data=fields)
     if reply.status_code != 201:
         raise DeltamuxError(reply.text)
 
