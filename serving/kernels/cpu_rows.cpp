@@ -40,7 +40,7 @@ struct Matrix {  // rows of `width` elements, contiguous
   int32_t dtype, unused;
 };
 
-constexpr int64_t PARALLEL_FROM = 1 << 17;  // weights read by the call: below, waking a thread costs more than it saves
+constexpr int64_t PARALLEL_FROM = 1 << 19;  // multiply-adds: below, waking a sleeping thread costs what it saves
 
 // Rows [start, stop) as fp32: in place where they are, else through a buffer.
 class Rows {
@@ -240,7 +240,8 @@ void blocks(const Op& op, const Rows& y, int32_t count, std::vector<float>& scra
   }
 }
 
-int64_t weights_read(const Op& op) {
+// for one token, which is also the number of weights that are read
+int64_t multiply_adds(const Op& op) {
   const int64_t columns = op.stop - op.start;
   if (op.kind == AFFINE) return 2 * columns;
   if (op.kind == BLOCKS) return int64_t(op.stages) * columns * op.block;
@@ -273,7 +274,7 @@ extern "C" void deltamux_run_rows(const Segment* segments, int32_t num_segments,
   int64_t work = 0;
   for (int32_t s = 0; s < num_segments; ++s)
     for (int32_t i = segments[s].offsets[module]; i < segments[s].offsets[module + 1]; ++i)
-      work += weights_read(segments[s].ops[i]);
+      work += multiply_adds(segments[s].ops[i]) * (segments[s].stop - segments[s].start);
   if (num_threads == 1 || num_segments == 1 || work < PARALLEL_FROM) {
     for (int32_t s = 0; s < num_segments; ++s) run_segment(segments[s], module, *y, x, taps);
     return;
