@@ -25,13 +25,20 @@ def test_report_counts_measured_and_impossible_cells(
     cells = json.loads(file.read_text())
     assert status == 0
     assert Counter((cell["method"], cell["status"]) for cell in cells) == {
-        ("bare backbone", "inside"): 6,
-        ("ia3", "inside"): 6,
-        ("miss", "impossible"): 6,  # PEFT has no MiSS layer for Conv1D
+        ("bare backbone", "inside"): 9,
+        ("ia3", "inside"): 9,
+        ("miss", "impossible"): 9,  # PEFT has no MiSS layer for Conv1D
     }
     assert "impossible: PEFT: " in printed
-    last = "cells: 18; measured 12; inside tolerance 12; outside 0; impossible with reason 6; failed 0"
+    last = "cells: 27; measured 18; inside tolerance 18; outside 0; impossible with reason 9; failed 0"
     assert printed.splitlines()[-1] == last
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_whole_matrix_is_inside(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fidelity.main([]) == 0
+    assert "outside 0;" in capsys.readouterr().out
 
 
 def test_cell_outside_its_tolerance_fails_the_command(
