@@ -159,6 +159,18 @@ REFUSED_FILES: list[tuple[str, Files, dict[str, str], str]] = [
 ]
 
 
+async def test_all_problems_of_an_upload_come_in_one_reply(tmp_path: Path) -> None:
+    config, _ = peft_files(surprise=1)
+    stray = {"base_model.model.model.layers.0.nowhere.lora_A.weight": torch.ones(2, WIDTH)}
+    weights = ("file", ("adapter_model.safetensors", save(stray)))
+    async with gateway(tmp_path) as g:
+        reply = await g.http.put(PATH, files=[config, weights], data={"backbone_digest": "c" * 64})
+        assert_envelope(reply, 400)
+        told = "\n".join(reply.json()["error"]["problems"])
+        assert all(fragment in told for fragment in ("surprise", "nowhere", "another backbone", "lora_B"))
+        assert left(g) == NOTHING
+
+
 @pytest.mark.parametrize(
     ("files", "fields", "code"),
     [case[1:] for case in REFUSED_FILES],
