@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,7 @@ def _forward(packed: Tensor, bias: Tensor | None) -> Forward:
     return forward
 
 
+@cache
 def _is_usable(dtype: torch.dtype) -> bool:
     """Try the private operators once: they may be missing, or differ, in another version of torch."""
     weight = torch.linspace(-1, 1, 40 * 24).view(40, 24).to(dtype)
