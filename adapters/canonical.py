@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from adapters.errors import InvalidDelta
@@ -35,6 +36,7 @@ from adapters.normal_form import (
     VirtualTokens,
     WeightDelta,
 )
+from adapters.tensor_files import file_head, pieces, views_of_file
 
 FORMAT = "deltamux/1"
 
@@ -53,19 +55,75 @@ class Canonical:
         return len(self.manifest) + len(self.tensors)
 
 
-def digest_of(manifest: bytes, tensors: bytes) -> str:
+@dataclass(frozen=True, slots=True)
+class StagedCanonical:
+    """A delta as it is stored, its tensors in a file of `num_tensor_bytes`."""
+
+    manifest: bytes
+    tensors: Path
+    num_tensor_bytes: int
+    digest: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of both files."""
+        return len(self.manifest) + self.num_tensor_bytes
+
+
+def digest_of(manifest: bytes, tensors: bytes | bytearray) -> str:
     """sha256 over both files, each tagged and length-prefixed, so that no two pairs share a byte stream."""
-    total = hashlib.sha256()
-    for tag, data in ((b"manifest", manifest), (b"tensors", tensors)):
-        total.update(tag + len(data).to_bytes(8, "big"))
-        total.update(data)
+    total = _digest_of_head(manifest, len(tensors))
+    total.update(tensors)
     return total.hexdigest()
+
+
+def _digest_of_head(manifest: bytes, num_tensor_bytes: int) -> hashlib._Hash:
+    """The digest's state once everything but the tensors' bytes is in it."""
+    total = hashlib.sha256(b"manifest" + len(manifest).to_bytes(8, "big"))
+    total.update(manifest)
+    total.update(b"tensors" + num_tensor_bytes.to_bytes(8, "big"))
+    return total
 
 
 def to_canonical(delta: Delta) -> Canonical:
     """Serialise `delta`; equal deltas give equal bytes."""
     stored: dict[str, Tensor] = {}
-    ops = [_op_to_json(op, stored) for op in delta.ops]
+    text = _manifest(delta, stored, _nothing)
+    tensors = save({name: _apart(stored[name]) for name in sorted(stored)})
+    return Canonical(text, tensors, digest_of(text, tensors))
+
+
+def stage_canonical(
+    delta: Delta, path: Path, *, between: Callable[[], None]
+) -> StagedCanonical:
+    """Serialise `delta` as `to_canonical` does, its tensors into a new file at `path`, in bounded memory.
+
+    `between` is called whenever a tensor has been read. The file is not synced. Raises OSError.
+    """
+    stored: dict[str, Tensor] = {}
+    text = _manifest(delta, stored, between)
+    head, order = file_head(stored)
+    size = len(head) + sum(tensor.nbytes for tensor in stored.values())
+    total = _digest_of_head(text, size)
+    with path.open("xb") as file:
+        total.update(head)
+        file.write(head)
+        for name in order:
+            for piece in pieces(stored[name]):
+                data = memoryview(piece.cpu().view(torch.uint8).numpy())
+                total.update(data)
+                file.write(data)
+            between()
+    return StagedCanonical(text, path, size, total.hexdigest())
+
+
+def _nothing() -> None:
+    """What is to be done between two tensors in memory."""
+
+
+def _manifest(delta: Delta, stored: dict[str, Tensor], between: Callable[[], None]) -> bytes:
+    """The manifest; the tensors that it names are put into `stored`."""
+    ops = [_op_to_json(op, stored, between) for op in delta.ops]
     manifest = {
         "format": FORMAT,
         "method": delta.method,
@@ -77,20 +135,27 @@ def to_canonical(delta: Delta) -> Canonical:
         "typology": typology(delta) | {"num_parameters": sum(tensor.numel() for tensor in stored.values())},
         "ops": ops,
     }
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    tensors = save({name: stored[name] for name in sorted(stored)})
-    return Canonical(text, tensors, digest_of(text, tensors))
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def from_canonical(manifest: bytes, tensors: bytes) -> Delta:
-    """Read what `to_canonical` wrote. Raises InvalidDelta naming the key that is wrong."""
+def from_canonical(manifest: bytes, tensors: bytes | bytearray) -> Delta:
+    """Read what `to_canonical` wrote. A bytearray is not copied: the delta's tensors are views of it.
+
+    Raises InvalidDelta naming the key that is wrong.
+    """
+    try:
+        stored = views_of_file(tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidDelta(["The canonical safetensors file can't be parsed."]) from error
+    return delta_of(manifest, stored)
+
+
+def delta_of(manifest: bytes, stored: Mapping[str, Tensor]) -> Delta:
+    """The delta of a manifest whose tensors are `stored`. Raises InvalidDelta naming the key that is wrong."""
     try:
         raw = json.loads(manifest)
-        stored = load(tensors)
     except (ValueError, RecursionError) as error:
         raise InvalidDelta([f"The canonical pair can't be parsed: {type(error).__name__}."]) from error
-    except Exception as error:  # safetensors raises its own class, which it does not export as ValueError
-        raise InvalidDelta(["The canonical safetensors file can't be parsed."]) from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         got = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise InvalidDelta([f"manifest.format: got {got!r}, expected {FORMAT!r}."])
@@ -147,14 +212,15 @@ def _apart(tensor: Tensor) -> Tensor:
     return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
 
 
-def _op_to_json(op: Op, stored: dict[str, Tensor]) -> dict[str, Any]:
+def _op_to_json(op: Op, stored: dict[str, Tensor], between: Callable[[], None]) -> dict[str, Any]:
     item: dict[str, Any] = {"kind": op.kind.value}
     for spec in fields(op):
         value = getattr(op, spec.name)
         if isinstance(value, Tensor):
             name = _content_name(value)
-            stored[name] = _apart(value)
+            stored[name] = value
             item[spec.name] = name
+            between()
         elif isinstance(value, Site):
             item[spec.name] = str(value)
         elif isinstance(value, FromInvocation):
@@ -194,9 +260,10 @@ def _op_from_json(item: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Op:
 
 
 def _content_name(tensor: Tensor) -> str:
-    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    head = f"{tensor.dtype}|{tuple(tensor.shape)}|".encode()
-    return hashlib.sha256(head + data.numpy().tobytes()).hexdigest()[:32]
+    total = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    for piece in pieces(tensor):
+        total.update(memoryview(piece.cpu().view(torch.uint8).numpy()))
+    return total.hexdigest()[:32]
 
 
 def _string_map(raw: object) -> dict[str, str]:

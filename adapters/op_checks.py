@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec, Slice
 from adapters.normal_form import Activation, Affine, AttnPrefix, FromInvocation, LowRank, Site, VirtualTokens
+from adapters.tensor_files import num_non_finite
 
 MAX_RANK = 4096
 MAX_SCALING = 1e9
@@ -200,7 +201,7 @@ class OpChecker:
         if tensor.dtype not in DTYPES:
             self.add(f"{name}: dtype {tensor.dtype}, expected float32, float16 or bfloat16.")
         fits = self.shape(name, tensor, expected)
-        if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
+        if bad := num_non_finite(tensor):
             self.add(f"{name}: {bad} non-finite value{'s' * (bad > 1)}.")
         return fits
 

@@ -35,10 +35,10 @@ _REMEDY = "Free space on the store's volume or repair it, then try again."
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """The two files of a blob, as bytes."""
+    """The two files of a blob. `tensors` may be a buffer of the caller's own, which a delta can be views of."""
 
     manifest: bytes
-    tensors: bytes
+    tensors: bytes | bytearray
 
 
 class BlobStore(Protocol):
@@ -127,7 +127,7 @@ class LocalBlobStore:
                     f"The blob sha256:{digest} is not in the store.", remedy="Upload the delta again."
                 )
             _checked_sizes(target)
-            return Blob((target / _MANIFEST).read_bytes(), (target / _TENSORS).read_bytes())
+            return Blob((target / _MANIFEST).read_bytes(), _read_once(target / _TENSORS))
 
     def exists(self, digest: str) -> bool:
         """See BlobStore."""
@@ -201,6 +201,18 @@ class LocalBlobStore:
             self._fsync_fd(fd)
         finally:
             os.close(fd)
+
+
+def _read_once(path: Path) -> bytearray:
+    """The bytes of a file in one buffer: of a large one there is never a second copy."""
+    with path.open("rb", buffering=0) as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        rest = memoryview(data)
+        while rest and (count := file.readinto(rest)):
+            rest = rest[count:]
+    if rest:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return data
 
 
 def _checked_sizes(blob: Path) -> dict[str, int]:

@@ -41,13 +41,17 @@ _CHECKS: Mapping[type[Op], Callable[[OpChecker, Any], None]] = {
 }
 
 
-def check(delta: Delta, spec: BackboneSpec) -> list[str]:
-    """Every problem of `delta` on the backbone `spec`, one sentence each; empty where it can be served."""
+def check(delta: Delta, spec: BackboneSpec, *, between: Callable[[], None] = lambda: None) -> list[str]:
+    """Every problem of `delta` on the backbone `spec`, one sentence each; empty where it can be served.
+
+    `between` is called whenever the tensors of one op have been looked at.
+    """
     checker = OpChecker(spec, where="delta")
     _check_delta(delta, checker)
     for index, op in enumerate(delta.ops):
         checker.where = f"op {index} ({op.kind.value} at {_place(op)})"
         _CHECKS[type(op)](checker, op)
+        between()
     checker.where = "delta"
     for text in (*_duplicates(delta, spec), *_replaced(delta), *_invoked(delta), *_virtual(delta, spec)):
         checker.add(text)

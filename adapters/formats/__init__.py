@@ -21,6 +21,7 @@ from adapters.formats.files import CONVERT, MAX_CONFIG_BYTES, Upload, read_json,
 from adapters.formats.peft import read_peft
 from adapters.formats.problems import Problems, quoted
 from adapters.normal_form import Delta
+from adapters.tensor_files import MappedFile
 from adapters.validate import check
 
 Reader = Callable[[Upload, BackboneSpec, str | None, Problems], Delta | None]
@@ -79,26 +80,26 @@ def detect(names: Collection[str]) -> Format:
 
 
 def read_upload(
-    files: Mapping[str, bytes], spec: BackboneSpec, *, backbone_digest: str | None = None
+    files: Mapping[str, bytes | MappedFile], spec: BackboneSpec, *, backbone_digest: str | None = None
 ) -> Delta:
     """The delta of an upload, checked against `spec` and bound to its digest.
 
-    `files`: file name -> content, as the parts of the upload name themselves. `backbone_digest`: what the uploader
+    `files`: file name -> content, as the parts of the upload name themselves; of a mapped file, no more than one
+    tensor is in memory at a time while it is checked, and the delta's tensors are views of it. `backbone_digest`: what the uploader
     says of the backbone; it outweighs any name in the config.
     Raises InvalidDelta with every problem at once; PayloadTooLarge where a file or header is over its cap.
     """
     form = detect(files)
     problems = Problems()
-    config_bytes, tensor_bytes = files[form.config], files[form.tensors]
-    config = read_json(form.config, config_bytes, problems, max_bytes=form.max_config_bytes)
-    tensors = read_safetensors(form.tensors, tensor_bytes, problems)
+    written, stored = files[form.config], files[form.tensors]
+    config = read_json(form.config, written, problems, max_bytes=form.max_config_bytes)
+    tensors = read_safetensors(form.tensors, stored, problems)
     delta = None
     if config is not None and tensors is not None:
-        delta = form.read(
-            Upload(config_bytes, tensor_bytes, config, tensors), spec, backbone_digest, problems
-        )
+        delta = form.read(Upload(written[:], config, tensors), spec, backbone_digest, problems)
     if delta is not None and (delta.ops or not problems.texts):
-        problems.extend(check(delta, spec))
+        between = stored.let_go if isinstance(stored, MappedFile) else _nothing
+        problems.extend(check(delta, spec, between=between))
     problems.raise_if_any()
     assert delta is not None, form.name
     return delta
@@ -117,6 +118,10 @@ def read_directory(path: str | Path, spec: BackboneSpec, *, backbone_digest: str
     has_tensors = any(form.tensors in files for form in FORMATS)
     unread = {name for name in present if name in REFUSED and not (has_tensors and name.endswith(PICKLED))}
     return read_upload(files | dict.fromkeys(unread, b""), spec, backbone_digest=backbone_digest)
+
+
+def _nothing() -> None:
+    """What is to be done between two tensors in memory."""
 
 
 def _why_refused(name: str) -> str:

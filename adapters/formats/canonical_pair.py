@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from adapters.backbone_spec import BackboneSpec
-from adapters.canonical import from_canonical
+from adapters.canonical import delta_of
 from adapters.errors import InvalidDelta
 from adapters.formats.base_claim import check_base
 from adapters.formats.files import Upload
@@ -47,7 +47,7 @@ def read_pair(
     if len(problems.texts) > before:
         return None
     try:
-        delta = from_canonical(upload.config_bytes, upload.tensor_bytes)
+        delta = delta_of(upload.config_bytes, upload.tensors)
     except InvalidDelta as error:
         problems.extend(error.problems)
         return None

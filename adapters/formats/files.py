@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
 from adapters.errors import PayloadTooLarge
 from adapters.formats.problems import Problems, kind_of, quoted
+from adapters.tensor_files import LENGTH_BYTES, MappedFile, num_non_finite, views
 
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
@@ -59,10 +61,9 @@ FOREIGN_MAGIC: tuple[tuple[bytes, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One upload: both files as they came, and parsed."""
+    """One upload: its config as it came, and both files parsed."""
 
     config_bytes: bytes
-    tensor_bytes: bytes
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
@@ -72,7 +73,7 @@ class _Refused(ValueError):
 
 
 def read_json(
-    name: str, data: bytes, problems: Problems, *, max_bytes: int = MAX_CONFIG_BYTES
+    name: str, data: bytes | MappedFile, problems: Problems, *, max_bytes: int = MAX_CONFIG_BYTES
 ) -> dict[str, Any] | None:
     """The object in a JSON file; None where it can't be read, with the reason added to `problems`.
 
@@ -84,7 +85,7 @@ def read_json(
         raise PayloadTooLarge(f"{quoted(name)}: {len(data)} bytes, at most {max_bytes} are read.", param=name)
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            data[:].decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
         )
         _audit(value)
     except _Refused as error:
@@ -104,10 +105,10 @@ def read_json(
     return None
 
 
-def read_safetensors(name: str, data: bytes, problems: Problems) -> dict[str, Tensor] | None:
+def read_safetensors(name: str, data: bytes | MappedFile, problems: Problems) -> dict[str, Tensor] | None:
     """The tensors of a safetensors file by name; None where it can't be read, with the reasons in `problems`.
 
-    A tensor whose dtype or values are refused is returned as zeros: later checks still see its name and shape.
+    Those of a mapped file are views of it. A tensor whose dtype or values are refused is returned as zeros: later checks still see its name and shape.
     Raises PayloadTooLarge where the header is over MAX_HEADER_BYTES or lists more than MAX_TENSORS tensors.
     """
     header = _read_header(name, data, problems)
@@ -122,27 +123,40 @@ def read_safetensors(name: str, data: bytes, problems: Problems) -> dict[str, Te
     if refused is None:
         return None
     try:
-        tensors = load(data)
+        tensors = _loaded(data, header)
     except Exception:  # the library exports no base class of its errors; its text must not reach users
         problems.add(f"{quoted(name)}: not a valid safetensors file (offsets, shapes and data do not agree).")
         return None
-    return {key: _checked(name, key, tensor, key in refused, problems) for key, tensor in tensors.items()}
+    found = {}
+    for key, tensor in tensors.items():
+        found[key] = _checked(name, key, tensor, key in refused, problems)
+        if isinstance(data, MappedFile):
+            data.let_go()
+    return found
+
+
+def _loaded(data: bytes | MappedFile, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    if not isinstance(data, MappedFile):
+        return load(data)
+    with safe_open(data.path, framework="pt"):  # the library's checks of offsets and sizes; nothing is read
+        start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+        return views(data.buffer, header, start)
 
 
 def _checked(name: str, key: str, tensor: Tensor, refused: bool, problems: Problems) -> Tensor:
     if refused:
         return torch.zeros(tensor.shape)
-    if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
+    if bad := num_non_finite(tensor):
         problems.add(f"{quoted(name)}: tensor {quoted(key)} has {bad} non-finite value{'s' * (bad > 1)}.")
         return torch.zeros_like(tensor)
     return tensor
 
 
-def _read_header(name: str, data: bytes, problems: Problems) -> dict[str, Any] | None:
+def _read_header(name: str, data: bytes | MappedFile, problems: Problems) -> dict[str, Any] | None:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
         for magic, what in FOREIGN_MAGIC:
-            if data.startswith(magic):
+            if data[: len(magic)] == magic:
                 problems.add(f"{quoted(name)}: not safetensors but {what}. {CONVERT}")
                 return None
         if len(data) >= 8 and MAX_HEADER_BYTES < length <= _PLAUSIBLE_HEADER_BYTES:
