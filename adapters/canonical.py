@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from adapters.normal_form import (
     VirtualTokens,
     WeightDelta,
 )
-from adapters.tensor_files import file_head, pieces, views_of_file
+from adapters.tensor_files import bytes_of, file_head, pieces, views_of_file
 
 FORMAT = "deltamux/1"
 
@@ -93,9 +92,7 @@ def to_canonical(delta: Delta) -> Canonical:
     return Canonical(text, tensors, digest_of(text, tensors))
 
 
-def stage_canonical(
-    delta: Delta, path: Path, *, between: Callable[[], None]
-) -> StagedCanonical:
+def stage_canonical(delta: Delta, path: Path, *, between: Callable[[], None]) -> StagedCanonical:
     """Serialise `delta` as `to_canonical` does, its tensors into a new file at `path`, in bounded memory.
 
     `between` is called whenever a tensor has been read. The file is not synced. Raises OSError.
@@ -110,7 +107,7 @@ def stage_canonical(
         file.write(head)
         for name in order:
             for piece in pieces(stored[name]):
-                data = memoryview(piece.cpu().view(torch.uint8).numpy())
+                data = bytes_of(piece)
                 total.update(data)
                 file.write(data)
             between()
@@ -262,7 +259,7 @@ def _op_from_json(item: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Op:
 def _content_name(tensor: Tensor) -> str:
     total = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     for piece in pieces(tensor):
-        total.update(memoryview(piece.cpu().view(torch.uint8).numpy()))
+        total.update(bytes_of(piece))
     return total.hexdigest()[:32]
 
 

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adapters.file_uploads import FileUploads
 from adapters.registry import Registry
 from adapters.store import BlobStore
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What one run did: blobs found unused, and unused ones whose bytes it has removed."""
+    """What one run did: blobs found unused, unused ones and ended uploads whose bytes it has removed."""
 
     marked: int
     swept: int
+    uploads: int = 0
 
 
 class Collector:
     """Removes the bytes of deltas that were deleted, or uploaded in vain, at least `grace_s` seconds ago.
 
-    Until then a deletion can be undone, and requests that resolved the name before it still load the delta.
+    Until then a deletion can be undone, and requests that resolved the name before it still load the delta. Files
+    sent in parts that have expired, or were cancelled or deleted, go after a time of their own.
     """
 
-    def __init__(self, registry: Registry, store: BlobStore, *, grace_s: float) -> None:
+    def __init__(
+        self, registry: Registry, store: BlobStore, *, grace_s: float, files: FileUploads | None = None
+    ) -> None:
         self._registry = registry
         self._store = store
+        self._files = files
         self._grace_s = grace_s
 
     def collect(self) -> Collected:
@@ -38,4 +44,4 @@ class Collector:
         marked = records.mark(stored)
         due = records.due(self._grace_s)
         swept += sum(records.sweep(digest, self._grace_s, self._store.delete) for digest in due)
-        return Collected(marked, swept)
+        return Collected(marked, swept, self._files.sweep() if self._files else 0)

@@ -10,9 +10,11 @@
     ├── Forbidden                 the key is valid and its scopes do not cover this
     ├── NotFound                  no such model, version, alias or route
     ├── Conflict                  compare-and-swap lost, or the thing is in use
+    │   ├── IdempotencyKeyReused  the key stands for another request
+    │   └── InProgress            the request with this idempotency key is not answered yet; try again
     ├── Overloaded                a bounded queue or budget is full; try again
     │   ├── RateLimited           the tenant has used its share for now; says when to try again
-    │   └── QuotaExceeded         the request is more than the tenant's whole share; it can never pass
+    │   └── QuotaExceeded         more than the tenant may have, at once or in all; waiting does not help
     ├── Unavailable               a part of the service is not there at present
     │   ├── StoreError            the blob store failed (disk full, I/O error)
     │   └── RegistryUnavailable   the database failed (locked, I/O error)
@@ -106,6 +108,14 @@ class Conflict(DeltamuxError):
     """A compare-and-swap lost, or the thing is still in use."""
 
 
+class IdempotencyKeyReused(Conflict):
+    """An idempotency key that stands for another request."""
+
+
+class InProgress(Conflict):
+    """The first request with this idempotency key is not answered yet; the same request gets its answer later."""
+
+
 class Overloaded(DeltamuxError):
     """A bounded queue or budget is full; the same request may pass later."""
 
@@ -126,7 +136,7 @@ class RateLimited(Overloaded):
 
 
 class QuotaExceeded(Overloaded):
-    """The request alone is more than the tenant's share; trying again does not help."""
+    """The request alone, or with what the tenant keeps, is more than its share; trying again does not help."""
 
 
 class Unavailable(DeltamuxError):

@@ -18,6 +18,7 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, se
 from adapters import audit
 from adapters.blob_records import BlobRecords
 from adapters.errors import Conflict, InvalidRequest
+from adapters.idempotency import IdempotencyKeys
 from adapters.migrations.access import grants
 from adapters.migrations.database import Database
 from adapters.migrations.queries import (
@@ -44,6 +45,8 @@ from adapters.migrations.schema import (
     versions,
 )
 from adapters.names import LATEST, MAX_VERSION, ModelReference, check_digest, check_name
+from adapters.quotas import UNLIMITED, Quota, check_version
+from adapters.upload_records import UploadRecords
 
 __all__ = [
     "DEFAULT_TENANT",
@@ -78,6 +81,8 @@ class Registry:
         self._database = Database(url, busy_timeout_s=busy_timeout_s)
         self._clock = clock
         self.blobs = BlobRecords(self._database, clock)
+        self.uploads = UploadRecords(self._database, clock)
+        self.idempotency = IdempotencyKeys(self._database, clock)
 
     def publish(  # noqa: PLR0913  one argument per column
         self,
@@ -94,6 +99,7 @@ class Registry:
         status: Status = "ready",
         alias: str | None = None,
         hold: str | None = None,
+        quota: Quota = UNLIMITED,
         actor: str = audit.SYSTEM,
     ) -> VersionRecord:
         """Make `digest` the next version of `name`; a ready one becomes `latest` and, where given, `alias`.
@@ -102,7 +108,7 @@ class Registry:
         not fail), that version is returned with `republished` set and only `alias` moves: a retried upload has no
         second effect. `hold` is ended, the hold under which the bytes were stored.
         Raises Conflict where `alias` is wanted for a version that is not ready, StoreError where the bytes are
-        collected already.
+        collected already, QuotaExceeded for a new version that is more than `quota`.
         """
         check_name(tenant, what="tenant")
         check_name(name)
@@ -124,6 +130,7 @@ class Registry:
                     self._point(tx, adapter_id, alias, _ready(known).version)
                     self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=known.version)
                 return replace(known, republished=True)
+            check_version(tx, quota, tenant, name, digest, size_bytes)
             used = select(func.max(versions.c.version)).where(versions.c.adapter_id == adapter_id)
             record = VersionRecord(
                 tenant=tenant,
@@ -297,21 +304,26 @@ class Registry:
             self._log(tx, actor, "version.delete", tenant, f"{name}@v{version}", digest=record.digest)
         return record
 
+    def check_room(self, tenant: str, name: str, quota: Quota) -> None:
+        """Raises QuotaExceeded where `tenant` can't have one more version of `name`, however small."""
+        with self._database.read() as tx:
+            check_version(tx, quota, tenant, name, None, 1)
+
     def undelete_version(
-        self, tenant: str, name: str, version: int, *, actor: str = audit.SYSTEM
+        self, tenant: str, name: str, version: int, *, quota: Quota = UNLIMITED, actor: str = audit.SYSTEM
     ) -> VersionRecord:
         """Undo the deletion of one version; a ready one becomes `latest` unless that is newer. Returns it.
 
         Raises NotFound where no such version was deleted, Conflict where another live one has the same content,
-        and StoreError where the bytes are collected.
+        StoreError where the bytes are collected, and QuotaExceeded.
         """
         reference = ModelReference(tenant, name, version=version)
         named = and_(adapters.c.tenant == tenant, adapters.c.name == name)
         with self._database.write() as tx:
             mine = and_(versions.c.adapter_id == adapters.c.id, versions.c.version == version)
-            query = select(adapters.c.id, versions.c.digest, versions.c.status).join_from(
-                adapters, versions, mine
-            )
+            query = select(
+                adapters.c.id, versions.c.digest, versions.c.status, versions.c.size_bytes
+            ).join_from(adapters, versions, mine)
             gone = tx.execute(query.where(named, versions.c.deleted_at.is_not(None))).one_or_none()
             if gone is None:
                 raise not_found(reference)
@@ -320,6 +332,7 @@ class Registry:
                 raise Conflict(
                     f"Version {found.version} of {name!r} has the same content as {version}.", param="version"
                 )
+            check_version(tx, quota, tenant, name, gone.digest, gone.size_bytes)
             self.blobs.confirm(tx, gone.digest, None)
             row = and_(versions.c.adapter_id == gone.id, versions.c.version == version)
             tx.execute(update(versions).where(row).values(deleted_at=None))

@@ -87,7 +87,7 @@ class LocalBlobStore:
         self._fsync_fd = fsync
         self._blobs = root.absolute() / "sha256"
         self._staging = root.absolute() / "staging"
-        with _disk_errors("open the store"):
+        with disk_errors("open the store"):
             self._make_dirs(self._blobs)
             self._make_dirs(self._staging)
 
@@ -98,7 +98,7 @@ class LocalBlobStore:
         to afterwards.
         """
         target = self._dir_of(digest)
-        with _disk_errors("store a blob"), self._scratch() as scratch:
+        with disk_errors("store a blob"), self._scratch() as scratch:
             num_tensor_bytes = len(tensors) if isinstance(tensors, bytes) else tensors.stat().st_size
             sizes = {_MANIFEST: len(manifest), _TENSORS: num_tensor_bytes}
             if not target.exists():
@@ -121,7 +121,7 @@ class LocalBlobStore:
     def read(self, digest: str) -> Blob:
         """See BlobStore."""
         target = self._dir_of(digest)
-        with _disk_errors("read a blob"):
+        with disk_errors("read a blob"):
             if not target.exists():
                 raise StoreError(
                     f"The blob sha256:{digest} is not in the store.", remedy="Upload the delta again."
@@ -131,18 +131,18 @@ class LocalBlobStore:
 
     def exists(self, digest: str) -> bool:
         """See BlobStore."""
-        with _disk_errors("look for a blob"):
+        with disk_errors("look for a blob"):
             return self._dir_of(digest).exists()
 
     def delete(self, digest: str) -> None:
         """See BlobStore. Not fsynced: a blob that a power cut brings back is garbage, collected once more."""
         target = self._dir_of(digest)
-        with _disk_errors("delete a blob"), self._scratch() as scratch, suppress(FileNotFoundError):
+        with disk_errors("delete a blob"), self._scratch() as scratch, suppress(FileNotFoundError):
             target.rename(scratch / "blob")
 
     def iter_digests(self) -> Iterator[str]:
         """See BlobStore."""
-        with _disk_errors("list the blobs"):
+        with disk_errors("list the blobs"):
             for blob in self._blobs.glob(f"{_HEX * 2}/{_HEX * 64}"):
                 yield blob.name
 
@@ -152,7 +152,7 @@ class LocalBlobStore:
 
         A full or failing disk met by the body also leaves as StoreError.
         """
-        with _disk_errors("stage an upload", _DISK_ERRNOS), self._scratch() as scratch:
+        with disk_errors("stage an upload", _DISK_ERRNOS), self._scratch() as scratch:
             yield scratch
 
     def sweep_staging(self, older_than_s: float) -> int:
@@ -161,7 +161,7 @@ class LocalBlobStore:
         These are what killed processes left. Choose it longer than any pause of an upload in progress.
         """
         num_removed = 0
-        with _disk_errors("sweep the staging area"):
+        with disk_errors("sweep the staging area"):
             for entry in self._staging.iterdir():
                 if time.time() - _last_change(entry) >= older_than_s:
                     shutil.rmtree(entry, ignore_errors=True)
@@ -249,7 +249,7 @@ def _last_change(directory: Path) -> float:
 
 
 @contextmanager
-def _disk_errors(doing: str, errnos: frozenset[int] | None = None) -> Iterator[None]:
+def disk_errors(doing: str, errnos: frozenset[int] | None = None) -> Iterator[None]:
     """Turn OSError (only those in `errnos`, where given) into StoreError, whose message names no path."""
     try:
         yield

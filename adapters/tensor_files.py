@@ -123,6 +123,12 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield flat[start : start + _PIECE].contiguous()
 
 
+def bytes_of(piece: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied where it is on the CPU."""
+    data: Any = piece.cpu().view(torch.uint8).numpy()
+    return memoryview(data)
+
+
 def num_non_finite(tensor: Tensor) -> int:
     """How many values of `tensor` are NaN or infinite, counted in bounded memory."""
     return sum(piece.numel() - int(torch.isfinite(piece).sum()) for piece in pieces(tensor))

@@ -125,6 +125,15 @@ class Store(_Group):
     """Seconds for which the bytes of a deleted version are kept: as long it can be undeleted."""
     collect_every_s: float = Field(default=3600.0, ge=0)
     """Seconds between two collections of bytes that nobody needs; 0: only `deltamux adapters gc` collects."""
+    spool: Path | None = None
+    """Directory of files that are sent in parts, shared by all gateways; by default `uploads` beside the blobs."""
+
+    @property
+    def spool_path(self) -> Path:
+        """Where the spool is."""
+        if self.spool is not None:
+            return self.spool
+        return Path("deltamux-data/uploads" if "://" in self.path else f"{self.path.rstrip('/')}-uploads")
 
 
 class Database(_Group):
@@ -145,9 +154,23 @@ class Limits(_Group):
     """Bounds on what one caller can ask for."""
 
     max_upload_bytes: int = Field(default=64 * MIB, ge=1)
-    """Largest upload body; a byte more is answered 413."""
+    """Largest upload body, and largest part of a file that is sent in parts; a byte more is answered 413."""
     max_open_uploads: int = Field(default=4, ge=1)
-    """Uploads in progress at once, each held in memory while it is read; one more is answered 429."""
+    """Uploads in progress at once: bodies and parts on their way in, files put together, deltas published."""
+    max_file_bytes: int = Field(default=4096 * MIB, ge=1)
+    """Largest file that is sent in parts; a byte more is answered 413."""
+    file_lifetime_s: float = Field(default=3600.0, gt=0)
+    """Seconds in which the parts of a file must come; and then again, in which the file must be used."""
+    max_files: int = Field(default=16, ge=1)
+    """Files sent in parts that a tenant may have, pending or waiting for use, where its own limits say nothing."""
+    max_adapters: int | None = Field(default=None, ge=1)
+    """Deltas that a tenant may have, where its own limits say nothing; one more is answered 429."""
+    max_versions: int | None = Field(default=None, ge=1)
+    """Live versions that a tenant may have, of all its deltas, where its own limits say nothing."""
+    max_stored_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of deltas and files that a tenant may keep, where its own limits say nothing."""
+    idempotency_s: float = Field(default=86_400.0, gt=0)
+    """Seconds for which an answer is kept for requests that repeat its `Idempotency-Key`."""
     max_body_bytes: int = Field(default=8 * MIB, ge=1)
     """Largest JSON body; a byte more is answered 413."""
     max_n: int = Field(default=16, ge=1)

@@ -85,8 +85,8 @@ def read_upload(
     """The delta of an upload, checked against `spec` and bound to its digest.
 
     `files`: file name -> content, as the parts of the upload name themselves; of a mapped file, no more than one
-    tensor is in memory at a time while it is checked, and the delta's tensors are views of it. `backbone_digest`: what the uploader
-    says of the backbone; it outweighs any name in the config.
+    tensor is in memory at a time while it is checked, and the delta's tensors are views of it. `backbone_digest`:
+    what the uploader says of the backbone; it outweighs any name in the config.
     Raises InvalidDelta with every problem at once; PayloadTooLarge where a file or header is over its cap.
     """
     form = detect(files)

@@ -108,7 +108,8 @@ def read_json(
 def read_safetensors(name: str, data: bytes | MappedFile, problems: Problems) -> dict[str, Tensor] | None:
     """The tensors of a safetensors file by name; None where it can't be read, with the reasons in `problems`.
 
-    Those of a mapped file are views of it. A tensor whose dtype or values are refused is returned as zeros: later checks still see its name and shape.
+    Those of a mapped file are views of it. A tensor whose dtype or values are refused is returned as zeros: later
+    checks still see its name and shape.
     Raises PayloadTooLarge where the header is over MAX_HEADER_BYTES or lists more than MAX_TENSORS tensors.
     """
     header = _read_header(name, data, problems)
@@ -137,7 +138,8 @@ def read_safetensors(name: str, data: bytes | MappedFile, problems: Problems) ->
 
 def _loaded(data: bytes | MappedFile, header: Mapping[str, Any]) -> dict[str, Tensor]:
     if not isinstance(data, MappedFile):
-        return load(data)
+        found: dict[str, Tensor] = load(data)
+        return found
     with safe_open(data.path, framework="pt"):  # the library's checks of offsets and sizes; nothing is read
         start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
         return views(data.buffer, header, start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     CheckConstraint,
     Column,
     Float,
@@ -33,6 +34,10 @@ tenants = Table(
     Column("requests_per_min", Integer),  # these three: null is unlimited
     Column("tokens_per_min", Integer),
     Column("max_concurrency", Integer),
+    Column("max_stored_bytes", BigInteger),  # these four: null is what the server's settings say
+    Column("max_adapters", Integer),
+    Column("max_versions", Integer),
+    Column("max_files", Integer),
     CheckConstraint("service_class IN ('realtime', 'standard', 'batch')", name="ck_tenants_service_class"),
 )
 

@@ -31,11 +31,14 @@ class Gateway:
         write_to_serves_file()
         # here, not above: the driver imports this module to deploy the class and must stay light
         from adapters.collector import Collector  # noqa: PLC0415
+        from adapters.file_uploads import FileUploads  # noqa: PLC0415
         from adapters.registry import Registry  # noqa: PLC0415
+        from adapters.spool import Spool  # noqa: PLC0415
         from adapters.store import LocalBlobStore, open_store  # noqa: PLC0415
         from serving.deployments.collection import start_collecting  # noqa: PLC0415
         from serving.deployments.handle import RayBackend  # noqa: PLC0415
         from serving.http.app import create_app  # noqa: PLC0415
+        from serving.http.services import linger_s  # noqa: PLC0415
         from serving.metrics import GatewayMetrics  # noqa: PLC0415
         from serving.tenancy.tenancy import Tenancy  # noqa: PLC0415
 
@@ -46,7 +49,14 @@ class Gateway:
             store.sweep_staging(0.0 if alone else ABANDONED_AFTER_S)
         registry = Registry(self._settings.database.url)
         metrics = GatewayMetrics(CollectorRegistry())
-        collector = Collector(registry, store, grace_s=self._settings.store.grace_s)
+        spool = Spool(self._settings.store.spool_path)
+        files = FileUploads(
+            registry.uploads,
+            spool,
+            lifetime_s=self._settings.limits.file_lifetime_s,
+            linger_s=linger_s(self._settings),
+        )
+        collector = Collector(registry, store, grace_s=self._settings.store.grace_s, files=files)
         start_collecting(collector, metrics, self._settings.store.collect_every_s)
         timeout_s = self._settings.limits.request_timeout_s
         metrics = GatewayMetrics(CollectorRegistry())
@@ -59,6 +69,7 @@ class Gateway:
             backend=RayBackend(self._backbone, timeout_s=timeout_s),
             registry=registry,
             store=store,
+            spool=spool,
             tenancy=tenancy,
             settings=self._settings,
             metrics=metrics,

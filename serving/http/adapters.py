@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from adapters.errors import DeltamuxError, NotFound
@@ -29,20 +29,34 @@ _UPLOAD_BODY = {
         "required": True,
         "description": "One part per file, whose file name says what it is; optional fields "
         "`labels` (a JSON object of strings), `backbone_digest`, `alias` and `parity` (what `deltamux verify` wrote; "
-        "kept in the admission proof).",
+        "kept in the admission proof). Files sent before in parts are named in `file_ids`, a JSON list; with those "
+        "alone the body may as well be a JSON object of these fields.",
         "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file_ids": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
+                        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+                        "backbone_digest": {"type": "string"},
+                        "alias": {"type": "string"},
+                        "parity": {"type": "object"},
+                    },
+                }
+            },
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
                     "properties": {
                         "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                        "file_ids": {"type": "string"},
                         "labels": {"type": "string"},
                         "backbone_digest": {"type": "string"},
                         "alias": {"type": "string"},
                         "parity": {"type": "string"},
                     },
                 }
-            }
+            },
         },
     }
 }
@@ -52,14 +66,18 @@ def adapters_router(services: Services) -> APIRouter:
     """`/v1/adapters` and below."""
     registry = services.registry
     uploads = Uploads(services)
-    router = APIRouter(route_class=services.route_class, tags=["adapters"])
+    router = APIRouter(route_class=services.mutation_class, tags=["adapters"])
+    streaming = APIRouter(route_class=services.route_class, tags=["adapters"])
 
-    @router.put("/v1/adapters/{name}/versions", status_code=201, openapi_extra=_UPLOAD_BODY)
-    async def upload(name: str, request: Request, caller: Upload) -> JSONResponse:
+    @streaming.put("/v1/adapters/{name}/versions", status_code=201, openapi_extra=_UPLOAD_BODY)
+    async def upload(name: str, request: Request, caller: Upload) -> Response:
         """Publish the next version of a delta; the answer is its admission proof."""
-        record = await uploads.accept(request, caller, name)
-        set_adapter_digest(request, record.digest)
-        return JSONResponse(version_object(record), 201)
+
+        def answer(record: VersionRecord) -> Response:
+            set_adapter_digest(request, record.digest)
+            return JSONResponse(version_object(record), 201)
+
+        return await uploads.accept(request, caller, name, answer)
 
     @router.get("/v1/adapters")
     async def list_adapters(caller: Read, limit: int = 100, after: str | None = None) -> JsonObject:
@@ -131,10 +149,16 @@ def adapters_router(services: Services) -> APIRouter:
         """Undo the deletion of a version whose bytes are not collected yet."""
         with own_delta(caller, name):
             back = await in_thread(
-                registry.undelete_version, caller.tenant, name, version, actor=caller.actor
+                registry.undelete_version,
+                caller.tenant,
+                name,
+                version,
+                quota=services.quota(caller),
+                actor=caller.actor,
             )
         return version_object(back)
 
+    router.include_router(streaming)
     return router
 
 

@@ -17,7 +17,7 @@ from serving.http.services import Services
 from serving.http.threads import in_thread
 from serving.tenancy.keyring import KeyRecord
 from serving.tenancy.keys import NewKey
-from serving.tenancy.principal import Limits, Scope
+from serving.tenancy.principal import BOUNDS, Limits, Scope
 from serving.tenancy.tenants import Tenant
 
 DAY_S = 86400.0
@@ -26,20 +26,22 @@ _Name = Annotated[str, Field(min_length=1, max_length=63)]
 
 
 class LimitsBody(RequestBody):
-    """A tenant's limits, all of them: what is left out is unlimited, or the default."""
+    """A tenant's limits, all of them: what is left out is unlimited, or what the settings say."""
 
     requests_per_min: int | None = None
     tokens_per_min: int | None = None
     max_concurrency: int | None = None
+    max_stored_bytes: int | None = None
+    max_adapters: int | None = None
+    max_versions: int | None = None
+    max_files: int | None = None
     weight: float = 1.0
     service_class: Literal["realtime", "standard", "batch"] = "standard"
 
     def limits(self) -> Limits:
         """These limits. Raises InvalidRequest for what is out of range."""
         return Limits(
-            requests_per_min=self.requests_per_min,
-            tokens_per_min=self.tokens_per_min,
-            max_concurrency=self.max_concurrency,
+            **{name: getattr(self, name) for name in BOUNDS},
             weight=self.weight,
             service_class=ServiceClass(self.service_class),
         )

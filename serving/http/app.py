@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from adapters.registry import Registry
+from adapters.spool import Spool
 from adapters.store import BlobStore
 from serving.config import Settings
 from serving.core import Backend
@@ -13,6 +14,7 @@ from serving.http.adapters import adapters_router
 from serving.http.admin import admin_router
 from serving.http.edge import Edge
 from serving.http.errors import install_handlers
+from serving.http.files import files_router
 from serving.http.generation import generation_router
 from serving.http.grants import grants_router
 from serving.http.models import models_router
@@ -28,13 +30,20 @@ def create_app(
     backend: Backend,
     registry: Registry,
     store: BlobStore,
+    spool: Spool,
     tenancy: Tenancy,
     settings: Settings,
     metrics: GatewayMetrics,
 ) -> FastAPI:
     """The application over these parts, which the caller opens and closes. It runs on one event loop."""
     services = Services(
-        backend=backend, registry=registry, store=store, tenancy=tenancy, settings=settings, metrics=metrics
+        backend=backend,
+        registry=registry,
+        store=store,
+        spool=spool,
+        tenancy=tenancy,
+        settings=settings,
+        metrics=metrics,
     )
     # no redirects: a path that is not a route is answered in the envelope
     app = FastAPI(
@@ -46,6 +55,7 @@ def create_app(
         models_router,
         generation_router,
         adapters_router,
+        files_router,
         grants_router,
         admin_router,
         usage_router,

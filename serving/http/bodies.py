@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ClassVar
 
 from fastapi import Request, Response
@@ -48,8 +48,21 @@ class JsonRequest(Request):
             raise HTTPException(400, f"The body is not valid JSON: {error}.") from None
 
 
-def json_route(max_bytes: int, gate: Callable[[APIRoute], Gate]) -> type[APIRoute]:
-    """A route class that lets callers through `gate`, then reads at most `max_bytes` of JSON."""
+Handler = Callable[[Request], Awaitable[Response]]
+Around = Callable[[Request, Handler], Awaitable[Response]]
+
+
+async def _plainly(request: Request, handle: Handler) -> Response:
+    return await handle(request)
+
+
+def json_route(
+    max_bytes: int, gate: Callable[[APIRoute], Gate], *, around: Around = _plainly
+) -> type[APIRoute]:
+    """A route class that lets callers through `gate`, then reads at most `max_bytes` of JSON.
+
+    `around` is given each request, not read yet, and what answers it.
+    """
 
     class JsonRoute(GatedRoute):
         limit_bytes: ClassVar[int] = max_bytes
@@ -60,8 +73,9 @@ def json_route(max_bytes: int, gate: Callable[[APIRoute], Gate]) -> type[APIRout
             async def handle_bounded(request: Request) -> Response:
                 await check(request)
                 if self.body_field is None:  # no body, or one that the handler reads and bounds itself
-                    return await handle(request)
-                return await handle(JsonRequest(request.scope, bounded_receive(request, self.limit_bytes)))
+                    return await around(request, handle)
+                bounded = JsonRequest(request.scope, bounded_receive(request, self.limit_bytes))
+                return await around(bounded, handle)
 
             return handle_bounded
 

@@ -53,6 +53,12 @@ ANSWERS: Mapping[type[errors.DeltamuxError], Answer] = {
     errors.NotFound: Answer(404, INVALID_REQUEST_TYPE, "not_found"),
     # the SDK repeats every 409 unless told otherwise; a lost compare-and-swap stays lost
     errors.Conflict: Answer(409, INVALID_REQUEST_TYPE, "conflict", {"x-should-retry": "false"}),
+    errors.IdempotencyKeyReused: Answer(
+        409, INVALID_REQUEST_TYPE, "idempotency_key_reused", {"x-should-retry": "false"}
+    ),
+    errors.InProgress: Answer(
+        409, INVALID_REQUEST_TYPE, "request_in_progress", {"x-should-retry": "true", **_RETRY_SOON}
+    ),
     errors.Overloaded: Answer(429, "rate_limit_error", "rate_limit_exceeded", _RETRY_SOON),
     errors.RateLimited: Answer(429, "rate_limit_error", "rate_limit_exceeded", {"x-should-retry": "true"}),
     errors.QuotaExceeded: Answer(

@@ -15,7 +15,7 @@ from serving.http.threads import in_thread
 def grants_router(services: Services) -> APIRouter:
     """`/v1/adapters/{name}/grants` and below. A grantee is a tenant's name, or `*` for every tenant."""
     grants = services.tenancy.grants
-    router = APIRouter(route_class=services.route_class, tags=["adapters"])
+    router = APIRouter(route_class=services.mutation_class, tags=["adapters"])
 
     @router.get("/v1/adapters/{name}/grants")
     async def list_grants(name: str, caller: Manage) -> JsonObject:

@@ -262,3 +262,23 @@ class AliasBody(RequestBody):
 
     version: int = Field(ge=1, lt=1_000_000_000)
     expected_revision: int | None = Field(default=None, ge=0)
+
+
+class FileUploadBody(RequestBody):
+    """The body of `POST /v1/uploads`. `mime_type` is taken and not looked at; `sha256` is an extension of ours."""
+
+    bytes: Annotated[int, Field(ge=1, lt=1 << 53)]
+    filename: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$")]
+    mime_type: Annotated[str, Field(max_length=255)]
+    purpose: Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
+class CompleteBody(RequestBody):
+    """The body of `POST /v1/uploads/{id}/complete`: the parts in order, and what the file must hash to."""
+
+    part_ids: Annotated[
+        list[Annotated[str, Field(pattern=r"^part_[0-9a-f]{64}$")]], Field(min_length=1, max_length=10_000)
+    ]
+    md5: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{32}$")] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None

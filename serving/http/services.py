@@ -7,15 +7,32 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
+from adapters.file_uploads import FileUploads
+from adapters.quotas import Quota
 from adapters.registry import Registry
+from adapters.spool import Spool
 from adapters.store import BlobStore
 from serving.config import Settings
 from serving.core import BackboneInfo, Backend
 from serving.http.access import Access
 from serving.http.admission import Admission
 from serving.http.bodies import json_route
+from serving.http.idempotency import Idempotency
+from serving.http.slots import UploadSlots
 from serving.metrics import GatewayMetrics
+from serving.tenancy.principal import Principal
 from serving.tenancy.tenancy import Tenancy
+
+HOLD_REQUESTS = 3
+"""An upload holds its bytes for so many longest requests; one that is killed leaves them to collection then.
+
+Storing and admitting come behind receiving, and each may take as long as a request.
+"""
+
+
+def linger_s(settings: Settings) -> float:
+    """How long the bytes of an ended upload stay: an upload that uses them may take as long as it is held."""
+    return HOLD_REQUESTS * settings.limits.request_timeout_s
 
 
 class Services:
@@ -27,6 +44,7 @@ class Services:
         backend: Backend,
         registry: Registry,
         store: BlobStore,
+        spool: Spool,
         tenancy: Tenancy,
         settings: Settings,
         metrics: GatewayMetrics,
@@ -36,11 +54,28 @@ class Services:
         self.store = store
         self.tenancy = tenancy
         self.admission = Admission(tenancy.buckets, tenancy.ledger)
-        self.route_class = json_route(settings.limits.max_body_bytes, Access(tenancy).gate)
+        limits, gate = settings.limits, Access(tenancy).gate
+        self.files = FileUploads(
+            registry.uploads, spool, lifetime_s=limits.file_lifetime_s, linger_s=linger_s(settings)
+        )
+        self.slots = UploadSlots(limits.max_open_uploads, metrics.uploads_open)
+        self.idempotency = Idempotency(registry.idempotency, limits)
+        self.route_class = json_route(limits.max_body_bytes, gate)
+        self.mutation_class = json_route(limits.max_body_bytes, gate, around=self.idempotency.around)
         self.settings = settings
         self.metrics = metrics
         self._backbone: BackboneInfo | None = None
         self._digest_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def quota(self, caller: Principal) -> Quota:
+        """What the caller's tenant may keep: its own limits, where it has them, before the settings'."""
+        own, common = caller.limits, self.settings.limits
+        return Quota(
+            max_stored_bytes=own.max_stored_bytes or common.max_stored_bytes,
+            max_adapters=own.max_adapters or common.max_adapters,
+            max_versions=own.max_versions or common.max_versions,
+            max_files=own.max_files or common.max_files,
+        )
 
     async def backbone(self) -> BackboneInfo:
         """The backbone behind `backend`, asked for once: it never changes while this gateway lives."""

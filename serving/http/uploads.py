@@ -1,41 +1,44 @@
-"""From a multipart body to a published version: nothing is visible before all of it is durable and proven."""
+"""From an upload's body to a published version: nothing is visible before all of it is durable and proven."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
-from fastapi import Request
+from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from adapters.backbone_spec import BackboneSpec
-from adapters.canonical import Canonical, to_canonical
+from adapters.canonical import Canonical, StagedCanonical, stage_canonical, to_canonical
 from adapters.errors import (
     Conflict,
     DeltamuxError,
     ErrorInfo,
     Forbidden,
-    Overloaded,
+    InvalidRequest,
+    PayloadTooLarge,
     Unavailable,
     from_info,
 )
 from adapters.formats import read_upload
+from adapters.formats.canonical_pair import MAX_MANIFEST_BYTES
 from adapters.names import check_name
 from adapters.normal_form import Delta
 from adapters.registry import VersionRecord
+from adapters.tensor_files import MappedFile
 from serving.core import AdmissionProof
 from serving.http.errors import reply_to
 from serving.http.multipart import Parts, receive_parts
-from serving.http.services import Services
+from serving.http.services import Services, linger_s
 from serving.http.threads import in_thread
 from serving.tenancy.principal import Principal
 
 log = logging.getLogger("deltamux.http")
-
-HOLD_REQUESTS = 3
-"""An upload holds its bytes for so many longest requests; one that is killed leaves them to collection then."""
 
 
 class Uploads:
@@ -43,63 +46,68 @@ class Uploads:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        # storing and admitting come behind receiving, and each may take as long as a request
-        self._hold_s = HOLD_REQUESTS * services.settings.limits.request_timeout_s
-        self._num_receiving = 0
-        self._publishing: set[asyncio.Task[VersionRecord]] = set()
+        self._hold_s = linger_s(services.settings)
 
-    async def accept(self, request: Request, caller: Principal, name: str) -> VersionRecord:
-        """Publish the delta in the body of `request` as the caller's next version of `name`.
+    async def accept(
+        self,
+        request: Request,
+        caller: Principal,
+        name: str,
+        answer: Callable[[VersionRecord], Response],
+    ) -> Response:
+        """Publish the delta in the body of `request` as the caller's next version of `name`; `answer` to it.
 
-        Raises Forbidden, InvalidRequest, InvalidDelta, Conflict, Overloaded, Unavailable, or HTTPException for the
-        body, after which nothing of it is left.
+        Raises Forbidden, InvalidRequest, InvalidDelta, NotFound, Conflict, Overloaded, QuotaExceeded, Unavailable, or
+        HTTPException for the body, after which nothing of it is left.
         """
         try:
-            parts = await self._receive(request, caller, name)
+            slot = self._services.slots.take()
+            try:
+                parts = await self._receive(request, caller, name)
+            except BaseException:
+                slot.free()
+                raise
         except Exception as error:
             self._count(error)
             raise
-        # A task of its own, which the end of the request leaves alone: cancelling the wait for a thread does not
-        # stop the thread, and bytes must not be deleted under a row that is just being committed.
-        task = asyncio.create_task(self._publish(caller, name, parts))
-        self._publishing.add(task)
-        task.add_done_callback(self._published)
-        self._show_open()
-        return await asyncio.shield(task)
+
+        begun = False
+
+        async def publish() -> Response:
+            nonlocal begun
+            begun = True
+            with slot:
+                try:
+                    record = await self._publish(caller, name, parts)
+                except Exception as error:
+                    self._count(error)
+                    raise
+                self._count(None)
+            return answer(record)
+
+        # It runs to its end, whatever becomes of the request: cancelling the wait for a thread does not stop the
+        # thread, and bytes must not be deleted under a row that is just being committed.
+        try:
+            return await self._services.idempotency.once(request, caller, parts.content(), publish)
+        finally:
+            if not begun:
+                slot.free()
 
     async def _receive(self, request: Request, caller: Principal, name: str) -> Parts:
-        limits = self._services.settings.limits
+        services, limits = self._services, self._services.settings.limits
         check_name(name)
         if not caller.reaches(caller.tenant, name):
             raise Forbidden(f"This API key may not publish {name!r}.", param="name")
-        if name == (await self._services.backbone()).name:
+        if name == (await services.backbone()).name:
             raise Conflict(
                 f"name: {name!r} is the backbone's own name.", param="name", remedy="Choose another."
             )
-        if self._num_receiving + len(self._publishing) >= limits.max_open_uploads:
-            # at once, not after a wait: a body that waits is memory held for a caller who may be slow
-            raise Overloaded(
-                f"{limits.max_open_uploads} uploads are in progress already.", remedy="Try again shortly."
-            )
-        self._num_receiving += 1
-        self._show_open()
+        await in_thread(services.registry.check_room, caller.tenant, name, services.quota(caller))
         try:
             async with asyncio.timeout(limits.request_timeout_s):
                 return await receive_parts(request, limits.max_upload_bytes)
         except TimeoutError:
             raise Unavailable("The upload's body took too long to arrive.", remedy="Send it again.") from None
-        finally:
-            self._num_receiving -= 1
-            self._show_open()
-
-    def _published(self, task: asyncio.Task[VersionRecord]) -> None:
-        self._publishing.discard(task)
-        self._show_open()
-        if not task.cancelled():
-            self._count(task.exception())
-
-    def _show_open(self) -> None:
-        self._services.metrics.uploads_open.set(self._num_receiving + len(self._publishing))
 
     def _count(self, error: BaseException | None) -> None:
         match error:
@@ -116,7 +124,32 @@ class Uploads:
     async def _publish(self, caller: Principal, name: str, parts: Parts) -> VersionRecord:
         services = self._services
         info = await services.backbone()
-        delta, canonical = await in_thread(_read, parts, info.spec_json)
+        with ExitStack() as stack:
+            canonical: Canonical | StagedCanonical
+            if parts.file_ids:
+                staging = await in_thread(stack.enter_context, services.files.spool.staging())
+                files = await in_thread(self._sent_files, caller, parts)
+                delta, canonical = await in_thread(_read_files, parts, files, info.spec_json, staging)
+            else:
+                delta, canonical = await in_thread(_read, parts, info.spec_json)
+            return await self._store(caller, name, parts, delta, canonical)
+
+    def _sent_files(self, caller: Principal, parts: Parts) -> Mapping[str, Path]:
+        """The files that the upload names by id. Raises NotFound, and InvalidRequest for two of one name."""
+        found: dict[str, Path] = {}
+        for file_id in parts.file_ids:
+            name, path = self._services.files.open_file(caller.tenant, file_id)
+            if name in found or name in parts.files:
+                raise InvalidRequest(
+                    f"The file {name!a} came twice.", param="file_ids", remedy="Send it once."
+                )
+            found[name] = path
+        return found
+
+    async def _store(
+        self, caller: Principal, name: str, parts: Parts, delta: Delta, canonical: Canonical | StagedCanonical
+    ) -> VersionRecord:
+        services = self._services
         digest = canonical.digest
         async with services.digest_lock(digest):
             # before the first byte: no collector, in whatever process, removes what is held
@@ -140,7 +173,7 @@ class Uploads:
         caller: Principal,
         name: str,
         delta: Delta,
-        canonical: Canonical,
+        canonical: Canonical | StagedCanonical,
         proof: AdmissionProof,
         parts: Parts,
         hold: str,
@@ -160,6 +193,7 @@ class Uploads:
             proof=asdict(proof) | ({"parity": parts.parity.model_dump()} if parts.parity else {}),
             alias=parts.alias,
             hold=hold,
+            quota=services.quota(caller),
             actor=caller.actor,
         )
 
@@ -177,9 +211,49 @@ class Uploads:
 
 
 def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical]:
-    spec = BackboneSpec.from_json(spec_json)
-    delta = read_upload(parts.files, spec, backbone_digest=parts.backbone_digest)
+    delta = _checked(parts, parts.files, spec_json)
     canonical = to_canonical(delta)
-    if parts.parity is not None:
-        parts.parity.require_proof_of(canonical.digest, delta.backbone_digest)
+    _check_parity(parts, canonical.digest, delta)
     return delta, canonical
+
+
+def _read_files(
+    parts: Parts, sent: Mapping[str, Path], spec_json: str, staging: Path
+) -> tuple[Delta, StagedCanonical]:
+    """The delta of files on disk, and its canonical form in a file in `staging`. Memory does not grow with them."""
+    files: dict[str, bytes | MappedFile] = dict(parts.files)
+    mapped = []
+    for name, path in sent.items():
+        if name.endswith(".safetensors"):
+            files[name] = found = MappedFile(path)
+            mapped.append(found)
+        else:
+            files[name] = _small(name, path)
+
+    def between() -> None:
+        for file in mapped:
+            file.let_go()
+
+    delta = _checked(parts, files, spec_json)
+    canonical = stage_canonical(delta, staging / "tensors.safetensors", between=between)
+    _check_parity(parts, canonical.digest, delta)
+    return delta, canonical
+
+
+def _small(name: str, path: Path) -> bytes:
+    """The bytes of a file that is no tensors'."""
+    size = path.stat().st_size
+    if size > MAX_MANIFEST_BYTES:
+        raise PayloadTooLarge(
+            f"{name!a}: {size} bytes, at most {MAX_MANIFEST_BYTES} are read.", param="file_ids"
+        )
+    return path.read_bytes()
+
+
+def _checked(parts: Parts, files: Mapping[str, bytes | MappedFile], spec_json: str) -> Delta:
+    return read_upload(files, BackboneSpec.from_json(spec_json), backbone_digest=parts.backbone_digest)
+
+
+def _check_parity(parts: Parts, digest: str, delta: Delta) -> None:
+    if parts.parity is not None:
+        parts.parity.require_proof_of(digest, delta.backbone_digest)

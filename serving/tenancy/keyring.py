@@ -14,11 +14,11 @@ from adapters.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
 from adapters.migrations.access import api_keys, tenants
 from adapters.migrations.database import Database
 from serving.tenancy.keys import NewKey, hash_of, id_of, make_key
-from serving.tenancy.principal import Principal, Scope, check_globs
+from serving.tenancy.principal import BOUNDS, Principal, Scope, check_globs
 from serving.tenancy.tenants import limits_of, require_tenant
 
 MAX_LABEL_CHARS = 200
-_LIMITS = ("requests_per_min", "tokens_per_min", "max_concurrency", "weight", "service_class")
+_LIMITS = (*BOUNDS, "weight", "service_class")
 _CREDENTIALS = select(
     api_keys, tenants.c.disabled_at, *(tenants.c[name] for name in _LIMITS)
 ).join_from(api_keys, tenants, api_keys.c.tenant == tenants.c.name)  # fmt: skip

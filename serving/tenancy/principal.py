@@ -11,6 +11,16 @@ from adapters.errors import InvalidRequest
 from serving.core import ServiceClass
 
 MAX_GLOBS = 32
+BOUNDS = (
+    "requests_per_min",
+    "tokens_per_min",
+    "max_concurrency",
+    "max_stored_bytes",
+    "max_adapters",
+    "max_versions",
+    "max_files",
+)
+"""The fields of `Limits` that are numbers of something, or null."""
 _GLOB = re.compile(r"([a-z0-9*][a-z0-9*._-]{0,62}/)?[a-z0-9*][a-z0-9*._-]{0,62}")
 
 
@@ -27,22 +37,27 @@ class Scope(StrEnum):
 class Limits:
     """A tenant's bounds (None: none) and its standing in the queue.
 
-    `tokens_per_min` counts prompt and generated tokens, `max_concurrency` the requests in progress. Raises
-    InvalidRequest naming the field that is out of range.
+    `tokens_per_min` counts prompt and generated tokens, `max_concurrency` the requests in progress. What it may keep
+    (`max_stored_bytes`, `max_adapters`, `max_versions`, `max_files`) is as in `Quota`; there None is what the
+    server's settings say. Raises InvalidRequest naming the field that is out of range.
     """
 
     requests_per_min: int | None = None
     tokens_per_min: int | None = None
     max_concurrency: int | None = None
+    max_stored_bytes: int | None = None
+    max_adapters: int | None = None
+    max_versions: int | None = None
+    max_files: int | None = None
     weight: float = 1.0
     service_class: ServiceClass = ServiceClass.STANDARD
 
     def __post_init__(self) -> None:
-        for name in ("requests_per_min", "tokens_per_min", "max_concurrency"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < 1 << 31:
+        for name in BOUNDS:
+            value, bits = getattr(self, name), 63 if name.endswith("_bytes") else 31
+            if value is not None and not 1 <= value < 1 << bits:
                 raise InvalidRequest(
-                    f"{name}: got {value}, expected 1 to {(1 << 31) - 1} or null.", param=name
+                    f"{name}: got {value}, expected 1 to {(1 << bits) - 1} or null.", param=name
                 )
         if not 0.01 <= self.weight <= 100:
             raise InvalidRequest(f"weight: got {self.weight}, expected 0.01 to 100.", param="weight")

@@ -16,7 +16,7 @@ from adapters.migrations.database import Database
 from adapters.names import check_name
 from serving.core import ServiceClass
 from serving.tenancy.buckets import FULL, Kind
-from serving.tenancy.principal import Limits
+from serving.tenancy.principal import BOUNDS, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,7 @@ def require_tenant(tx: Connection, name: str) -> Tenant:
 def limits_of(row: Row[Any]) -> Limits:
     """The limits in a row that has the columns of `tenants`."""
     return Limits(
-        requests_per_min=row.requests_per_min,
-        tokens_per_min=row.tokens_per_min,
-        max_concurrency=row.max_concurrency,
+        **{name: getattr(row, name) for name in BOUNDS},
         weight=row.weight,
         service_class=ServiceClass(row.service_class),
     )

@@ -17,6 +17,7 @@ from adapters.canonical import Canonical
 from adapters.collector import Collector
 from adapters.errors import DeltamuxError
 from adapters.registry import DEFAULT_TENANT, Registry
+from adapters.spool import Spool
 from adapters.store import LocalBlobStore
 from serving.config import Auth, Backbone, Database, Settings
 from serving.http.app import create_app
@@ -120,6 +121,7 @@ async def _upload_over_http(
             backend=FakeBackend(),
             registry=registry,
             store=store,
+            spool=Spool(plan.root.parent / "spool"),
             tenancy=tenancy,
             settings=settings,
             metrics=GatewayMetrics(CollectorRegistry()),

@@ -24,6 +24,7 @@ from adapters.errors import ErrorInfo
 from adapters.normal_form import Delta, LowRank, Site
 from adapters.registry import Registry
 from adapters.site_maps import build_spec
+from adapters.spool import Spool
 from adapters.store import LocalBlobStore
 from serving.config import Auth, Backbone, Database, Limits, Settings
 from serving.core import (
@@ -255,6 +256,7 @@ async def gateway(
             backend=backend,
             registry=registry,
             store=store,
+            spool=Spool(tmp_path / "spool"),
             tenancy=tenancy,
             settings=settings,
             metrics=metrics,

@@ -1,0 +1,326 @@
+"""/v1/uploads and /v1/files: a large file comes in parts, and a delta is made of it in bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from safetensors.torch import save
+
+from adapters.canonical import from_canonical, to_canonical
+from adapters.errors import NotFound
+from adapters.file_uploads import FileUploads
+from adapters.quotas import UNLIMITED
+from adapters.registry import Registry
+from adapters.spool import Spool
+from serving.tenancy.principal import Scope
+from tests.unit.serving.http_support import (
+    WIDTH,
+    Clock,
+    Gateway,
+    digest,
+    gateway,
+    listening,
+    pair,
+)
+from tests.unit.serving.test_http_errors import assert_envelope
+
+PART = 256
+
+
+def refused(reply: httpx.Response, status: int, code: str, param: str | None) -> None:
+    assert_envelope(reply, status)
+    error = reply.json()["error"]
+    assert (error["code"], error["param"]) == (code, param), error
+
+
+def md5_of(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def peft_directory(directory: Path, seed: int = 0) -> tuple[Path, Path]:
+    """A LoRA of random numbers as PEFT leaves it: (config, tensors)."""
+    random = torch.Generator().manual_seed(seed)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    tensors = {
+        key.format("A"): torch.randn(3, WIDTH, generator=random),
+        key.format("B"): torch.randn(WIDTH, 3, generator=random),
+    }
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny"}
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    (directory / "adapter_model.safetensors").write_bytes(save(tensors))
+    return directory / "adapter_config.json", directory / "adapter_model.safetensors"
+
+
+async def begin(g: Gateway, size: int, name: str = "tensors.safetensors", **more: Any) -> dict[str, Any]:
+    body = {"bytes": size, "filename": name, "mime_type": "x", "purpose": "user_data", **more}
+    reply = await g.http.post("/v1/uploads", json=body)
+    assert reply.status_code == 200, reply.text
+    return dict(reply.json())
+
+
+async def send(g: Gateway, upload_id: str, data: bytes, **fields: str) -> httpx.Response:
+    return await g.http.post(f"/v1/uploads/{upload_id}/parts", files={"data": ("upload", data)}, data=fields)
+
+
+async def complete(g: Gateway, upload_id: str, part_ids: list[str], **more: str) -> httpx.Response:
+    return await g.http.post(f"/v1/uploads/{upload_id}/complete", json={"part_ids": part_ids, **more})
+
+
+async def sent(g: Gateway, data: bytes, name: str, *, part: int = PART) -> str:
+    """Send a file in parts; its id."""
+    upload = await begin(g, len(data), name)
+    ids = [
+        (await send(g, upload["id"], data[at : at + part])).json()["id"] for at in range(0, len(data), part)
+    ]
+    done = await complete(g, upload["id"], ids)
+    assert done.status_code == 200, done.text
+    return str(done.json()["file"]["id"])
+
+
+async def test_the_sdks_chunked_upload_becomes_a_version(tmp_path: Path) -> None:
+    config, tensors = peft_directory(tmp_path / "delta")
+    async with gateway(tmp_path) as g, listening(g.app) as (host, port):
+
+        def with_the_sdk() -> Any:
+            with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0) as client:
+                upload = client.uploads.upload_file_chunked(
+                    file=tensors,
+                    mime_type="application/octet-stream",
+                    purpose="user_data",
+                    part_size=PART,
+                    md5=md5_of(tensors.read_bytes()),
+                )
+                other = client.uploads.upload_file_chunked(
+                    file=config.read_bytes(), filename=config.name, bytes=config.stat().st_size,
+                    mime_type="application/json", purpose="user_data",
+                )  # fmt: skip
+                assert upload.status == "completed"
+                assert upload.file
+                assert other.file
+                assert client.files.retrieve(upload.file.id).bytes == tensors.stat().st_size
+                body = {"file_ids": [upload.file.id, other.file.id], "alias": "prod", "labels": {"a": "b"}}
+                version = client.put("/adapters/large/versions", cast_to=object, body=body)
+                assert client.files.delete(upload.file.id).deleted
+                with pytest.raises(openai.NotFoundError):
+                    client.files.retrieve(upload.file.id)
+                return version
+
+        version = await asyncio.to_thread(with_the_sdk)
+        plain = await g.http.put(
+            "/v1/adapters/plain/versions",
+            files=[("file", (path.name, path.read_bytes())) for path in (config, tensors)],
+        )
+        assert version["digest"] == plain.json()["digest"]
+        assert version["labels"] == {"a": "b"}
+        blob = g.store.read(version["digest"].removeprefix("sha256:"))
+        assert to_canonical(from_canonical(blob.manifest, blob.tensors)).tensors == blob.tensors
+        staged = list((tmp_path / "spool" / "staging").iterdir())
+        assert staged == []
+
+
+async def test_files_and_parts_of_a_body_make_one_delta(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        (manifest, tensors) = (data for _, (_, data) in pair(3))
+        file_id = await sent(g, tensors, "tensors.safetensors")
+        reply = await g.http.put(
+            "/v1/adapters/delta/versions",
+            files=[("file", ("manifest.json", manifest))],
+            data={"file_ids": json.dumps([file_id])},
+        )
+        assert reply.json()["digest"] == f"sha256:{digest(3)}"
+        twice = await g.http.put(
+            "/v1/adapters/delta/versions",
+            files=[("file", ("manifest.json", manifest)), ("file", ("tensors.safetensors", tensors))],
+            data={"file_ids": json.dumps([file_id])},
+        )
+        refused(twice, 400, "invalid_value", "file_ids")
+
+
+BAD: dict[str, bytes] = {
+    "not safetensors": b"PK\x03\x04" * 100,
+    "truncated": pair(0)[1][1][1][:-1],
+    "longer than its header says": pair(0)[1][1][1] + b"\0",
+    "not a number": save({"a" * 32: torch.full((3,), torch.nan)}),
+    "another delta's": pair(5)[1][1][1],
+    "no tensors": save({}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_a_file_is_checked_as_a_body_is(tmp_path: Path, name: str) -> None:
+    manifest = pair(0)[0]
+    async with gateway(tmp_path) as g:
+        in_body = await g.http.put(
+            "/v1/adapters/delta/versions", files=[manifest, ("file", ("tensors.safetensors", BAD[name]))]
+        )
+        file_id = await sent(g, BAD[name], "tensors.safetensors")
+        by_id = await g.http.put(
+            "/v1/adapters/delta/versions", files=[manifest], data={"file_ids": json.dumps([file_id])}
+        )
+        refused(by_id, 400, "invalid_adapter", None)
+        assert by_id.json() == in_body.json()
+        assert list(g.store.iter_digests()) == []
+
+
+async def test_a_part_sent_again_is_the_same_part_and_what_came_is_told(tmp_path: Path) -> None:
+    data = bytes(range(200)) * 2
+    async with gateway(tmp_path) as g:
+        upload = await begin(g, len(data), sha256=hashlib.sha256(data).hexdigest())
+        first = (await send(g, upload["id"], data[:200])).json()
+        assert first["id"] == f"part_{hashlib.sha256(data[:200]).hexdigest()}"
+        assert (await send(g, upload["id"], data[:200])).json() == first
+        shown = (await g.http.get(f"/v1/uploads/{upload['id']}")).json()
+        assert [(part["id"], part["bytes"]) for part in shown["parts"]] == [(first["id"], 200)]
+        assert [item["id"] for item in (await g.http.get("/v1/uploads")).json()["data"]] == [upload["id"]]
+        # both halves are the same bytes: one part, named twice
+        done = await complete(g, upload["id"], [first["id"]] * 2)
+        assert done.json()["status"] == "completed"
+        assert (await complete(g, upload["id"], [first["id"]] * 2)).json() == done.json()
+        refused(await send(g, upload["id"], b"more"), 409, "conflict", "upload_id")
+        assert (await g.http.get("/v1/uploads")).json()["data"] == []
+
+
+async def test_an_upload_goes_on_after_the_server_was_restarted(tmp_path: Path) -> None:
+    data = pair(1)[1][1][1]
+    async with gateway(tmp_path) as g:
+        upload = await begin(g, len(data))
+        assert (await send(g, upload["id"], data[:PART])).status_code == 200
+    async with gateway(tmp_path) as g:
+        come = (await g.http.get(f"/v1/uploads/{upload['id']}")).json()["parts"]
+        rest = (await send(g, upload["id"], data[PART:])).json()
+        done = (await complete(g, upload["id"], [come[0]["id"], rest["id"]])).json()
+    async with gateway(tmp_path) as g:
+        reply = await g.http.put(
+            "/v1/adapters/delta/versions",
+            files=[pair(1)[0]],
+            data={"file_ids": json.dumps([done["file"]["id"]])},
+        )
+        assert reply.json()["digest"] == f"sha256:{digest(1)}"
+
+
+async def test_checksums_and_sizes_must_be_those_announced(tmp_path: Path) -> None:
+    async with gateway(tmp_path, max_upload_bytes=1000) as g:
+        upload = (await begin(g, 8, sha256="0" * 64))["id"]
+        one, two = [(await send(g, upload, data)).json()["id"] for data in (b"1234", b"5678")]
+        refused(await send(g, upload, b"9"), 400, "invalid_value", "data")
+        refused(await send(g, upload, b"1234", sha256="0" * 64), 400, "invalid_value", "sha256")
+        refused(await complete(g, upload, [one]), 400, "invalid_value", "part_ids")
+        refused(
+            await complete(g, upload, [one, f"part_{'0' * 64}"]), 400, "invalid_value", "part_ids"
+        )
+        refused(await complete(g, upload, [one, two]), 400, "invalid_value", "sha256")
+        refused(await complete(g, upload, [one, two], md5="0" * 32), 400, "invalid_value", "md5")
+        right = (await begin(g, 8, sha256=hashlib.sha256(b"56781234").hexdigest()))["id"]
+        for data in (b"1234", b"5678"):
+            await send(g, right, data)
+        refused(await complete(g, right, [one, two]), 400, "invalid_value", "sha256")
+        md5 = md5_of(b"56781234")
+        assert (await complete(g, right, [two, one], md5=md5)).json()["status"] == "completed"
+        left = [path.name for path in (tmp_path / "spool" / upload).iterdir()]
+        assert f"part-{hashlib.sha256(b'9').hexdigest()}" not in left
+
+
+async def test_what_is_too_large_is_refused_at_the_first_excess_byte(tmp_path: Path) -> None:
+    async with gateway(tmp_path, max_upload_bytes=100, max_file_bytes=1000) as g:
+        body = {"bytes": 1001, "filename": "f", "mime_type": "x", "purpose": "user_data"}
+        refused(await g.http.post("/v1/uploads", json=body), 413, "payload_too_large", "bytes")
+        upload = (await begin(g, 1000))["id"]
+        refused(await send(g, upload, b"x" * 101), 413, "payload_too_large", None)
+        refused(await send(g, upload, b"x" * 200_000), 413, "payload_too_large", None)
+        assert (await send(g, upload, b"x" * 100)).status_code == 200
+        assert len(list((tmp_path / "spool" / upload).iterdir())) == 1
+        assert g.sample("deltamux_uploads_open") == 0
+
+
+MALFORMED = {
+    "no part": (b"--b--\r\n", "data"),
+    "cut short": (b'--b\r\ncontent-disposition: form-data; name="data"\r\n\r\nabc', "body"),
+    "another field": (b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\nabc\r\n--b--\r\n', "field"),
+    "twice": (b'--b\r\ncontent-disposition: form-data; name="data"\r\n\r\na\r\n' * 2 + b"--b--\r\n", "data"),
+    "no multipart": (b"hello", "body"),
+    "a long header": (b"--b\r\nx: " + b"y" * 9999 + b"\r\n\r\n", "body"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_a_malformed_part_leaves_nothing(tmp_path: Path, name: str) -> None:
+    content, param = MALFORMED[name]
+    async with gateway(tmp_path) as g:
+        upload = (await begin(g, 100))["id"]
+        reply = await g.http.post(
+            f"/v1/uploads/{upload}/parts",
+            content=content,
+            headers={"content-type": "multipart/form-data; boundary=b"},
+        )
+        refused(reply, 400, "invalid_value", param)
+        assert list((tmp_path / "spool" / upload).iterdir()) == []
+        assert (await g.http.get(f"/v1/uploads/{upload}")).json()["parts"] == []
+
+
+async def test_uploads_of_others_are_not_found(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        g.use(g.key("acme"))
+        upload = await begin(g, 4)
+        part = (await send(g, upload["id"], b"1234")).json()["id"]
+        file_id = (await complete(g, upload["id"], [part])).json()["file"]["id"]
+        g.use(g.key("other"))
+        path = f"/v1/uploads/{upload['id']}"
+        for reply in (
+            await g.http.get(path),
+            await send(g, upload["id"], b"1234"),
+            await complete(g, upload["id"], [part]),
+            await g.http.post(f"{path}/cancel"),
+        ):
+            refused(reply, 404, "not_found", "upload_id")
+        for reply in (
+            await g.http.get(f"/v1/files/{file_id}"),
+            await g.http.delete(f"/v1/files/{file_id}"),
+            await g.http.put("/v1/adapters/delta/versions", json={"file_ids": [file_id]}),
+        ):
+            refused(reply, 404, "not_found", "file_id")
+        assert (await g.http.get("/v1/files")).json()["data"] == []
+        g.use(g.key("acme", Scope.INFER))
+        refused(await g.http.get(path), 403, "insufficient_permissions", None)
+
+
+async def test_a_cancelled_or_expired_upload_takes_nothing_and_goes(tmp_path: Path) -> None:
+    clock = Clock()
+    with Registry(f"sqlite:///{tmp_path}/r.db", clock=clock) as registry:
+        spool = Spool(tmp_path / "spool")
+        files = FileUploads(registry.uploads, spool, lifetime_s=100, linger_s=50)
+        made = [
+            registry.uploads.create(
+                "t", filename="f", purpose="p", size_bytes=3, sha256=None, lifetime_s=100, quota=UNLIMITED
+            )
+            for _ in range(3)
+        ]
+        for upload in made:
+            writer = spool.open_part(upload.id)
+            writer.write(b"abc")
+            part = files.add_part("t", upload.id, writer, sha256=None)
+        cancelled, old, done = (upload.id for upload in made)
+        registry.uploads.cancel("t", cancelled)
+        file_id = files.complete("t", done, [part.sha256], md5=None, sha256=None).file_id
+        assert file_id
+        path = files.open_file("t", file_id)[1]
+        assert files.sweep() == 0
+        clock.now += 100
+        assert registry.uploads.get("t", old)[0].status == "expired"
+        with pytest.raises(NotFound):
+            files.open_file("t", file_id)
+        assert files.sweep() == 1  # the cancelled one; the others end now
+        assert path.read_bytes() == b"abc"  # a publication that has just opened it goes on
+        clock.now += 50
+        assert files.sweep() == 2
+        assert [entry.name for entry in (tmp_path / "spool").iterdir()] == ["staging"]
+        assert registry.uploads.known() == frozenset()
