@@ -29,7 +29,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PIECE = 1 << 22  # elements looked at in one go: what a check takes in memory does not grow with the tensor
+_PIECE = 1 << 18  # elements looked at in one go: what a check takes in memory does not grow with the tensor
 
 
 class MappedFile:

@@ -219,6 +219,18 @@ class Settings(_Group):
         return self
 
 
+HOLD_REQUESTS = 3
+
+
+def linger_s(settings: Settings) -> float:
+    """How long bytes stay that an upload may be at work on: as long as so many longest requests.
+
+    Storing and admitting come behind receiving, and each may take as long as a request. What a killed one leaves is
+    collected then.
+    """
+    return HOLD_REQUESTS * settings.limits.request_timeout_s
+
+
 def load_settings(config_file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
     """Settings from `config_file`, the environment and `flags` (a nested mapping), the later winning.
 

@@ -20,12 +20,22 @@ def gc(
 ) -> None:
     """Remove the bytes of deltas deleted long enough ago. Works on store and database, beside any server."""
     from adapters.collector import Collector  # noqa: PLC0415  (heavy)
+    from adapters.file_uploads import FileUploads  # noqa: PLC0415
     from adapters.registry import Registry  # noqa: PLC0415
+    from adapters.spool import Spool  # noqa: PLC0415
     from adapters.store import open_store  # noqa: PLC0415
+    from serving.config import linger_s  # noqa: PLC0415
 
     flags = given({"store": {"path": store, "grace_s": grace_s}, "database": {"url": database}})
     settings = load({**flags, "backbone": {"path": "none"}}, config)  # a required setting of no meaning here
     with Registry(settings.database.url) as registry, stages("collecting"):
         blobs = open_store(settings.store.path)
-        done = Collector(registry, blobs, grace_s=settings.store.grace_s).collect()
+        files = FileUploads(
+            registry.uploads,
+            Spool(settings.store.spool_path),
+            lifetime_s=settings.limits.file_lifetime_s,
+            linger_s=linger_s(settings),
+        )
+        done = Collector(registry, blobs, grace_s=settings.store.grace_s, files=files).collect()
     out.print(f"{done.swept} removed, {done.marked} newly found unused; those wait for the grace period")
+    out.print(f"{done.uploads} ended uploads removed")

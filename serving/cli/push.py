@@ -16,6 +16,7 @@ from adapters.errors import InvalidDelta, InvalidRequest
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
 from serving.cli.console import err, out, stages, table
 from serving.cli.convert import converted, parity_text
+from serving.cli.large import is_large, send_large
 
 PEFT_TENSORS = {"adapter_model.safetensors", "adapter_model.bin"}
 CONVERTER = (
@@ -135,7 +136,10 @@ def send(
     fields: Mapping[str, str],
     on_bytes: Callable[[int], object] = lambda _: None,
 ) -> JsonObject:
-    """Upload `files`; returns the version. Raises what the server says is wrong."""
+    """Upload `files`, in parts where they are large; returns the version. Raises what the server says is wrong."""
+    if is_large(files):
+        with _naming_the_converter(files):
+            return send_large(client, name, files, fields=fields, on_bytes=on_bytes)
     with ExitStack() as stack:
         parts = [
             (

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
-from serving.config import Settings
+from serving.config import Settings, linger_s
 from serving.deployments.logs import write_to_serves_file
 
 _LOCK = "gateway.lock"
@@ -38,7 +38,6 @@ class Gateway:
         from serving.deployments.collection import start_collecting  # noqa: PLC0415
         from serving.deployments.handle import RayBackend  # noqa: PLC0415
         from serving.http.app import create_app  # noqa: PLC0415
-        from serving.http.services import linger_s  # noqa: PLC0415
         from serving.metrics import GatewayMetrics  # noqa: PLC0415
         from serving.tenancy.tenancy import Tenancy  # noqa: PLC0415
 

@@ -12,7 +12,7 @@ from adapters.quotas import Quota
 from adapters.registry import Registry
 from adapters.spool import Spool
 from adapters.store import BlobStore
-from serving.config import Settings
+from serving.config import Settings, linger_s
 from serving.core import BackboneInfo, Backend
 from serving.http.access import Access
 from serving.http.admission import Admission
@@ -22,17 +22,6 @@ from serving.http.slots import UploadSlots
 from serving.metrics import GatewayMetrics
 from serving.tenancy.principal import Principal
 from serving.tenancy.tenancy import Tenancy
-
-HOLD_REQUESTS = 3
-"""An upload holds its bytes for so many longest requests; one that is killed leaves them to collection then.
-
-Storing and admitting come behind receiving, and each may take as long as a request.
-"""
-
-
-def linger_s(settings: Settings) -> float:
-    """How long the bytes of an ended upload stay: an upload that uses them may take as long as it is held."""
-    return HOLD_REQUESTS * settings.limits.request_timeout_s
 
 
 class Services:

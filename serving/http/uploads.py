@@ -31,10 +31,11 @@ from adapters.names import check_name
 from adapters.normal_form import Delta
 from adapters.registry import VersionRecord
 from adapters.tensor_files import MappedFile
+from serving.config import linger_s
 from serving.core import AdmissionProof
 from serving.http.errors import reply_to
 from serving.http.multipart import Parts, receive_parts
-from serving.http.services import Services, linger_s
+from serving.http.services import Services
 from serving.http.threads import in_thread
 from serving.tenancy.principal import Principal
 

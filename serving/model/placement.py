@@ -140,7 +140,9 @@ class _Placer:
         key = (id(tensor), dtype, transpose)
         if key not in self._copies:
             source = tensor.t() if transpose else tensor
-            copy = source.to(self.backbone.device, dtype, copy=True).contiguous()
+            # straight into its place: `to` keeps a transposed layout, of which a second copy would be made
+            copy = torch.empty(source.shape, dtype=dtype, device=self.backbone.device)
+            copy.copy_(source)
             self._copies[key] = (tensor, copy)  # the source too: a freed tensor's id comes back
             self.device_bytes += copy.nbytes
         return self._copies[key][1]

@@ -167,7 +167,7 @@ async def test_a_file_is_checked_as_a_body_is(tmp_path: Path, name: str) -> None
         by_id = await g.http.put(
             "/v1/adapters/delta/versions", files=[manifest], data={"file_ids": json.dumps([file_id])}
         )
-        refused(by_id, 400, "invalid_adapter", None)
+        refused(by_id, 400, "invalid_adapter", "adapter")
         assert by_id.json() == in_body.json()
         assert list(g.store.iter_digests()) == []
 
