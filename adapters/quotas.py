@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, and_, func, select
+from sqlalchemy import Connection, Select, and_, func, select
 
 from adapters.errors import QuotaExceeded
 from adapters.migrations.queries import LIVE
@@ -32,31 +33,34 @@ class Quota:
 UNLIMITED = Quota()
 
 
-def check_version(
-    tx: Connection, quota: Quota, tenant: str, name: str, digest: str | None, size_bytes: int
-) -> None:
-    """Raises QuotaExceeded where one more live version of `name`, of this content, is more than `tenant` may have.
+def check_name(tx: Connection, quota: Quota, tenant: str, name: str) -> None:
+    """Raises QuotaExceeded where `name` would be one more adapter than `tenant` may have."""
+    if quota.max_adapters is None:
+        return
+    live = _live(tenant)
+    if tx.execute(live.where(adapters.c.name == name).limit(1)).all():
+        return
+    count = tx.scalar(select(func.count(func.distinct(live.subquery().c.adapter_id))))
+    _check("adapters", count, 1, quota.max_adapters)
 
-    `digest` None: of a content that is not known yet.
-    """
-    mine = select(versions.c.adapter_id, versions.c.digest, versions.c.size_bytes, adapters.c.name)
-    live = mine.join_from(adapters, versions, versions.c.adapter_id == adapters.c.id)
-    live = live.where(adapters.c.tenant == tenant, LIVE)
+
+def check_version(tx: Connection, quota: Quota, tenant: str, name: str, digest: str, size_bytes: int) -> None:
+    """Raises QuotaExceeded where one more live version of `name`, of this content, is more than `tenant` may have."""
+    check_name(tx, quota, tenant, name)
+    live = _live(tenant)
     if quota.max_versions is not None:
-        _check(
-            "live versions",
-            tx.scalar(select(func.count()).select_from(live.subquery())),
-            1,
-            quota.max_versions,
-        )
-    if quota.max_adapters is not None and not tx.execute(live.where(adapters.c.name == name).limit(1)).all():
-        names = live.subquery()
-        count = tx.scalar(select(func.count(func.distinct(names.c.adapter_id))))
-        _check("adapters", count, 1, quota.max_adapters)
-    if quota.max_stored_bytes is not None:
-        known = digest is not None and tx.execute(live.where(versions.c.digest == digest).limit(1)).all()
-        if not known:
-            _check("stored bytes", _stored_bytes(tx, tenant), size_bytes, quota.max_stored_bytes)
+        count = tx.scalar(select(func.count()).select_from(live.subquery()))
+        _check("live versions", count, 1, quota.max_versions)
+    if quota.max_stored_bytes is None or tx.execute(live.where(versions.c.digest == digest).limit(1)).all():
+        return
+    _check("stored bytes", _stored_bytes(tx, tenant), size_bytes, quota.max_stored_bytes)
+
+
+def _live(tenant: str) -> Select[Any]:
+    found = select(versions.c.adapter_id).join_from(
+        adapters, versions, versions.c.adapter_id == adapters.c.id
+    )
+    return found.where(adapters.c.tenant == tenant, LIVE)
 
 
 def check_file(tx: Connection, quota: Quota, tenant: str, size_bytes: int) -> None:

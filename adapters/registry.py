@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
 
-from adapters import audit
+from adapters import audit, quotas
 from adapters.blob_records import BlobRecords
 from adapters.errors import Conflict, InvalidRequest
 from adapters.idempotency import IdempotencyKeys
@@ -305,9 +305,9 @@ class Registry:
         return record
 
     def check_room(self, tenant: str, name: str, quota: Quota) -> None:
-        """Raises QuotaExceeded where `tenant` can't have one more version of `name`, however small."""
+        """Raises QuotaExceeded where `name` would be one more adapter than `tenant` may have, whatever its content."""
         with self._database.read() as tx:
-            check_version(tx, quota, tenant, name, None, 1)
+            quotas.check_name(tx, quota, tenant, name)
 
     def undelete_version(
         self, tenant: str, name: str, version: int, *, quota: Quota = UNLIMITED, actor: str = audit.SYSTEM

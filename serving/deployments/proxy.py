@@ -1,6 +1,13 @@
-"""What stands before Serve's own HTTP handling: headers by which a client could steer Serve are taken away."""
+"""What stands before Serve's own HTTP handling: headers by which a client could steer Serve are taken away.
+
+Bodies are let through at a pace. Serve takes a body as fast as it comes, and holds in memory, several times over, what
+the gateway has not taken yet; its event loop also carries every token stream.
+"""
 
 from __future__ import annotations
+
+import asyncio
+import time
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +20,10 @@ SERVE_HEADERS = frozenset(
         b"x-session-id",  # the same
     }
 )
+
+BODY_BURST_BYTES = 1 << 20
+BODY_BYTES_PER_S = 64 << 20
+"""A body's first bytes pass as they come, the rest at this pace: what a gateway can hash and write beside its work."""
 
 _REQUEST_ID = b"x-request-id"
 
@@ -35,7 +46,24 @@ class HeaderGuard:
                 message = {**message, "headers": _first_id_only(message.get("headers", ()))}
             await send(message)
 
-        await self._app({**scope, "headers": headers}, receive, send_one_id)
+        await self._app({**scope, "headers": headers}, paced(receive), send_one_id)
+
+
+def paced(receive: Receive) -> Receive:
+    """`receive` that takes a long body at BODY_BYTES_PER_S; its sender waits, as TCP has it."""
+    started, num_bytes = time.monotonic(), 0
+
+    async def receive_slowly() -> Message:
+        nonlocal num_bytes
+        if num_bytes > BODY_BURST_BYTES:
+            due = started + (num_bytes - BODY_BURST_BYTES) / BODY_BYTES_PER_S
+            if (wait_s := due - time.monotonic()) > 0:
+                await asyncio.sleep(wait_s)
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        return message
+
+    return receive_slowly
 
 
 def middlewares() -> list[Middleware]:
