@@ -85,11 +85,14 @@ class UploadRecords:
     ) -> PartRecord:
         """Note a part whose bytes are durable. One that is known already stays as it is.
 
-        Raises NotFound, Conflict, and InvalidRequest where there is more than the upload was announced with; then
+        Raises NotFound; Conflict, and InvalidRequest where there is more than the upload was announced with, after
         `refused` is called, while nobody else can add the same part.
         """
         with self._database.write() as tx:
-            upload = _pending(self._require(tx, tenant, upload_id))
+            upload = self._require(tx, tenant, upload_id)
+            if upload.status != "pending":
+                refused()
+            _pending(upload)
             parts = _parts(tx, upload_id)
             if known := next((part for part in parts if part.sha256 == sha256), None):
                 return known

@@ -28,13 +28,19 @@ def is_large(files: Mapping[str, Path]) -> bool:
 
 
 def send_large(
-    client: Client, name: str, files: Mapping[str, Path], *, fields: Mapping[str, str], on_bytes: OnBytes
+    client: Client,
+    name: str,
+    files: Mapping[str, Path],
+    *,
+    fields: Mapping[str, str],
+    on_bytes: OnBytes,
+    part_bytes: int = PART_BYTES,
 ) -> JsonObject:
     """Send `files` in parts and publish them; returns the version. Raises what the server says is wrong.
 
     Parts that an earlier push of the same file has sent are not sent again.
     """
-    ids = [_send_file(client, label, path, on_bytes) for label, path in files.items()]
+    ids = [_send_file(client, label, path, on_bytes, part_bytes) for label, path in files.items()]
     body = {"file_ids": ids, **fields}
     if "parity" in fields:
         body["parity"] = json.loads(fields["parity"])
@@ -44,7 +50,7 @@ def send_large(
     return version
 
 
-def _send_file(client: Client, label: str, path: Path, on_bytes: OnBytes) -> str:
+def _send_file(client: Client, label: str, path: Path, on_bytes: OnBytes, part_bytes: int) -> str:
     """Send one file; its id."""
     size, digest = path.stat().st_size, _sha256(path)
     for known in client.call("GET", "v1", "files")["data"]:
@@ -54,7 +60,7 @@ def _send_file(client: Client, label: str, path: Path, on_bytes: OnBytes) -> str
     upload_id = _begin(client, label, size, digest)
     come = {part["id"] for part in client.call("GET", "v1", "uploads", upload_id)["parts"]}
     ids = []
-    for data in _parts(path):
+    for data in _parts(path, part_bytes):
         part_id = f"part_{hashlib.sha256(data).hexdigest()}"
         if part_id not in come:
             _send_part(client, upload_id, data)
@@ -94,9 +100,9 @@ def _send_part(client: Client, upload_id: str, data: bytes) -> None:
             return
 
 
-def _parts(path: Path) -> Iterator[bytes]:
+def _parts(path: Path, part_bytes: int) -> Iterator[bytes]:
     with path.open("rb") as file:
-        yield from _blocks(file, PART_BYTES)
+        yield from _blocks(file, part_bytes)
 
 
 def _sha256(path: Path) -> str:

@@ -15,15 +15,12 @@ import torch
 from safetensors.torch import save
 
 from adapters.canonical import from_canonical, to_canonical
-from adapters.errors import NotFound
-from adapters.file_uploads import FileUploads
-from adapters.quotas import UNLIMITED
-from adapters.registry import Registry
-from adapters.spool import Spool
+from adapters.errors import InvalidRequest
+from serving.cli.client import Client
+from serving.cli.large import send_large
 from serving.tenancy.principal import Scope
 from tests.unit.serving.http_support import (
     WIDTH,
-    Clock,
     Gateway,
     digest,
     gateway,
@@ -215,9 +212,7 @@ async def test_checksums_and_sizes_must_be_those_announced(tmp_path: Path) -> No
         refused(await send(g, upload, b"9"), 400, "invalid_value", "data")
         refused(await send(g, upload, b"1234", sha256="0" * 64), 400, "invalid_value", "sha256")
         refused(await complete(g, upload, [one]), 400, "invalid_value", "part_ids")
-        refused(
-            await complete(g, upload, [one, f"part_{'0' * 64}"]), 400, "invalid_value", "part_ids"
-        )
+        refused(await complete(g, upload, [one, f"part_{'0' * 64}"]), 400, "invalid_value", "part_ids")
         refused(await complete(g, upload, [one, two]), 400, "invalid_value", "sha256")
         refused(await complete(g, upload, [one, two], md5="0" * 32), 400, "invalid_value", "md5")
         right = (await begin(g, 8, sha256=hashlib.sha256(b"56781234").hexdigest()))["id"]
@@ -293,34 +288,41 @@ async def test_uploads_of_others_are_not_found(tmp_path: Path) -> None:
         refused(await g.http.get(path), 403, "insufficient_permissions", None)
 
 
-async def test_a_cancelled_or_expired_upload_takes_nothing_and_goes(tmp_path: Path) -> None:
-    clock = Clock()
-    with Registry(f"sqlite:///{tmp_path}/r.db", clock=clock) as registry:
-        spool = Spool(tmp_path / "spool")
-        files = FileUploads(registry.uploads, spool, lifetime_s=100, linger_s=50)
-        made = [
-            registry.uploads.create(
-                "t", filename="f", purpose="p", size_bytes=3, sha256=None, lifetime_s=100, quota=UNLIMITED
-            )
-            for _ in range(3)
-        ]
-        for upload in made:
-            writer = spool.open_part(upload.id)
-            writer.write(b"abc")
-            part = files.add_part("t", upload.id, writer, sha256=None)
-        cancelled, old, done = (upload.id for upload in made)
-        registry.uploads.cancel("t", cancelled)
-        file_id = files.complete("t", done, [part.sha256], md5=None, sha256=None).file_id
-        assert file_id
-        path = files.open_file("t", file_id)[1]
-        assert files.sweep() == 0
-        clock.now += 100
-        assert registry.uploads.get("t", old)[0].status == "expired"
-        with pytest.raises(NotFound):
-            files.open_file("t", file_id)
-        assert files.sweep() == 1  # the cancelled one; the others end now
-        assert path.read_bytes() == b"abc"  # a publication that has just opened it goes on
-        clock.now += 50
-        assert files.sweep() == 2
-        assert [entry.name for entry in (tmp_path / "spool").iterdir()] == ["staging"]
-        assert registry.uploads.known() == frozenset()
+class BrokenClient(Client):
+    """Notes the parts that it sends; the connection breaks for good before part number `last` + 1."""
+
+    def __init__(self, server: str, last: int = 99) -> None:
+        super().__init__(server)
+        self.sent = 0
+        self._last = last
+
+    def call(self, method: str, *path: str, **options: Any) -> Any:
+        if path[-1] == "parts":
+            if self.sent == self._last:
+                raise InvalidRequest("unplugged")
+            self.sent += 1
+        return super().call(method, *path, **options)
+
+
+async def test_a_push_that_broke_off_is_gone_on_with(tmp_path: Path) -> None:
+    config, tensors = peft_directory(tmp_path / "delta")
+    files = {path.name: path for path in (tensors, config)}
+    num_parts = -(-tensors.stat().st_size // 100) + -(-config.stat().st_size // 100)
+    async with gateway(tmp_path) as g, listening(g.app) as (host, port):
+
+        def push(last: int) -> tuple[int, Any, int]:
+            shown: list[int] = []
+            with BrokenClient(f"http://{host}:{port}", last) as client:
+                version = send_large(
+                    client, "delta", files, fields={"alias": "prod"}, on_bytes=shown.append, part_bytes=100
+                )
+                return client.sent, version, sum(shown)
+
+        with pytest.raises(InvalidRequest, match="unplugged"):
+            await asyncio.to_thread(push, 2)
+        sent, version, shown = await asyncio.to_thread(push, 99)
+        assert sent == num_parts - 2
+        assert shown == sum(path.stat().st_size for path in files.values())
+        assert version["method"] == "LORA"
+        assert g.registry.get_adapter("default", "delta").aliases[-1].alias == "prod"
+        assert (await g.http.get("/v1/files")).json()["data"] == []
