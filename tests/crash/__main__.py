@@ -27,11 +27,13 @@ from pathlib import Path
 
 from adapters.canonical import Canonical, digest_of, to_canonical
 from adapters.collector import Collector
+from adapters.file_uploads import FileUploads
 from adapters.registry import Registry
+from adapters.spool import Spool
 from adapters.store import LocalBlobStore
 from tests import postgres
 from tests.crash.model import Model, observed
-from tests.crash.worker import HTTP_TENANT, Plan, work
+from tests.crash.worker import HTTP_TENANT, LIFETIME_S, SPOOL, Plan, work
 from tests.unit.serving.http_support import lora
 
 NUM_CONTENTS = 24  # enough that most uploads store new bytes, few enough that workers meet
@@ -147,10 +149,16 @@ class Suite:
         store = LocalBlobStore(self.root)
         store.sweep_staging(0)
         with Registry(self.url, clock=lambda: time.time() + FAR_S) as registry:
-            Collector(registry, store, grace_s=0).collect()
+            files = FileUploads(
+                registry.uploads, Spool(self.root / SPOOL), lifetime_s=LIFETIME_S, linger_s=0.0
+            )
+            collector = Collector(registry, store, grace_s=0, files=files)
+            collector.collect()
             live = registry.live_digests()
         assert set(store.iter_digests()) == live, "orphans after collection"
         assert list((self.root / "staging").iterdir()) == [], "staging after collection"
+        left = [path.name for path in (self.root / SPOOL).iterdir() if path.name != "staging"]
+        assert left == [], "uploads after collection"
         for model in self.models.values():
             model.forget_deleted()
         self.tally.collections += 1

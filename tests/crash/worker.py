@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -16,6 +17,8 @@ from prometheus_client import CollectorRegistry
 from adapters.canonical import Canonical
 from adapters.collector import Collector
 from adapters.errors import DeltamuxError
+from adapters.file_uploads import FileUploads
+from adapters.quotas import UNLIMITED
 from adapters.registry import DEFAULT_TENANT, Registry
 from adapters.spool import Spool
 from adapters.store import LocalBlobStore
@@ -29,6 +32,9 @@ from tests.unit.serving.http_support import BACKBONE, FakeBackend
 
 GRACE_S = 0.05
 HOLD_S = 5.0
+LIFETIME_S = 3600.0
+SPOOL = "uploads"
+"""Below the store's directory, where the failpoints see it."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,16 @@ def work(plan: Plan, model: Model, contents: list[Canonical], pipe: int) -> None
     if plan.kill:
         failpoints.arm(*plan.kill)
     store = LocalBlobStore(plan.root, fsync=failpoints.fsync)
+    spool = Spool(plan.root / SPOOL, fsync=failpoints.fsync)
     chooser, digests = random.Random(plan.seed), [content.digest for content in contents]
     with Registry(plan.url) as registry:
+        files = FileUploads(registry.uploads, spool, lifetime_s=LIFETIME_S, linger_s=LIFETIME_S)
         for _ in range(plan.num_operations):
             operation = model.choose(chooser, len(contents))
             tell(start=operation)
             failpoints.enter(operation[0])
             try:
-                _perform(operation, plan, registry, store, contents)
+                _perform(operation, plan, registry, store, files, contents)
             except DeltamuxError as error:
                 tell(refused=type(error).__name__, text=str(error), kind=operation[0])
                 failpoints.leave()
@@ -71,12 +79,20 @@ def work(plan: Plan, model: Model, contents: list[Canonical], pipe: int) -> None
 
 
 def _perform(
-    operation: Operation, plan: Plan, registry: Registry, store: LocalBlobStore, contents: list[Canonical]
+    operation: Operation,
+    plan: Plan,
+    registry: Registry,
+    store: LocalBlobStore,
+    files: FileUploads,
+    contents: list[Canonical],
 ) -> None:
     match operation:
         case ("upload", name, content, alias) if plan.http:
-            asyncio.run(_upload_over_http(plan, registry, store, name, contents[content], alias))
+            in_parts = content % 2 == 1
+            asyncio.run(_upload_over_http(plan, registry, store, name, contents[content], alias, in_parts))
         case ("upload", name, content, alias):
+            if content % 2 == 1:
+                _send_in_parts(files, plan.tenant, contents[content].tensors)
             _upload(registry, store, plan.tenant, name, contents[content], alias)
         case ("alias", name, alias, version):
             registry.set_alias(plan.tenant, name, alias, version, expected_revision=None)
@@ -87,7 +103,7 @@ def _perform(
         case ("undelete", name, version):
             registry.undelete_version(plan.tenant, name, version)
         case ("collect",):
-            Collector(registry, store, grace_s=GRACE_S).collect()
+            Collector(registry, store, grace_s=GRACE_S, files=files).collect()
 
 
 def _upload(
@@ -106,8 +122,42 @@ def _upload(
         raise
 
 
+def _send_in_parts(files: FileUploads, tenant: str, data: bytes) -> None:
+    """Send a file as `deltamux push` does: one that a killed worker began is gone on with. It must be whole then."""
+    records, half = files.records, len(data) // 2
+    sha256 = hashlib.sha256(data).hexdigest()
+    upload_id = next((item.id for item in records.pending(tenant) if item.sha256 == sha256), None)
+    if upload_id is None:
+        made = records.create(
+            tenant, filename="tensors.safetensors", purpose="user_data", size_bytes=len(data), sha256=sha256,
+            lifetime_s=LIFETIME_S, quota=UNLIMITED,
+        )  # fmt: skip
+        upload_id = made.id
+    known = {part.sha256 for part in records.get(tenant, upload_id)[1]}
+    parts = [data[:half], data[half:]]
+    for part in parts:
+        if hashlib.sha256(part).hexdigest() not in known:
+            writer = files.spool.open_part(upload_id)
+            writer.write(part)
+            files.add_part(tenant, upload_id, writer, sha256=None)
+    order = [hashlib.sha256(part).hexdigest() for part in parts]
+    done = files.complete(tenant, upload_id, order, md5=None, sha256=sha256)
+    for upload in records.files(tenant):  # also those that were completed before a kill
+        assert upload.file_id
+        _, path = files.open_file(tenant, upload.file_id)
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == upload.sha256, "a completed file is not whole"
+    assert done.file_id
+    records.delete_file(tenant, done.file_id)
+
+
 async def _upload_over_http(
-    plan: Plan, registry: Registry, store: LocalBlobStore, name: str, content: Canonical, alias: str | None
+    plan: Plan,
+    registry: Registry,
+    store: LocalBlobStore,
+    name: str,
+    content: Canonical,
+    alias: str | None,
+    in_parts: bool,
 ) -> None:
     """Through the gateway, with a backend that admits everything; only for the gateway's own tenant."""
     settings = Settings(
@@ -121,18 +171,33 @@ async def _upload_over_http(
             backend=FakeBackend(),
             registry=registry,
             store=store,
-            spool=Spool(plan.root.parent / "spool"),
+            spool=Spool(plan.root / SPOOL),
             tenancy=tenancy,
             settings=settings,
             metrics=GatewayMetrics(CollectorRegistry()),
         )
         gateway = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=gateway, base_url="http://gateway") as client:
-            files = [("file", (file, data)) for file, data in parts.items()]
             fields = {"alias": alias} if alias else {}
+            if in_parts:
+                tensors = parts.pop("tensors.safetensors")
+                fields["file_ids"] = json.dumps([await _send_over_http(client, tensors)])
+            files = [("file", (file, data)) for file, data in parts.items()]
             reply = await client.put(f"/v1/adapters/{name}/versions", files=files, data=fields)
     if reply.status_code != 201:
         raise DeltamuxError(reply.text)
+
+
+async def _send_over_http(client: httpx.AsyncClient, data: bytes) -> str:
+    body = {"bytes": len(data), "filename": "tensors.safetensors", "mime_type": "x", "purpose": "user_data"}
+    upload = await client.post("/v1/uploads", json=body)
+    path = f"/v1/uploads/{upload.json()['id']}"
+    halves = (data[: len(data) // 2], data[len(data) // 2 :])
+    ids = [
+        (await client.post(f"{path}/parts", files={"data": ("part", half)})).json()["id"] for half in halves
+    ]
+    done = await client.post(f"{path}/complete", json={"part_ids": ids})
+    return str(done.json()["file"]["id"])
 
 
 HTTP_TENANT = DEFAULT_TENANT
