@@ -16,7 +16,7 @@ from fastapi import Request, Response
 
 from adapters.errors import DeltamuxError, InvalidRequest
 from adapters.idempotency import Answer, IdempotencyKeys
-from serving.config import Limits
+from serving.config import Settings, linger_s
 from serving.http.bodies import Handler
 from serving.http.threads import in_thread
 from serving.tenancy.principal import Principal
@@ -32,10 +32,10 @@ _OK = range(200, 300)
 class Idempotency:
     """Carries requests out once per key. Use from one event loop."""
 
-    def __init__(self, keys: IdempotencyKeys, limits: Limits) -> None:
+    def __init__(self, keys: IdempotencyKeys, settings: Settings) -> None:
         self._keys = keys
-        self._claim_s = limits.request_timeout_s
-        self._keep_s = limits.idempotency_s
+        self._claim_s = linger_s(settings)
+        self._keep_s = settings.limits.idempotency_s
         self._running: set[asyncio.Task[Response]] = set()
 
     async def around(self, request: Request, handle: Handler) -> Response:

@@ -48,7 +48,7 @@ class Services:
             registry.uploads, spool, lifetime_s=limits.file_lifetime_s, linger_s=linger_s(settings)
         )
         self.slots = UploadSlots(limits.max_open_uploads, metrics.uploads_open)
-        self.idempotency = Idempotency(registry.idempotency, limits)
+        self.idempotency = Idempotency(registry.idempotency, settings)
         self.route_class = json_route(limits.max_body_bytes, gate)
         self.mutation_class = json_route(limits.max_body_bytes, gate, around=self.idempotency.around)
         self.settings = settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import httpx
@@ -94,6 +95,31 @@ def test_logprobs(client: openai.OpenAI, deltas: dict[str, Any]) -> None:
     for entry in content:
         assert len(entry.top_logprobs) == 3
         assert entry.logprob == max(top.logprob for top in entry.top_logprobs)  # greedy takes the likeliest
+
+
+def test_a_file_in_parts_becomes_a_delta(client: openai.OpenAI, world: World, deltas: dict[str, Any]) -> None:
+    ids = []
+    for path in sorted(world.delta("lora-a").glob("adapter_*")):
+        upload = client.uploads.upload_file_chunked(
+            file=path,
+            mime_type="application/octet-stream",
+            purpose="user_data",
+            part_size=4096,
+            md5=hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(),
+        )
+        assert upload.file is not None
+        ids.append(upload.file.id)
+    body, headers = {"file_ids": ids}, {"Idempotency-Key": "in-parts"}
+    made, again = (
+        client.with_options(default_headers=headers).put(
+            "/adapters/in-parts/versions", cast_to=object, body=body
+        )
+        for _ in range(2)
+    )
+    assert made == again
+    assert made["digest"] == deltas["lora-a"]["digest"]  # type: ignore[index]
+    assert token_ids(client, "in-parts", PROMPTS[0]) == world.reference["lora-a", PROMPTS[0]]
+    client.delete("/adapters/in-parts", cast_to=object)
 
 
 # -- errors ----------------------------------------------------------------------------------------------------
