@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 from fastapi import Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -125,15 +125,13 @@ class Uploads:
     async def _publish(self, caller: Principal, name: str, parts: Parts) -> VersionRecord:
         services = self._services
         info = await services.backbone()
-        with ExitStack() as stack:
-            canonical: Canonical | StagedCanonical
-            if parts.file_ids:
-                staging = await in_thread(stack.enter_context, services.files.spool.staging())
-                files = await in_thread(self._sent_files, caller, parts)
-                delta, canonical = await in_thread(_read_files, parts, files, info.spec_json, staging)
-            else:
-                delta, canonical = await in_thread(_read, parts, info.spec_json)
+        if not parts.file_ids:
+            delta, canonical = await in_thread(_read, parts, info.spec_json)
             return await self._store(caller, name, parts, delta, canonical)
+        async with contextmanager_in_threadpool(services.files.spool.staging()) as staging:
+            files = await in_thread(self._sent_files, caller, parts)
+            delta, staged = await in_thread(_read_files, parts, files, info.spec_json, staging)
+            return await self._store(caller, name, parts, delta, staged)
 
     def _sent_files(self, caller: Principal, parts: Parts) -> Mapping[str, Path]:
         """The files that the upload names by id. Raises NotFound, and InvalidRequest for two of one name."""
