@@ -22,7 +22,7 @@ SERVE_HEADERS = frozenset(
 )
 
 BODY_BURST_BYTES = 1 << 20
-BODY_BYTES_PER_S = 64 << 20
+BODY_BYTES_PER_S = 32 << 20
 """A body's first bytes pass as they come, the rest at this pace: what a gateway can hash and write beside its work."""
 
 _REQUEST_ID = b"x-request-id"
