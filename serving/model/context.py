@@ -65,7 +65,8 @@ class ForwardContext:
 
     `captured` holds the sites that other modules read, filled by the modules that see them. `query` [heads, T, D]
     after rotary and `scaling` are those of the attention that ran last, filled by the attention function. `padding`
-    says which of the rows that modules see are tokens, None where all are.
+    says which of the rows that modules see are tokens, None where all are. `hidden_rows` [R] are the tokens whose
+    final hidden states are wanted, which are then in `hidden` [R, d] fp32.
     """
 
     programs: Sequence[Program | None]
@@ -74,6 +75,17 @@ class ForwardContext:
     query: Tensor | None = None
     scaling: float = 1.0
     padding: Padding | None = None
+    hidden_rows: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def keep_hidden(self, states: Tensor) -> None:
+        """Take the wanted rows of the final hidden states [..., d], which the model hands over."""
+        if self.hidden_rows is None:
+            return
+        tokens = states.flatten(0, -2)
+        if self.padding is not None:
+            tokens = tokens[self.padding.tokens]
+        self.hidden = tokens[self.hidden_rows].float()
 
 
 class _Active(threading.local):

@@ -17,6 +17,8 @@ def install_sites(model: nn.Module, spec: BackboneSpec) -> None:
     """Hook every module of `spec`; a module's index in `spec.modules` is its index in `ForwardContext.programs`."""
     for index, module in enumerate(spec.modules):
         _hook(model.get_submodule(module.path), index)
+        if module.writes[0].site.name == "final":
+            _keep_hidden(model.get_submodule(module.path))
 
 
 def _hook(module: nn.Module, index: int) -> None:
@@ -31,5 +33,17 @@ def _hook(module: nn.Module, index: int) -> None:
         if context.padding is not None:
             return context.padding.run(index, program, context, base, x, args, kwargs)
         return program.run(context, base, x, args, kwargs)
+
+    module.forward = forward
+
+
+def _keep_hidden(module: nn.Module) -> None:
+    base = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = base(*args, **kwargs)
+        if (context := active_context()) is not None:
+            context.keep_hidden(out)
+        return out
 
     module.forward = forward
