@@ -20,6 +20,7 @@ from adapters.formats.peft_beft import read_beft
 from adapters.formats.peft_delora import read_delora
 from adapters.formats.peft_gralora import read_gralora
 from adapters.formats.peft_hra import read_hra
+from adapters.formats.peft_keys import under_body
 from adapters.formats.peft_ia3 import read_ia3
 from adapters.formats.peft_ln_tuning import read_ln_tuning
 from adapters.formats.peft_loha import read_loha
@@ -111,6 +112,6 @@ def read_peft(
         backbone_digest,
         problems,
     )
-    ops = reader(config, upload.tensors, spec, problems)
+    ops = reader(config, under_body(upload.tensors, spec), spec, problems)
     delta = Delta(method=method, ops=ops, backbone_digest=spec.digest, lineage={"format": "peft", **lineage})
     return replace(delta, position_offset=delta.num_virtual_tokens)

@@ -67,7 +67,7 @@ def _explain_init(value: object) -> str | None:
 
 def _explain_task(value: object) -> str | None:
     if value in TASK_TYPES:
-        return f"'{value}' is not served yet, expected CAUSAL_LM or null: it trains a head or pools hidden states."
+        return f"'{value}' is not served yet, expected CAUSAL_LM, FEATURE_EXTRACTION or null: it trains a head or pools hidden states."
     return None
 
 
@@ -92,7 +92,11 @@ COMMON: Mapping[str, Rule] = {
     "peft_type": TEXT,  # the reader table has looked at it
     "base_model_name_or_path": TEXT,  # so has the base check
     "revision": TEXT,
-    "task_type": Rule(lambda value: value in (None, "CAUSAL_LM"), "CAUSAL_LM or null", explain=_explain_task),
+    "task_type": Rule(
+        lambda value: value in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"),
+        "CAUSAL_LM, FEATURE_EXTRACTION or null",
+        explain=_explain_task,
+    ),
     "auto_mapping": OBJECT,
     "peft_version": TEXT,
     "inference_mode": BOOLEAN,

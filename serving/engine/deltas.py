@@ -16,17 +16,16 @@ import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
 from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
-from serving.core import AdmissionProof
+from serving.core import AdmissionProof, Request, SamplingParams
 from serving.engine.runner import Runner
 from serving.engine.scheduler import NotYet
+from serving.engine.sequence import ScheduledRow, Sequence
 from serving.memory.budget import MemoryBudget
 from serving.memory.host_cache import HostCache
 from serving.memory.residency import Residency
 from serving.metrics import EngineMetrics
-from serving.model.context import ForwardContext
-from serving.model.kv_cache import RowSpan
 from serving.model.placement import place
-from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
+from serving.model.programs import PlacedDelta
 
 log = logging.getLogger(__name__)
 
@@ -240,38 +239,33 @@ class DeltaManager:
         )
 
     def _effect(self, placed: PlacedDelta) -> tuple[float, float]:
-        """(max |logit change|, max |bare logit|) on the probe prompt, bare row and delta row in one batch.
+        """(max |change|, max |bare value|) of the outputs on the probe prompt, bare row and delta row in one batch.
 
         Raises InvalidDelta for a delta that changes nothing or overflows.
         """
-        backbone, prefix = self.runner.backbone, placed.prefix_len
-        draw = torch.Generator().manual_seed(0)
-        row = torch.randint(0, backbone.spec.vocab_size, (PROBE_TOKENS,), generator=draw)
-        for weights in (w for ops in placed.modules.values() for w in ops.embeddings):
-            row[::2] = weights.ids.cpu()[torch.arange(PROBE_TOKENS // 2) % len(weights.ids)]
-        cache = backbone.new_cache(2, prefix + PROBE_TOKENS)
-        if placed.prefix is not None:
-            cache.write_prefix(1, placed.prefix)
-        segments = [DeltaSegment(PROBE_TOKENS, 2 * PROBE_TOKENS, placed)]
-        programs = compile_programs(
-            len(backbone.spec.modules), backbone.kernels, segments, segments, backbone.logit_modules
-        )
-        spans = [RowSpan(0, PROBE_TOKENS, 0, 0), RowSpan(PROBE_TOKENS, 2 * PROBE_TOKENS, 1, prefix)]
-        positions = torch.arange(PROBE_TOKENS)
-        logits = backbone.forward(
-            torch.cat([row, row]).to(backbone.device),
-            torch.cat([positions, positions + placed.position_offset]).to(backbone.device),
-            ForwardContext(programs, cache.plan(spans)),
-            torch.arange(2 * PROBE_TOKENS, device=backbone.device),
-        )
-        bare, changed = torch.split(logits, PROBE_TOKENS)
+        runner = Runner(self.runner.backbone, num_slots=2, max_len=placed.prefix_len + PROBE_TOKENS)
+        tokens = _probe_tokens(placed, runner.backbone.spec.vocab_size)
+        rows = []
+        for slot, delta in enumerate((None, placed)):
+            request = Request(
+                request_id=f"probe-{slot}",
+                prompt_token_ids=tokens,
+                sampling=SamplingParams(prompt_logprobs=0),  # the outputs of every token are wanted
+                adapter_digest=None if delta is None else placed.digest,
+            )
+            row = Sequence(request, list(tokens), state=None)
+            row.admit(slot, delta)
+            row.invoked_at = 0
+            rows.append(ScheduledRow(row, PROBE_TOKENS))
+        bare, changed = (output.logits for output in runner.run(rows))
         if not torch.isfinite(changed).all():
-            raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
+            raise InvalidDelta(["The delta makes non-finite outputs on the probe tokens."])
         effect = float((changed - bare).abs().max())
         if not effect > 0.0:  # also true for NaN
             raise InvalidDelta(
                 [
-                    f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
+                    "The delta has no effect: its outputs equal the bare backbone's on "
+                    f"{PROBE_TOKENS} probe tokens."
                 ],
                 remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
             )
@@ -305,6 +299,15 @@ class DeltaManager:
     def _report(self) -> None:
         self._metrics.adapters_resident.set(len(self.residency))
         self._metrics.adapter_bytes.set(self.residency.used_bytes)
+
+
+def _probe_tokens(placed: PlacedDelta, vocab_size: int) -> tuple[int, ...]:
+    """Random tokens, every other one of those whose rows the delta replaces."""
+    draw = torch.Generator().manual_seed(0)
+    row = torch.randint(0, vocab_size, (PROBE_TOKENS,), generator=draw)
+    for weights in (w for ops in placed.modules.values() for w in ops.embeddings):
+        row[::2] = weights.ids.cpu()[torch.arange(PROBE_TOKENS // 2) % len(weights.ids)]
+    return tuple(row.tolist())
 
 
 def _nothing() -> None:

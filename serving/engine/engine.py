@@ -102,7 +102,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def _make_scheduler(self, settings: EngineSettings) -> Scheduler:
-        cache = self.runner.cache
+        cache, is_encoder = self.runner.cache, self.backbone.spec.kind == "encoder"
         kv = SlotKVManager(
             cache.num_slots, cache.max_len, entry_bytes=cache.entry_bytes, budget=self.budget, storage=cache
         )
@@ -120,8 +120,9 @@ class Engine:
             max_queue=settings.max_queue,
             max_wait_s=settings.max_wait_s,
             max_queue_s=settings.max_queue_s,
+            whole_rows=is_encoder,
         )
-        keys = PrefixKeys(self.backbone.spec.digest, settings.prefix_cache)
+        keys = PrefixKeys(self.backbone.spec.digest, "off" if is_encoder else settings.prefix_cache)
         return Scheduler(kv, self.deltas, policy, keys, limits=limits, clock=time.monotonic)
 
     # -- the step loop ------------------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ from serving.model.programs import NOTHING_MERGED, DeltaSegment, PlacedDelta, Pr
 
 
 class RowLogits(NamedTuple):
-    """Logits [n, V] of the last n tokens that `row` ran in this step; n = 0 in the middle of a chunked prompt."""
+    """Logits [n, V] of the last n tokens that `row` ran in this step; n = 0 in the middle of a chunked prompt.
+
+    Of an encoder, final hidden states [n, d].
+    """
 
     row: ScheduledRow
     logits: Tensor
@@ -30,7 +33,10 @@ class RowLogits(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """A flattened step. `spans` place tokens in KV slots, `logits_rows` are the tokens whose logits are wanted."""
+    """A flattened step. `spans` place tokens in KV slots, `logits_rows` are the tokens whose logits are wanted.
+
+    `inserted`: virtual tokens [l, d] in place of the l tokens from an index on.
+    """
 
     rows: list[ScheduledRow]
     token_ids: list[int]
@@ -40,6 +46,7 @@ class Batch:
     logits_rows: list[int]
     logits_counts: list[int]
     logit_segments: list[DeltaSegment]
+    inserted: list[tuple[int, Tensor]]
 
     @property
     def sole_delta(self) -> PlacedDelta | None:
@@ -71,13 +78,20 @@ class Runner:
     def _forward(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
         batch = build_batch(rows)
         device = self.backbone.device
-        logits = self.backbone.forward(
-            torch.tensor(batch.token_ids, device=device),
-            torch.tensor(batch.positions, device=device),
-            ForwardContext(self._compile(batch), self.cache.plan(batch.spans)),
-            torch.tensor(batch.logits_rows, device=device) if batch.logits_rows else None,
+        tokens = torch.tensor(batch.token_ids, device=device)
+        positions = torch.tensor(batch.positions, device=device)
+        wanted = torch.tensor(batch.logits_rows, device=device) if batch.logits_rows else None
+        context = ForwardContext(
+            self._compile(batch), self.cache.plan(batch.spans), inserted=batch.inserted
         )
-        parts = torch.split(logits, batch.logits_counts)
+        if self.backbone.spec.kind == "encoder":
+            context.hidden_rows = wanted
+            self.backbone.forward(tokens, positions, context, None)
+            outputs = context.hidden
+            assert outputs is not None, "a row of an encoder wants nothing"
+        else:
+            outputs = self.backbone.forward(tokens, positions, context, wanted)
+        parts = torch.split(outputs, batch.logits_counts)
         return [RowLogits(row, part) for row, part in zip(batch.rows, parts, strict=True)]
 
     def _compile(self, batch: Batch) -> list[Program | None]:
@@ -103,11 +117,15 @@ class Runner:
 def build_batch(rows: Seq[ScheduledRow]) -> Batch:
     """Flatten `rows`, those of one delta side by side."""
     ordered = sorted(rows, key=lambda row: row.seq.request.adapter_digest or "")
-    batch = Batch(ordered, [], [], [], [], [], [], [])
+    batch = Batch(ordered, [], [], [], [], [], [], [], [])
     for row in ordered:
         seq, count = row
         start, first = len(batch.token_ids), seq.num_computed
-        stop = start + count
+        if (virtual := _inserted(seq)) is not None:
+            batch.inserted.append((start, virtual))
+            batch.token_ids += [0] * len(virtual)
+            batch.positions += range(len(virtual))
+        stop = len(batch.token_ids) + count
         batch.token_ids += seq.tokens[first : first + count]
         batch.positions += range(seq.position_offset + first, seq.position_offset + first + count)
         batch.spans.append(RowSpan(start, stop, seq.slot, seq.prefix_len + first))
@@ -118,9 +136,14 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
         if seq.delta is not None:
             assert isinstance(seq.delta, PlacedDelta)
             before = seq.invoked_at - first  # tokens of this step that come before the delta's invocation
-            _extend(batch.token_segments, start, count, before, seq.delta)
+            _extend(batch.token_segments, start, stop - start, before, seq.delta)
             _extend(batch.logit_segments, logits_start, wanted, before - (count - wanted), seq.delta)
     return batch
+
+
+def _inserted(seq: Sequence) -> Tensor | None:
+    """The virtual tokens [l, d] that run with the row."""
+    return seq.delta.virtual_tokens if isinstance(seq.delta, PlacedDelta) else None
 
 
 def _extend(segments: list[DeltaSegment], start: int, count: int, before: int, delta: PlacedDelta) -> None:

@@ -21,6 +21,9 @@ class LeasedDelta(Protocol):
     def position_offset(self) -> int: ...
 
     @property
+    def num_inserted(self) -> int: ...
+
+    @property
     def device_bytes(self) -> int: ...
 
     @property

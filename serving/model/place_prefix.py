@@ -45,10 +45,10 @@ def _projected(rows: Tensor, site: str, op: AttnPrefix, backbone: Backbone) -> T
 
 
 def place_prefix(delta: Delta, placed: PlacedDelta, backbone: Backbone) -> list[tuple[Tensor, Tensor]] | None:
-    """The keys and values that the delta owns, per layer, or None."""
+    """The keys and values that the delta owns, per layer, or None. Virtual tokens of an encoder own none."""
     layers = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix) and op.merge == "joint"}
     virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
-    if virtual is not None:
+    if virtual is not None and backbone.spec.kind == "decoder":
         return _run_virtual_tokens(virtual, placed.before or placed, backbone)
     if not layers:
         return None

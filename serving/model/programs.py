@@ -44,6 +44,7 @@ class PlacedDelta:
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
     `before`: what acts on the tokens before the last `invocation` in the prompt, where the delta has one.
+    `virtual_tokens` [l, d]: on an encoder they are tokens of every row, since they see what follows them.
     """
 
     digest: str
@@ -56,11 +57,17 @@ class PlacedDelta:
     general_modules: frozenset[int]
     invocation: tuple[int, ...] = ()
     before: PlacedDelta | None = None
+    virtual_tokens: Tensor | None = None
 
     @property
     def prefix_len(self) -> int:
         """Key-value entries in front of every request of this delta."""
         return 0 if self.prefix is None else int(self.prefix[0][0].shape[0])
+
+    @property
+    def num_inserted(self) -> int:
+        """Virtual tokens that run with every row."""
+        return 0 if self.virtual_tokens is None else len(self.virtual_tokens)
 
 
 class DeltaSegment(NamedTuple):
