@@ -95,8 +95,10 @@ def _check_meaning(
         checker.add("pooling: the backbone has no pooler; the head was trained over another pooling.")
     if type(head.normalize) is not bool or (head.normalize and task is not Task.EMBEDDING):
         checker.add("normalize: expected true or false, and true for embeddings only.")
-    if head.pad_token_id is not None and not (type(head.pad_token_id) is int and head.pad_token_id >= 0):
-        checker.add("pad_token_id: expected a token id or null.")
+    if head.pad_token_id is not None and not (
+        type(head.pad_token_id) is int and head.pad_token_id >= 0 and head.pooling == "last_not_pad"
+    ):
+        checker.add("pad_token_id: expected a token id, and one only beside the pooling last_not_pad.")
     if task is not Task.EMBEDDING and not stages:
         checker.add(f"a {task.value} head has at least one stage at scores.")
     if task is Task.QUESTION_ANSWERING and stages and width != SPAN_SCORES:

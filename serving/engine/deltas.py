@@ -242,7 +242,7 @@ class DeltaManager:
     def _effect(self, placed: PlacedDelta) -> tuple[float, float]:
         """(max |logit change|, max |bare logit|) on the probe prompt, bare row and delta row in one batch.
 
-        Raises InvalidDelta for a delta that changes nothing or overflows.
+        With a task head: those of its scores of every token, fed with the final hidden states of either row. Raises InvalidDelta for a delta that changes nothing or overflows.
         """
         backbone, prefix = self.runner.backbone, placed.prefix_len
         draw = torch.Generator().manual_seed(0)
@@ -258,20 +258,32 @@ class DeltaManager:
         )
         spans = [RowSpan(0, PROBE_TOKENS, 0, 0), RowSpan(PROBE_TOKENS, 2 * PROBE_TOKENS, 1, prefix)]
         positions = torch.arange(PROBE_TOKENS)
-        logits = backbone.forward(
+        context = ForwardContext(programs, cache.plan(spans))
+        every = torch.arange(2 * PROBE_TOKENS, device=backbone.device)
+        context.hidden_rows = None if placed.head is None else every
+        answers = backbone.forward(
             torch.cat([row, row]).to(backbone.device),
             torch.cat([positions, positions + placed.position_offset]).to(backbone.device),
-            ForwardContext(programs, cache.plan(spans)),
-            torch.arange(2 * PROBE_TOKENS, device=backbone.device),
+            context,
+            every if placed.head is None else None,
         )
-        bare, changed = torch.split(logits, PROBE_TOKENS)
+        if placed.head is not None:
+            assert context.hidden is not None
+            answers = placed.head(context.hidden)
+        bare, changed = torch.split(answers, PROBE_TOKENS)
+        what = "logits" if placed.head is None else "scores"
         if not torch.isfinite(changed).all():
-            raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
-        effect = float((changed - bare).abs().max())
+            raise InvalidDelta([f"The delta makes non-finite {what} on the probe tokens."])
+        if placed.modules or placed.prefix is not None:
+            effect = float((changed - bare).abs().max())
+        else:  # a head alone says something where it tells inputs apart
+            effect = float((changed.amax(dim=0) - changed.amin(dim=0)).max())
         if not effect > 0.0:  # also true for NaN
             raise InvalidDelta(
                 [
-                    f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
+                    f"The delta has no effect: its {what} equal the bare backbone's on {PROBE_TOKENS} probe tokens."
+                    if placed.modules or placed.prefix is not None
+                    else f"The delta has no effect: its head gives {PROBE_TOKENS} probe tokens the same scores."
                 ],
                 remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
             )

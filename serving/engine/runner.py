@@ -21,16 +21,26 @@ from serving.model.kv_cache import RowSpan
 from serving.model.programs import NOTHING_MERGED, DeltaSegment, PlacedDelta, Program, compile_programs
 
 
-class RowLogits(NamedTuple):
-    """Logits [n, V] of the last n tokens that `row` ran in this step; n = 0 in the middle of a chunked prompt."""
+NONE_POOLED = range(0)
+
+
+class RowOutput(NamedTuple):
+    """Logits [n, V] of the last n tokens that `row` ran in this step; n = 0 in the middle of a chunked prompt.
+
+    `hidden` [m, d] fp32: final hidden states of `row.pooled`.
+    """
 
     row: ScheduledRow
     logits: Tensor
+    hidden: Tensor
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """A flattened step. `spans` place tokens in KV slots, `logits_rows` are the tokens whose logits are wanted."""
+    """A flattened step. `spans` place tokens in KV slots, `logits_rows` are the tokens whose logits are wanted.
+
+    `hidden_rows` are those whose final hidden states are wanted.
+    """
 
     rows: list[ScheduledRow]
     token_ids: list[int]
@@ -40,6 +50,8 @@ class Batch:
     logits_rows: list[int]
     logits_counts: list[int]
     logit_segments: list[DeltaSegment]
+    hidden_rows: list[int]
+    hidden_counts: list[int]
 
     @property
     def sole_delta(self) -> PlacedDelta | None:
@@ -60,7 +72,7 @@ class Runner:
         self._programs: list[Program | None] = []
         self._programs_key: tuple[object, ...] | None = None
 
-    def run(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
+    def run(self, rows: Seq[ScheduledRow]) -> list[RowOutput]:
         """One step of all rows. New rows get their delta's keys and values first."""
         for seq, _ in rows:
             if seq.num_computed == 0 and isinstance(seq.delta, PlacedDelta) and seq.delta.prefix is not None:
@@ -68,17 +80,24 @@ class Runner:
         groups = self.backbone.layout.groups([row.num_tokens for row in rows])
         return [output for group in groups for output in self._forward([rows[index] for index in group])]
 
-    def _forward(self, rows: Seq[ScheduledRow]) -> list[RowLogits]:
+    def _forward(self, rows: Seq[ScheduledRow]) -> list[RowOutput]:
         batch = build_batch(rows)
         device = self.backbone.device
+        context = ForwardContext(self._compile(batch), self.cache.plan(batch.spans))
+        if batch.hidden_rows:
+            context.hidden_rows = torch.tensor(batch.hidden_rows, device=device)
         logits = self.backbone.forward(
             torch.tensor(batch.token_ids, device=device),
             torch.tensor(batch.positions, device=device),
-            ForwardContext(self._compile(batch), self.cache.plan(batch.spans)),
+            context,
             torch.tensor(batch.logits_rows, device=device) if batch.logits_rows else None,
         )
         parts = torch.split(logits, batch.logits_counts)
-        return [RowLogits(row, part) for row, part in zip(batch.rows, parts, strict=True)]
+        none = logits[:0]
+        hidden: Seq[Tensor] = [none] * len(batch.rows)
+        if context.hidden is not None:
+            hidden = torch.split(context.hidden, batch.hidden_counts)
+        return [RowOutput(*found) for found in zip(batch.rows, parts, hidden, strict=True)]
 
     def _compile(self, batch: Batch) -> list[Program | None]:
         merged = NOTHING_MERGED if self.merging is None else self.merging.weights_for(batch.sole_delta)
@@ -103,7 +122,7 @@ class Runner:
 def build_batch(rows: Seq[ScheduledRow]) -> Batch:
     """Flatten `rows`, those of one delta side by side."""
     ordered = sorted(rows, key=lambda row: row.seq.request.adapter_digest or "")
-    batch = Batch(ordered, [], [], [], [], [], [], [])
+    batch = Batch(ordered, [], [], [], [], [], [], [], [], [])
     for row in ordered:
         seq, count = row
         start, first = len(batch.token_ids), seq.num_computed
@@ -115,6 +134,9 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
         logits_start = len(batch.logits_rows)
         batch.logits_rows += range(stop - wanted, stop)
         batch.logits_counts.append(wanted)
+        pooled = row.pooled if seq.request.pooling is not None else NONE_POOLED
+        batch.hidden_rows += [start + offset for offset in pooled]
+        batch.hidden_counts.append(len(pooled))
         if seq.delta is not None:
             assert isinstance(seq.delta, PlacedDelta)
             before = seq.invoked_at - first  # tokens of this step that come before the delta's invocation

@@ -48,7 +48,7 @@ def run(runner: Runner, rows: Sequence[Row]) -> None:
         plans.append(row.counts())
     while any(plans):
         batch = [ScheduledRow(s, plan.pop(0)) for s, plan in zip(sequences, plans, strict=True) if plan]
-        for (sequence, count), logits in runner.run(batch):
+        for (sequence, count), logits, _ in runner.run(batch):
             sequence.state.logits.append(logits)
             sequence.num_computed += count
 
