@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from adapters.backbone_spec import BackboneKind, BackboneSpec, ModuleShape, ModuleSpec, Slice
 from adapters.errors import BackboneRefused
 from adapters.normal_form import Site
-from adapters.site_maps_encoders import ENCODER_MAPS, ENCODER_REQUIRED, first_position
 from adapters.site_maps_early import EARLY_MAPS, EARLY_REQUIRED, falcon_kv_heads
+from adapters.site_maps_encoders import ENCODER_MAPS, ENCODER_REQUIRED, first_position
 from adapters.site_rows import Config, Required, Row, SiteMap
 
 # Rows that many architectures share.

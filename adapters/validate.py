@@ -12,8 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
+from adapters.head_checks import check_task
 from adapters.matrix_checks import head, linear_map, rows, weight_delta
 from adapters.normal_form import (
+    SCORES,
     Affine,
     AttnPrefix,
     Delta,
@@ -26,8 +28,6 @@ from adapters.normal_form import (
     WeightDelta,
 )
 from adapters.op_checks import OpChecker, shown
-
-TASKS = ("causal-lm",)
 
 _CHECKS: Mapping[type[Op], Callable[[OpChecker, Any], None]] = {
     LowRank: OpChecker.low_rank,
@@ -49,7 +49,14 @@ def check(delta: Delta, spec: BackboneSpec) -> list[str]:
         checker.where = f"op {index} ({op.kind.value} at {_place(op)})"
         _CHECKS[type(op)](checker, op)
     checker.where = "delta"
-    for text in (*_duplicates(delta, spec), *_replaced(delta), *_invoked(delta, spec), *_virtual(delta, spec)):
+    check_task(delta, checker)
+    checker.where = "delta"
+    for text in (
+        *_duplicates(delta, spec),
+        *_replaced(delta),
+        *_invoked(delta, spec),
+        *_virtual(delta, spec),
+    ):
         checker.add(text)
     return checker.problems
 
@@ -60,8 +67,6 @@ def _check_delta(delta: Delta, checker: OpChecker) -> None:
             f"backbone_digest: it is bound to another backbone than {checker.spec.digest}; upload it to the server "
             "of its own backbone."
         )
-    if delta.task not in TASKS:
-        checker.add(f"task: not served yet; expected {', '.join(TASKS)}.")
     if not (0 < len(delta.method) <= 64 and delta.method.isascii() and delta.method.isprintable()):
         checker.add("method: expected 1 to 64 printable ASCII characters.")
     if not delta.ops:
@@ -87,7 +92,7 @@ def _duplicates(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
             seen[f"AttnPrefix ops in {_place(op)}"] += 1
         elif isinstance(op, Rows):
             seen[f"Rows ops at {shown(op.site)}"] += 1
-        elif isinstance(op, Head):
+        elif isinstance(op, Head) and op.site != SCORES:
             seen[f"Head ops at {shown(op.site)}"] += 1
         elif isinstance(op, VirtualTokens):
             seen["VirtualTokens ops"] += 1

@@ -109,7 +109,11 @@ def candidates(family: Family | Encoder, wanted: Sequence[str]) -> list[Case | B
 
 
 def prepare(
-    source: Case | Bottleneck, family: Family | Encoder, dtype: torch.dtype, backbone: Backbone, directory: Path
+    source: Case | Bottleneck,
+    family: Family | Encoder,
+    dtype: torch.dtype,
+    backbone: Backbone,
+    directory: Path,
 ) -> Method:
     """Trained, saved, read and placed. Raises Blocked where PEFT or our reader refuses."""
     if isinstance(source, Bottleneck):
@@ -130,7 +134,9 @@ def prepare(
     return Method(source.name, tolerance, reference, delta)
 
 
-def read_or_convert(directory: Path, family: Family | Encoder, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
+def read_or_convert(
+    directory: Path, family: Family | Encoder, dtype: torch.dtype, backbone: Backbone
+) -> PlacedDelta:
     """The delta as an upload, or as `deltamux convert` makes one of it. Raises InvalidDelta with both reasons."""
     try:
         return served(directory, backbone)
@@ -280,7 +286,9 @@ def print_summary(cells: list[Cell]) -> None:
     )
 
 
-def measure_all(tasks: Sequence[tuple[Family | Encoder, str, tuple[str, ...]]], jobs: int) -> Iterable[list[Cell]]:
+def measure_all(
+    tasks: Sequence[tuple[Family | Encoder, str, tuple[str, ...]]], jobs: int
+) -> Iterable[list[Cell]]:
     """The cells of each task in order, from `jobs` processes."""
     if min(jobs, len(tasks)) == 1:
         yield from map(measure_or_fail, tasks)

@@ -88,9 +88,7 @@ _GATED = Targets(("q_proj", "v_proj"), ("down_proj",), _TWO_NORMS)  # square, na
 _EXPERTS = Targets(("q_proj", "v_proj"), (), _TWO_NORMS)
 _SANDWICHED = Targets(("q_proj", "v_proj"), ("down_proj",), _FOUR_NORMS)
 
-_BERT = Targets(
-    ("query", "value"), ("output.dense",), ("attention.output.LayerNorm", "embeddings.LayerNorm")
-)
+_BERT = Targets(("query", "value"), ("output.dense",), ("attention.output.LayerNorm", "embeddings.LayerNorm"))
 
 TARGETS: Mapping[Family | Encoder, Targets] = {
     "bert": _BERT,

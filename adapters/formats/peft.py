@@ -20,8 +20,8 @@ from adapters.formats.peft_beft import read_beft
 from adapters.formats.peft_delora import read_delora
 from adapters.formats.peft_gralora import read_gralora
 from adapters.formats.peft_hra import read_hra
-from adapters.formats.peft_keys import under_body
 from adapters.formats.peft_ia3 import read_ia3
+from adapters.formats.peft_keys import under_body
 from adapters.formats.peft_ln_tuning import read_ln_tuning
 from adapters.formats.peft_loha import read_loha
 from adapters.formats.peft_lora import read_lora

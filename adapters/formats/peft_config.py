@@ -67,7 +67,10 @@ def _explain_init(value: object) -> str | None:
 
 def _explain_task(value: object) -> str | None:
     if value in TASK_TYPES:
-        return f"'{value}' is not served yet, expected CAUSAL_LM, FEATURE_EXTRACTION or null: it trains a head or pools hidden states."
+        return (
+            f"'{value}' is not served yet, expected CAUSAL_LM, FEATURE_EXTRACTION or null: it trains a head or pools "
+            "hidden states."
+        )
     return None
 
 

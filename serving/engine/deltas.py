@@ -12,14 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import torch
-
-from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
+from adapters.errors import DeltamuxError, Overloaded, StoreError
 from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
-from serving.core import AdmissionProof, Request, SamplingParams
+from serving.core import AdmissionProof
+from serving.engine.effect import measure_effect
 from serving.engine.runner import Runner
 from serving.engine.scheduler import NotYet
-from serving.engine.sequence import ScheduledRow, Sequence
 from serving.memory.budget import MemoryBudget
 from serving.memory.host_cache import HostCache
 from serving.memory.residency import Residency
@@ -28,9 +26,6 @@ from serving.model.placement import place
 from serving.model.programs import PlacedDelta
 
 log = logging.getLogger(__name__)
-
-PROBE_TOKENS = 16
-"""Length of the fixed random prompt on which a delta's effect is measured."""
 
 
 class _Placing(NamedTuple):
@@ -217,7 +212,7 @@ class DeltaManager:
             placed = self.residency.lease(digest)
             assert placed is not None
             try:
-                effect, scale = self._effect(placed)
+                effect, scale = measure_effect(placed, self.runner.backbone)
             except DeltamuxError:
                 self.start_release(digest)
                 raise
@@ -237,39 +232,6 @@ class DeltaManager:
                 device_bytes=placed.device_bytes,
             )
         )
-
-    def _effect(self, placed: PlacedDelta) -> tuple[float, float]:
-        """(max |change|, max |bare value|) of the outputs on the probe prompt, bare row and delta row in one batch.
-
-        Raises InvalidDelta for a delta that changes nothing or overflows.
-        """
-        runner = Runner(self.runner.backbone, num_slots=2, max_len=placed.prefix_len + PROBE_TOKENS)
-        tokens = _probe_tokens(placed, runner.backbone.spec.vocab_size)
-        rows = []
-        for slot, delta in enumerate((None, placed)):
-            request = Request(
-                request_id=f"probe-{slot}",
-                prompt_token_ids=tokens,
-                sampling=SamplingParams(prompt_logprobs=0),  # the outputs of every token are wanted
-                adapter_digest=None if delta is None else placed.digest,
-            )
-            row = Sequence(request, list(tokens), state=None)
-            row.admit(slot, delta)
-            row.invoked_at = 0
-            rows.append(ScheduledRow(row, PROBE_TOKENS))
-        bare, changed = (output.logits for output in runner.run(rows))
-        if not torch.isfinite(changed).all():
-            raise InvalidDelta(["The delta makes non-finite outputs on the probe tokens."])
-        effect = float((changed - bare).abs().max())
-        if not effect > 0.0:  # also true for NaN
-            raise InvalidDelta(
-                [
-                    "The delta has no effect: its outputs equal the bare backbone's on "
-                    f"{PROBE_TOKENS} probe tokens."
-                ],
-                remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
-            )
-        return effect, float(bare.abs().max())
 
     def start_release(self, digest: str) -> None:
         """Admit no new request to `digest`."""
@@ -299,15 +261,6 @@ class DeltaManager:
     def _report(self) -> None:
         self._metrics.adapters_resident.set(len(self.residency))
         self._metrics.adapter_bytes.set(self.residency.used_bytes)
-
-
-def _probe_tokens(placed: PlacedDelta, vocab_size: int) -> tuple[int, ...]:
-    """Random tokens, every other one of those whose rows the delta replaces."""
-    draw = torch.Generator().manual_seed(0)
-    row = torch.randint(0, vocab_size, (PROBE_TOKENS,), generator=draw)
-    for weights in (w for ops in placed.modules.values() for w in ops.embeddings):
-        row[::2] = weights.ids.cpu()[torch.arange(PROBE_TOKENS // 2) % len(weights.ids)]
-    return tuple(row.tolist())
 
 
 def _nothing() -> None:

@@ -105,7 +105,10 @@ class _Outcome(Enum):
 
 
 class Scheduler:
-    """Waiting and running requests, their slots and leases. `clock` gives seconds, as `Sequence.arrival_s` does."""
+    """Waiting and running requests, their slots and leases. `clock` gives seconds, as `Sequence.arrival_s` does.
+
+    `pad_token_id`: what the backbone's configuration calls a pad.
+    """
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class Scheduler:
         *,
         limits: SchedulerLimits,
         clock: Callable[[], float],
+        pad_token_id: int | None = None,
     ) -> None:
         self.kv = kv
         self.leases = leases
@@ -125,6 +129,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._keys = keys
         self._clock = clock
+        self._pad_token_id = pad_token_id
         self._arrivals = count()
         self._awaited: Counter[str | None] = Counter()
 
@@ -216,7 +221,8 @@ class Scheduler:
         prefix_len = 0 if delta is None else delta.prefix_len
         room = self.kv.max_entries(0 if delta is None else delta.device_bytes) - prefix_len
         room -= 0 if delta is None else delta.num_inserted
-        seq.max_len = max_total_len(seq.num_prompt, request.sampling.max_tokens, room)
+        seq.max_len = max_total_len(seq.num_prompt, request.max_tokens, room)
+        seq.pool_for(delta, self._pad_token_id)
         if seq.chain is None and self._keys.enabled:
             root = self._keys.root(
                 tenant=request.tenant,
@@ -226,8 +232,7 @@ class Scheduler:
                 invoked_at=seq.invocation_of(delta),
             )
             seq.chain = HashChain(root)
-        # logits of the whole prompt need the whole prompt computed
-        reused = None if seq.wants_prompt_logits else seq.chain
+        reused = None if seq.needs_whole_prompt else seq.chain
         if reused and not overdue and 2 * self.kv.will_be_cached(reused, seq.tokens) >= len(seq.tokens):
             return _Outcome.LATER
         opened = self.kv.open(reused, seq.tokens, prefix_len, headroom=len(self.running))
@@ -316,7 +321,8 @@ class Scheduler:
         reached = min(seq.num_computed + num_tokens, seq.num_prompt)
         fresh = max(0, reached - max(seq.num_charged, seq.num_computed))
         seq.num_charged = max(seq.num_charged, reached)
-        self.queue.charge(seq, fresh + (OUTPUT_COST if num_tokens == seq.num_pending else 0.0))
+        generates = seq.request.pooling is None and num_tokens == seq.num_pending
+        self.queue.charge(seq, fresh + (OUTPUT_COST if generates else 0.0))
 
     def _is_overdue(self, seq: Sequence, now_s: float) -> bool:
         return now_s - seq.arrival_s > self.limits.max_wait_s

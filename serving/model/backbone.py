@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from adapters.site_maps_encoders import ENCODER_MAPS
 from serving.kernels.ops import Kernels
 from serving.kernels.select import Choice, select_kernels
 from serving.model.context import ForwardContext
-from serving.model.encoder import BareEncoder, RowStore, install_replay, load_encoder
+from serving.model.encoder import BareEncoder, RowStore, install_replay, load_encoder, pooled
 from serving.model.encoder_parity import prove_encoder, stock_rows
 from serving.model.kv_cache import KVShape, SlotKVCache
 from serving.model.layout import Flattened, Layout
@@ -96,6 +96,11 @@ class Backbone:
             )
         return logits if logits_rows is not None else logits[:0]
 
+    @torch.inference_mode()
+    def pool(self, states: Tensor, context: ForwardContext) -> Tensor:
+        """What the encoder's own pooler makes of first tokens' final hidden states, [R, d] fp32 -> [R, d] fp32."""
+        return pooled(self.model, states.to(self.dtype), context).float()
+
 
 def load_backbone(
     source: str,
@@ -163,8 +168,7 @@ def adopt_backbone(
         digest=digest,
         names=tuple(names) or (name,),
     )
-    is_encoder = spec.kind == "encoder"
-    stock = stock_rows(model, spec) if is_encoder else stock_probe(model, spec)
+    prove = _prover(model, spec)
     if place.type == "cpu":
         pack_linears(model)
     install_sites(model, spec)
@@ -179,12 +183,18 @@ def adopt_backbone(
         layout=Flattened(),
         parity_error=0.0,
     )
-    if is_encoder:
-        install_replay(model)
-        prove_encoder(backbone, stock)
-    else:
-        choose_layout(backbone, stock)
+    prove(backbone)
     return backbone
+
+
+def _prover(model: PreTrainedModel | BareEncoder, spec: BackboneSpec) -> Callable[[Backbone], None]:
+    """What compares the hooked backbone with the stock forward, which runs here and now."""
+    if spec.kind == "encoder":
+        rows = stock_rows(model, spec)
+        install_replay(model)
+        return lambda backbone: prove_encoder(backbone, rows)
+    logits = stock_probe(model, spec)
+    return lambda backbone: choose_layout(backbone, logits)
 
 
 def _own_config(model: nn.Module) -> None:

@@ -242,4 +242,3 @@ def pooled(model: PreTrainedModel | BareEncoder, states: Tensor, context: Forwar
     with forward_context(context):
         out: Tensor = pooler(states[:, None])
     return out
-

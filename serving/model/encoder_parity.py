@@ -46,9 +46,7 @@ def stock_rows(model: PreTrainedModel | BareEncoder, spec: BackboneSpec) -> list
         out = body(input_ids=tokens[None])
         pooler = getattr(out, "pooler_output", None)
         logits = None if isinstance(model, BareEncoder) else model(input_ids=tokens[None]).logits[0]
-        found.append(
-            Stock(tokens, out.last_hidden_state[0], None if pooler is None else pooler[0], logits)
-        )
+        found.append(Stock(tokens, out.last_hidden_state[0], None if pooler is None else pooler[0], logits))
     return found
 
 

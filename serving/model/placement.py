@@ -15,6 +15,7 @@ from torch import Tensor
 from adapters.backbone_spec import ModuleSpec, Slice
 from adapters.errors import InvalidDelta
 from adapters.normal_form import (
+    SCORES,
     Affine,
     AttnPrefix,
     Delta,
@@ -28,6 +29,7 @@ from adapters.normal_form import (
 )
 from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
 from serving.model.backbone import Backbone
+from serving.model.heads import place_head_of
 from serving.model.place_matrices import (
     Copy,
     place_blocks,
@@ -62,10 +64,11 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
             placer.affines[op.site, op.side].append(op)
         elif isinstance(op, AttnPrefix) and op.merge == "separate":
             placer.prompts.append(op)
-        elif isinstance(op, LinearMap | WeightDelta | Rows | Head):
+        elif isinstance(op, LinearMap | WeightDelta | Rows | Head) and op.site != SCORES:
             placer.matrices.append(op)
     modules = placer.modules()
     placed = _placed(delta, digest, modules, placer)
+    placed.head = place_head_of(delta, placer.to_device)
     placed.device_bytes = placer.device_bytes
     if delta.invocation:
         placed.before = _placed(delta, digest, _without(modules, placer.invoked), placer)
@@ -239,9 +242,8 @@ class _Placer:
         `replaced`: the bias that a replaced module has in its output already.
         """
         columns = slice(part.start, part.stop)
-        base_module = self.backbone.model.get_submodule(module.path)
         old = (
-            base_module.bias[columns].float().cpu()
+            base_parameter(self.backbone, module, "bias")[columns]
             if module.shape.has_bias
             else torch.zeros(part.stop - part.start)
         )

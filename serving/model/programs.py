@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adapters.normal_form import Site
+from adapters.tasks import HeadSpec, Task
 from serving.kernels.ops import (
     AffineSegment,
     DeltaKernels,
@@ -32,6 +33,7 @@ from serving.kernels.ops import (
     WeightDeltaSegment,
 )
 from serving.model.context import ForwardContext
+from serving.model.heads import PlacedHead
 from serving.model.packed import Forward
 
 NOTHING_MERGED: Mapping[int, Forward] = {}
@@ -43,8 +45,9 @@ class PlacedDelta:
 
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
-    `before`: what acts on the tokens before the last `invocation` in the prompt, where the delta has one.
-    `virtual_tokens` [l, d]: on an encoder they are tokens of every row, since they see what follows them.
+    `before`: what acts on the tokens before the last `invocation` in the prompt, where the delta has one. `head`: what
+    reads the final hidden states, None for a delta that generates. `virtual_tokens` [l, d]: on an encoder they are
+    tokens of every row, since they see what follows them.
     """
 
     digest: str
@@ -57,7 +60,18 @@ class PlacedDelta:
     general_modules: frozenset[int]
     invocation: tuple[int, ...] = ()
     before: PlacedDelta | None = None
+    head: PlacedHead | None = None
     virtual_tokens: Tensor | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the delta was trained to answer."""
+        return Task.CAUSAL_LM if self.head is None else self.head.task
+
+    @property
+    def head_spec(self) -> HeadSpec | None:
+        """How its head is fed."""
+        return None if self.head is None else self.head.spec
 
     @property
     def prefix_len(self) -> int:

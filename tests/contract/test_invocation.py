@@ -63,7 +63,7 @@ def step(runner: Runner, seq: EngineSequence, bare: EngineSequence, count: int) 
     """Run `count` tokens of `seq` beside another row; logits [n, V] of the last ones."""
     outputs = runner.run([ScheduledRow(bare, 1), ScheduledRow(seq, count)])
     seq.num_computed += count
-    return next(logits for row, logits in outputs if row.seq is seq)
+    return next(logits for row, logits, _ in outputs if row.seq is seq)
 
 
 def sequence(name: str, prompt: list[int]) -> EngineSequence:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import DeltamuxError
+from adapters.tasks import HeadSpec, Task
 from serving.core import Request, SamplingParams
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
@@ -28,6 +29,8 @@ class FakeDelta:
     num_inserted: int = 0
     position_offset: int = 0
     invocation: tuple[int, ...] = ()
+    task: Task = Task.CAUSAL_LM
+    head_spec: HeadSpec | None = None
 
 
 class FakeLeases:
