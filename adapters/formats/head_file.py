@@ -1,8 +1,8 @@
 """What an uploader says of a task head beside the library's files: `head.json`, and `ood.safetensors`.
 
-Formats. head.json: an object of any of `task` (PEFT's config may leave it open), `labels` (a list of names, or an object
-of indices to names as in transformers' `id2label`), `problem_type` (`single_label`, `multi_label` or `regression`, or
-transformers' longer words), `pooling`, `normalize`, `pad_token_id`: see `adapters.tasks`. ood.safetensors:
+Formats. head.json: an object of any of `task` (PEFT's config may leave it open), `labels` (a list of names, or an
+object of indices to names as in transformers' `id2label`), `problem_type` (`single_label`, `multi_label` or
+`regression`, or transformers' longer words), `pooling`, `normalize`, `pad_token_id`: see `adapters.tasks`. ood.safetensors:
 `class_means` [C, d] and `precision` [d, d] of what the head reads, as `deltamux adapters fit-ood` writes them.
 """
 
@@ -37,7 +37,9 @@ class HeadFile(BaseModel):
 
     task: Annotated[Task | None, Field(strict=False)] = None
     labels: list[_Name] | dict[str, _Name] | None = Field(default=None, max_length=MAX_LABELS)
-    problem_type: ProblemType | Literal["single_label_classification", "multi_label_classification"] | None = None
+    problem_type: (
+        ProblemType | Literal["single_label_classification", "multi_label_classification"] | None
+    ) = None
     pooling: Pooling | None = None
     normalize: bool | None = None
     pad_token_id: int | None = Field(default=None, ge=0)
@@ -49,7 +51,8 @@ class HeadFile(BaseModel):
         indices = [str(index) for index in range(len(self.labels))]
         if set(self.labels) != set(indices):
             problems.add(
-                f"{HEAD_FILE}: labels: expected the indices 0 to {len(indices) - 1}, each once.", param="labels"
+                f"{HEAD_FILE}: labels: expected the indices 0 to {len(indices) - 1}, each once.",
+                param="labels",
             )
             return ()
         return tuple(self.labels[index] for index in indices)
@@ -61,7 +64,9 @@ def read_head_file(raw: Mapping[str, Any], problems: Problems) -> HeadFile | Non
         return HeadFile.model_validate(dict(raw))
     except ValidationError as error:
         for found in error.errors(include_input=False, include_url=False):
-            where = ".".join(str(part) for part in found["loc"] if not str(part).startswith(("list[", "dict[")))
+            where = ".".join(
+                str(part) for part in found["loc"] if not str(part).startswith(("list[", "dict["))
+            )
             problems.add(f"{HEAD_FILE}: {quoted(where)[1:-1]}: {found['msg']}.", param=HEAD_FILE)
         return None
 
@@ -90,7 +95,9 @@ def with_head_file(delta: Delta, said: HeadFile, problems: Problems) -> Delta:
 def with_statistics(delta: Delta, tensors: Mapping[str, Tensor], problems: Problems) -> Delta:
     """`delta` with the class statistics of its head's input."""
     for key in sorted(tensors.keys() - _STATISTICS):
-        problems.add(f"{STATISTICS_FILE}: {quoted(key)} is not known; expected {', '.join(sorted(_STATISTICS))}.")
+        problems.add(
+            f"{STATISTICS_FILE}: {quoted(key)} is not known; expected {', '.join(sorted(_STATISTICS))}."
+        )
     stages = delta.head_stages
     if not stages or "class_means" not in tensors:
         why = "it has no class_means" if stages else "the adapter has no head to read them"

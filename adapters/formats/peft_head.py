@@ -72,7 +72,11 @@ def split_head(
 
 def pooled_as_trained(spec: HeadSpec | None, ops: tuple[Op, ...]) -> HeadSpec | None:
     """`spec` where the head was trained over a prompt: PEFT then hands over embeddings, which show no pads."""
-    if spec is not None and spec.pooling == "last_not_pad" and any(isinstance(op, VirtualTokens) for op in ops):
+    if (
+        spec is not None
+        and spec.pooling == "last_not_pad"
+        and any(isinstance(op, VirtualTokens) for op in ops)
+    ):
         return HeadSpec(pooling="last", labels=spec.labels, problem_type=spec.problem_type)
     return spec
 
@@ -100,7 +104,8 @@ def _take_stages(
             continue
         out = found["weight"].tensor.shape[0] if found["weight"].tensor.dim() else 0
         shapes = {"weight": (out, width), "bias": (out,)}
-        if all([check_shape(placed, shapes[name], problems) for name, placed in found.items()]):
+        checked = [check_shape(placed, shapes[name], problems) for name, placed in found.items()]
+        if all(checked):
             bias = found["bias"].tensor if "bias" in found else None
             stages.append(
                 Head(site=SCORES, weight=found["weight"].tensor, bias=bias, activation=stage.activation)
@@ -125,16 +130,12 @@ def _covers(name: str, path: str) -> bool:
 
 def _renamed(tensors: Mapping[str, Tensor], old: str | None, body: str) -> Mapping[str, Tensor]:
     """`tensors` with the body under the backbone's own name for it; None: they are the body's, without a name."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        if key.startswith(PREFIX) and not key.startswith(f"{PREFIX}{body}."):
-            path = key.removeprefix(PREFIX)
-            if old is None:
-                key = f"{PREFIX}{body}.{path}"
-            elif path.startswith(f"{old}."):
-                key = f"{PREFIX}{body}.{path.removeprefix(f'{old}.')}"
-        renamed[key] = tensor
-    return renamed
+    start = PREFIX if old is None else f"{PREFIX}{old}."
+    own = f"{PREFIX}{body}."
+    return {
+        own + key.removeprefix(start) if key.startswith(start) and not key.startswith(own) else key: tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def _default_labels(task: Task, count: int) -> tuple[str, ...]:

@@ -144,9 +144,7 @@ class LocalBackend:
     def _tokenise(self, call: GenerateCall) -> tuple[Request, Tokens]:
         """The request that `call` is, and its tokens' places in the text. Raises InvalidRequest."""
         spec = self.backbone.spec
-        tokens = tokenise(
-            call, self.backbone.tokenizer, vocab_size=spec.vocab_size, room=self.engine.max_len
-        )
+        tokens = tokenise(call, self.backbone.tokenizer, vocab_size=spec.vocab_size, room=self.engine.max_len)
         request = Request(
             request_id=call.request_id,
             prompt_token_ids=tokens.ids,
@@ -184,9 +182,7 @@ def _placed_in_text(event: Event, tokens: Tokens) -> Event:
     """`event`, an answer with the places of its tokens in the text that was asked about."""
     if not isinstance(event, TokenEvent) or event.pooled is None:
         return event
-    placed = replace(
-        event.pooled, offsets=tokens.offsets, words=tokens.words, sequences=tokens.sequences
-    )
+    placed = replace(event.pooled, offsets=tokens.offsets, words=tokens.words, sequences=tokens.sequences)
     return replace(event, pooled=placed)
 
 

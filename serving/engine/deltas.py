@@ -242,7 +242,8 @@ class DeltaManager:
     def _effect(self, placed: PlacedDelta) -> tuple[float, float]:
         """(max |logit change|, max |bare logit|) on the probe prompt, bare row and delta row in one batch.
 
-        With a task head: those of its scores of every token, fed with the final hidden states of either row. Raises InvalidDelta for a delta that changes nothing or overflows.
+        With a task head: those of its scores of every token, fed with the final hidden states of either row. Raises
+        InvalidDelta for a delta that changes nothing or overflows.
         """
         backbone, prefix = self.runner.backbone, placed.prefix_len
         draw = torch.Generator().manual_seed(0)

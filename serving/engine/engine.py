@@ -39,8 +39,8 @@ from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
 from serving.engine.merging import CONSUMER as MERGED
 from serving.engine.merging import HotMerge
-from serving.engine.prefix_cache import PrefixKeys
 from serving.engine.pooling import PoolState, advance
+from serving.engine.prefix_cache import PrefixKeys
 from serving.engine.runner import RowOutput, Runner
 from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
 from serving.engine.scheduler import Scheduler, SchedulerLimits
@@ -126,9 +126,7 @@ class Engine:
         )
         keys = PrefixKeys(self.backbone.spec.digest, settings.prefix_cache)
         pad = getattr(self.backbone.model.config, "pad_token_id", None)
-        return Scheduler(
-            kv, self.deltas, policy, keys, limits=limits, clock=time.monotonic, pad_token_id=pad
-        )
+        return Scheduler(kv, self.deltas, policy, keys, limits=limits, clock=time.monotonic, pad_token_id=pad)
 
     # -- the step loop ------------------------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
 from serving.model.programs import NOTHING_MERGED, DeltaSegment, PlacedDelta, Program, compile_programs
 
-
 NONE_POOLED = range(0)
 
 

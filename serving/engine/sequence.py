@@ -96,7 +96,9 @@ class Sequence:
     @property
     def needs_whole_prompt(self) -> bool:
         """True where something is wanted of tokens before the last one, which therefore must all be computed."""
-        return self.wants_prompt_logits or bool(self.pooled_tokens and self.pooled_tokens[0] < self.num_prompt - 1)
+        return self.wants_prompt_logits or bool(
+            self.pooled_tokens and self.pooled_tokens[0] < self.num_prompt - 1
+        )
 
     def invocation_of(self, delta: LeasedDelta | None) -> int:
         """Where in the prompt `delta` would begin to act."""
@@ -170,11 +172,18 @@ def require_task(request: Request, delta: LeasedDelta | None) -> None:
             param="model",
             remedy=f"Use {ROUTES[given]}.",
         )
-    if request.pooling is None or request.pooling.num_labels is None or delta is None or delta.head_spec is None:
+    if (
+        request.pooling is None
+        or request.pooling.num_labels is None
+        or delta is None
+        or delta.head_spec is None
+    ):
         return
     if (got := len(delta.head_spec.labels)) != (wanted := request.pooling.num_labels):
         raise InvalidRequest(
-            f"The delta's head has {got} labels, expected {wanted}.", param="model", remedy=f"Use {ROUTES[given]}."
+            f"The delta's head has {got} labels, expected {wanted}.",
+            param="model",
+            remedy=f"Use {ROUTES[given]}.",
         )
 
 

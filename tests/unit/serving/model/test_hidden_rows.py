@@ -24,7 +24,9 @@ def test_wanted_rows_are_the_models_last_hidden_states(family: Family) -> None:
     context = ForwardContext([None] * len(backbone.spec.modules), cache.plan(spans))
     context.hidden_rows = torch.tensor([4, 7, 6, 0])
     positions = torch.cat([torch.arange(len(row)) for row in rows])
-    logits = backbone.forward(torch.tensor([token for row in rows for token in row]), positions, context, torch.tensor([6]))
+    logits = backbone.forward(
+        torch.tensor([token for row in rows for token in row]), positions, context, torch.tensor([6])
+    )
     assert logits.shape[0] == 1
     assert context.hidden is not None
     wanted = torch.stack([expected[0][4], expected[2][0], expected[1][1], expected[0][0]])
