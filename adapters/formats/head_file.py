@@ -2,8 +2,9 @@
 
 Formats. head.json: an object of any of `task` (PEFT's config may leave it open), `labels` (a list of names, or an
 object of indices to names as in transformers' `id2label`), `problem_type` (`single_label`, `multi_label` or
-`regression`, or transformers' longer words), `pooling`, `normalize`, `pad_token_id`: see `adapters.tasks`. ood.safetensors:
-`class_means` [C, d] and `precision` [d, d] of what the head reads, as `deltamux adapters fit-ood` writes them.
+`regression`, or transformers' longer words), `pooling`, `normalize`, `pad_token_id`: see `adapters.tasks`.
+ood.safetensors: `class_means` [C, d] and `precision` [d, d] of what the head reads, as `deltamux adapters fit-ood`
+writes them.
 """
 
 from __future__ import annotations
