@@ -39,7 +39,9 @@ def check_task(delta: Delta, checker: OpChecker) -> None:
         checker.add(f"head: a {task.value} delta says how its head is read.")
         return
     if any(isinstance(op, Head | Rows) and op.site == Site("logits") for op in delta.ops):
-        checker.add(f"the language model head is never run for {task.value}, so replacing it changes nothing.")
+        checker.add(
+            f"the language model head is never run for {task.value}, so replacing it changes nothing."
+        )
     width = _check_stages(stages, checker)
     checker.where = "head"
     _check_meaning(task, delta.head, stages, width, checker)
@@ -102,7 +104,9 @@ def _check_meaning(
     if task is not Task.EMBEDDING and not stages:
         checker.add(f"a {task.value} head has at least one stage at scores.")
     if task is Task.QUESTION_ANSWERING and stages and width != SPAN_SCORES:
-        checker.add(f"it gives {width} scores a token, expected {SPAN_SCORES}: where the answer begins and ends.")
+        checker.add(
+            f"it gives {width} scores a token, expected {SPAN_SCORES}: where the answer begins and ends."
+        )
     if task in LABELLED:
         _check_labels(task, head, width if stages else None, checker)
     elif head.labels or head.problem_type is not None:

@@ -15,7 +15,7 @@ class Task(StrEnum):
 
     CAUSAL_LM = "causal-lm"
     SEQUENCE_CLASSIFICATION = "sequence-classification"
-    TOKEN_CLASSIFICATION = "token-classification"
+    TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105
     QUESTION_ANSWERING = "question-answering"
     EMBEDDING = "embedding"
 
@@ -37,8 +37,9 @@ class HeadSpec:
     `pooling`: the vectors that go in, those of real tokens. `cls`: the first. `first`: the first, a virtual one where
     the delta has such (prompts on encoders under PEFT). `last`: the
     last. `last_not_pad`: the last that is not a pad, the first where all are. `mean`: their average. `tokens`: each by
-    itself. `pooler`: the backbone's own pooler, over the first. `labels`: names of the scores, in their order. `normalize`: the result is divided by its Euclidean norm.
-    `pad_token_id`: what `last_not_pad` takes for a pad; without one, what the backbone's configuration says.
+    itself. `pooler`: the backbone's own pooler, over the first. `labels`: names of the scores, in their order.
+    `normalize`: the result is divided by its Euclidean norm. `pad_token_id`: what `last_not_pad` takes for a pad;
+    without one, what the backbone's configuration says.
     Source: the task classes of transformers; PEFT's `PeftModelFor*`.
     """
 

@@ -6,6 +6,7 @@ Generate: `http` builds a `GenerateCall` -> the backend tokenises it into a `Req
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -233,11 +234,11 @@ class Pooled:
 
     def numbers(self) -> list[float]:
         """`values`, row after row."""
-        return memoryview(self.values).cast("f").tolist()
+        return array("f", self.values).tolist()
 
     def probabilities(self) -> list[float] | None:
         """`probs`, row after row."""
-        return None if self.probs is None else memoryview(self.probs).cast("f").tolist()
+        return None if self.probs is None else array("f", self.probs).tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +285,8 @@ class AdmissionProof:
     """What the backend measured when it placed a delta for the first time.
 
     `effect`: max absolute logit change on the probe tokens against the bare row, above 0: a delta without one is not
-    admitted. For a task head, of its scores; for one that stands alone, how far they are apart. Sizes in bytes, times in seconds.
+    admitted. For a task head, of its scores; for one that stands alone, how far they are apart. Sizes in bytes, times
+    in seconds.
     """
 
     effect: float

@@ -29,12 +29,10 @@ REFUSED_PARTS: Mapping[str, str] = {
 
 
 def under_body(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
-    """The tensors of an adapter with an encoder's body in their keys, as in models with a head.
+    """The tensors of an adapter with the backbone's body in their keys, as in models with a head.
 
     Adapters that were trained on the body alone leave its name out: `encoder.layer.0…` for `bert.encoder.layer.0…`.
     """
-    if spec.kind != "encoder":
-        return dict(tensors)
     body = spec.modules[0].path.partition(".")[0]
     inside = {module.path.split(".")[1] for module in spec.modules if module.path.startswith(f"{body}.")}
     tops = {module.path.partition(".")[0] for module in spec.modules}

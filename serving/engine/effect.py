@@ -37,10 +37,8 @@ def measure_effect(placed: PlacedDelta, backbone: Backbone) -> tuple[float, floa
     if not torch.isfinite(changed).all():
         raise InvalidDelta([f"The delta makes non-finite {what} on the probe tokens."])
     alone = not (placed.modules or placed.prefix is not None or placed.num_inserted)
-    if alone:
-        effect = float((changed.amax(dim=0) - changed.amin(dim=0)).max())
-    else:
-        effect = float((changed - bare).abs().max())
+    change = changed.amax(dim=0) - changed.amin(dim=0) if alone else (changed - bare).abs()
+    effect = float(change.max())
     if not effect > 0.0:  # also true for NaN
         raise InvalidDelta(
             [

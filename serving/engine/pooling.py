@@ -27,7 +27,10 @@ class PoolState:
     scores: list[Tensor] = field(default_factory=list)
 
     def take(self, seq: Sequence, head: PlacedHead, hidden: Tensor) -> Tensor:
-        """The vectors [n, d] to score now, after `hidden` [m, d] of the next tokens. A preempted request starts anew."""
+        """The vectors [n, d] to score now, after `hidden` [m, d] of the next tokens.
+
+        A preempted request starts anew.
+        """
         if seq.num_computed == 0:
             self.total = None
             self.pooled.clear()
@@ -64,7 +67,7 @@ def advance(outputs: Iterable[RowOutput]) -> dict[Sequence, Pooled | InvalidRequ
             complete.append(seq)
     for head, rows in by_head.items():
         scores = head(torch.cat([vectors for _, vectors in rows]))
-        for (seq, vectors), part in zip(rows, scores.split([len(v) for _, v in rows]), strict=True):
+        for (seq, vectors), part in zip(rows, torch.split(scores, [len(v) for _, v in rows]), strict=True):
             seq.state.pool.scores.append(part)
             if head.task not in PER_TOKEN:  # their answers say nothing of the vectors themselves
                 seq.state.pool.pooled.append(vectors)

@@ -179,7 +179,7 @@ def _pooling(seq: Sequence) -> str | None:
 def _first_pooled(seq: Sequence, start: int) -> int:
     """The token from which `ScheduledRow.pooled` counts: the first real one, unless virtual ones count too."""
     virtual = _inserted(seq)
-    return start if virtual is None or _pooling(seq) == "first" else start + len(virtual)
+    return start if virtual is None or _pooling(seq) in ("first", "pooler") else start + len(virtual)
 
 
 def _inserted(seq: Sequence) -> Tensor | None:

@@ -21,10 +21,17 @@ class Tokens(NamedTuple):
 
     def only(self, kept: list[int]) -> Tokens:
         """The tokens at these places."""
-        return Tokens(*(tuple(values[at] for at in kept) if values else () for values in self))
+        return Tokens(
+            tuple(self.ids[at] for at in kept),
+            tuple(self.offsets[at] for at in kept if self.offsets),
+            tuple(self.words[at] for at in kept if self.words),
+            tuple(self.sequences[at] for at in kept if self.sequences),
+        )
 
 
-def tokenise(call: GenerateCall, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, room: int) -> Tokens:
+def tokenise(
+    call: GenerateCall, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, room: int
+) -> Tokens:
     """The prompt of `call`. `room`: tokens that fit the backbone.
 
     Raises InvalidRequest for what the tokenizer or the vocabulary can't take.

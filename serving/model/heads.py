@@ -38,7 +38,10 @@ class PlacedStage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedHead:
-    """How pooled final hidden states become the answer to `task`. Shapes: class_means [C, d], precision [d, d], as the first stage reads."""
+    """How pooled final hidden states become the answer to `task`.
+
+    Shapes: class_means [C, d], precision [d, d], as the first stage reads.
+    """
 
     task: Task
     spec: HeadSpec
@@ -95,13 +98,12 @@ def place_head_of(delta: Delta, to_device: Copy) -> PlacedHead | None:
     if delta.head is None:
         return None
     ops = delta.head_stages
-    first = ops[0] if ops else None
     return PlacedHead(
         Task(delta.task),
         delta.head,
         tuple(_stage(op, to_device) for op in ops),
-        class_means=_optional(first and first.class_means, to_device),
-        precision=_optional(first and first.precision, to_device),
+        class_means=_optional(ops[0].class_means if ops else None, to_device),
+        precision=_optional(ops[0].precision if ops else None, to_device),
     )
 
 
