@@ -13,7 +13,8 @@ from torch import Tensor
 from adapters.errors import InvalidDelta
 from adapters.normal_form import SCORES, Delta, Head
 from adapters.tasks import HeadSpec, Task
-from serving.core import AdmissionProof, Pooled
+from serving.core import AdmissionProof, Pooled, PromptEvent
+from serving.engine.scheduler import _Step
 from serving.model.backbone import Backbone
 from tests.unit.serving.engine.engine_support import Bench, low_rank, prompt_tuning, tiny
 
@@ -67,7 +68,7 @@ def test_a_generated_prompt_is_a_known_prefix_and_the_other_way_round(backbone: 
     for name, digest in (("a", "d"), ("b", "d"), ("c", "m"), ("e", "m")):
         bench.pool(name, PROMPT, CLASSIFY, digest)
         bench.run()
-    cached = [e.num_cached_tokens for _, e in bench.events if hasattr(e, "num_cached_tokens")]
+    cached = [e.num_cached_tokens for _, e in bench.events if isinstance(e, PromptEvent)]
     assert cached[0] == cached[2] == cached[3] == 0  # a mean needs every token's hidden state
     assert cached[1] > 0
     assert same(bench.pooled("a"), bench.pooled("b"))
@@ -77,9 +78,7 @@ def test_a_generated_prompt_is_a_known_prefix_and_the_other_way_round(backbone: 
     bench.submit("g", PROMPT)
     bench.run()
     assert bench.events[-1][0] == "g"
-    assert [e.num_cached_tokens for n, e in bench.events if n == "g" and hasattr(e, "num_cached_tokens")][
-        0
-    ] > 0
+    assert next(e for n, e in bench.events if n == "g" and isinstance(e, PromptEvent)).num_cached_tokens > 0
     alone = Bench(backbone, {})
     alone.submit("g", PROMPT)
     alone.run()
@@ -95,8 +94,6 @@ def test_a_preempted_request_starts_its_mean_anew(backbone: Backbone) -> None:
     bench.pool("a", PROMPT, CLASSIFY, "m")
     bench.run(lambda: any(seq.num_computed > 20 for seq in bench.engine.scheduler.running))
     (seq,) = bench.engine.scheduler.running
-    from serving.engine.scheduler import _Step
-
     bench.engine.scheduler._preempt(seq, _Step(0))
     bench.run()
     assert same(calm.pooled("a"), bench.pooled("a"))
