@@ -74,13 +74,15 @@ def read_head_file(raw: Mapping[str, Any], problems: Problems) -> HeadFile | Non
 
 def with_head_file(delta: Delta, said: HeadFile, problems: Problems) -> Delta:
     """`delta` with its head read as the uploader says; what does not fit is left to validation or noted."""
+    labels = said.label_names(problems)
+    if delta.head is None:
+        if not problems.texts:  # one that can't be read is not said to be missing
+            problems.add(f"{HEAD_FILE}: the adapter has no task head ({delta.task}).", param=HEAD_FILE)
+        return delta
     if said.task is not None and said.task != delta.task:
         problems.add(
             f"{HEAD_FILE}: task: {said.task.value}, but the adapter itself says {delta.task}.", param="task"
         )
-    if delta.head is None:
-        problems.add(f"{HEAD_FILE}: the adapter has no task head ({delta.task}).", param=HEAD_FILE)
-        return delta
     changes: dict[str, Any] = {
         name: value
         for name in ("pooling", "normalize", "pad_token_id")
@@ -88,7 +90,7 @@ def with_head_file(delta: Delta, said: HeadFile, problems: Problems) -> Delta:
     }
     if said.problem_type is not None:
         changes["problem_type"] = _PROBLEM_TYPES.get(said.problem_type, said.problem_type)
-    if said.labels is not None and (labels := said.label_names(problems)):
+    if labels:
         changes["labels"] = labels
     return replace(delta, head=replace(delta.head, **changes))
 

@@ -71,7 +71,9 @@ def split_head(
     stages, rest = _take_stages(recipe, tensors, backbone, problems)
     config = {**config, "modules_to_save": _without_head(config.get("modules_to_save"), recipe, task)}
     spec = None
-    if stages:
+    if not stages:  # refused already: whatever else is wrong is not the head's
+        task = Task.CAUSAL_LM
+    else:
         labels = _default_labels(task, len(stages[-1].weight))
         spec = HeadSpec(
             pooling=recipe.pooling, labels=labels, problem_type=_default_problem(task, len(labels))
