@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from adapters.backbone_spec import BackboneSpec
 from adapters.errors import ContextLengthExceeded, InvalidRequest
 from adapters.tasks import MEAN_EMBEDDING, HeadSpec, Task
 from serving.core import ROUTES, Request
@@ -187,6 +188,22 @@ def require_task(request: Request, delta: LeasedDelta | None) -> None:
             f"The delta's head has {got} labels, expected {wanted}.",
             param="model",
             remedy=f"Use {ROUTES[given]}.",
+        )
+
+
+def refuse_for_encoder(request: Request, spec: BackboneSpec) -> None:
+    """Raises InvalidRequest for what an encoder can't do exactly."""
+    if request.pooling is None:
+        raise InvalidRequest(
+            f"{spec.name} is an encoder and does not generate.",
+            param="model",
+            remedy=f"Use {ROUTES[Task.EMBEDDING]}, or a delta's own task.",
+        )
+    if spec.first_position and (pad := spec.first_position - 1) in request.prompt_token_ids:
+        raise InvalidRequest(
+            f"The prompt has the padding token, {pad}, which has no position of its own in {spec.model_type}.",
+            param="prompt",
+            remedy="Leave it out.",
         )
 
 
