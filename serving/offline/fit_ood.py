@@ -115,15 +115,19 @@ def _labelled(line: str, number: int, labels: Sequence[str]) -> Labelled:
         raw = None
     if isinstance(raw, dict):
         text, pair, label = raw.get("text"), raw.get("text_pair"), raw.get("label")
-        index = labels.index(label) if label in labels else label
-        known = type(index) is int and 0 <= index < len(labels)
-        if isinstance(text, str) and text and isinstance(pair, str | None) and known:
+        index = label if type(label) is int else _index(labels, label)
+        fits = isinstance(pair, str | None) and 0 <= index < len(labels)
+        if isinstance(text, str) and text and fits:
             return Labelled(text, pair, index)
     raise InvalidRequest(
         f"line {number}: expected an object with text (a string), label (one of the head's names, or an index from 0"
         f" to {len(labels) - 1}) and at most text_pair (a string).",
         param="data",
     )
+
+
+def _index(labels: Sequence[str], label: object) -> int:
+    return next((index for index, name in enumerate(labels) if name == label), -1)
 
 
 @torch.inference_mode()
