@@ -109,13 +109,11 @@ def rows(checker: OpChecker, op: Rows) -> None:
     if op.site.name not in ROWS_KINDS:
         checker.add("rows are replaced only at embed and logits.")
         return
-    target = checker.target(op.site, ROWS_KINDS[op.site.name])
-    if target is not None and target[0].shape.has_bias:
-        checker.add("the module has a bias, which replaced rows would lose.")
+    checker.target(op.site, ROWS_KINDS[op.site.name])
     count = _size(op.rows, 0)
     if count < 1:
         checker.add("rows: expected at least one.")
-    checker.tensor("rows", op.rows, (count, checker.spec.hidden_size))
+    checker.tensor("rows", op.rows, (count, checker.spec.modules[0].shape.d_out))
     if not _indices(checker, "ids", op.ids, (count,)) or count < 1:
         return
     if not (int(op.ids.min()) >= 0 and int(op.ids.max()) < checker.spec.vocab_size):

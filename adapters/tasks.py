@@ -26,7 +26,7 @@ PER_TOKEN = frozenset({Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING})
 LABELLED = frozenset({Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION})
 """Tasks whose scores belong to labels."""
 
-Pooling = Literal["cls", "last", "last_not_pad", "mean", "tokens", "pooler"]
+Pooling = Literal["cls", "first", "last", "last_not_pad", "mean", "tokens", "pooler"]
 ProblemType = Literal["single_label", "multi_label", "regression"]
 
 
@@ -34,7 +34,8 @@ ProblemType = Literal["single_label", "multi_label", "regression"]
 class HeadSpec:
     """How a delta's head is fed and read.
 
-    `pooling`: the vectors that go in, always those of real tokens, never of virtual ones. `cls`: the first. `last`: the
+    `pooling`: the vectors that go in, those of real tokens. `cls`: the first. `first`: the first, a virtual one where
+    the delta has such (prompts on encoders under PEFT). `last`: the
     last. `last_not_pad`: the last that is not a pad, the first where all are. `mean`: their average. `tokens`: each by
     itself. `pooler`: the backbone's own pooler, over the first. `labels`: names of the scores, in their order.
     `normalize`: the result is divided by its Euclidean norm. `pad_token_id`: what `last_not_pad` takes for a pad;

@@ -51,7 +51,12 @@ def check(delta: Delta, spec: BackboneSpec) -> list[str]:
     checker.where = "delta"
     check_task(delta, checker)
     checker.where = "delta"
-    for text in (*_duplicates(delta, spec), *_replaced(delta), *_invoked(delta), *_virtual(delta, spec)):
+    for text in (
+        *_duplicates(delta, spec),
+        *_replaced(delta),
+        *_invoked(delta, spec),
+        *_virtual(delta, spec),
+    ):
         checker.add(text)
     return checker.problems
 
@@ -104,9 +109,11 @@ def _replaced(delta: Delta) -> Iterator[str]:
             yield f"both a Head and {type(op).__name__} at {shown(op.site)}; the head is replaced whole."
 
 
-def _invoked(delta: Delta) -> Iterator[str]:
+def _invoked(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     """What ops that act from an invocation on must satisfy together."""
     positioned = [op for op in delta.ops if isinstance(op, LowRank) and op.positions is not None]
+    if positioned and spec.kind == "encoder":
+        yield "invocation tokens are for models that generate; an encoder's rows are seen whole."
     if len({op.positions for op in positioned}) > 1:
         yield "its ops name different invocation tokens; a delta is invoked by one sequence."
     normalized = {op.site for op in delta.ops if isinstance(op, Affine) and op.weight_normalized}

@@ -56,12 +56,12 @@ from peft import (
 )
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.site_maps import COMMON_NAMES, build_spec
-from tests.families import CONFIGS, Family
+from tests.families import CONFIGS, ENCODERS, Encoder, Family
 
 # How far a served row may be from the reference (design.md 1.1): T1 same order of operations, T2 folded.
 Tolerance = Literal["T1", "T2"]
@@ -79,14 +79,21 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def tiny_backbone(family: Family, seed: int = 0) -> PreTrainedModel:
-    """A random model in eval mode and eager attention; equal seeds give equal weights.
+def tiny_backbone(family: Family | Encoder, seed: int = 0) -> PreTrainedModel:
+    """A random model in eval mode and eager attention; equal seeds give equal weights."""
+    return _random(AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM, family, seed)
 
-    Biases and norms are redrawn too: the library starts them at 0 and 1, where a lost one does not show.
-    """
+
+def tiny_body(family: Encoder, seed: int = 0) -> PreTrainedModel:
+    """As `tiny_backbone`: the body alone, with its pooler where it has one."""
+    return _random(AutoModel, family, seed)
+
+
+def _random(kind: type[Any], family: Family | Encoder, seed: int) -> PreTrainedModel:
+    """Biases and norms are redrawn too: the library starts them at 0 and 1, where a lost one does not show."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="eager")
+        model: PreTrainedModel = kind.from_config(CONFIGS[family], attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         around = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
@@ -96,7 +103,7 @@ def tiny_backbone(family: Family, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def shape_of(module: torch.nn.Module) -> ModuleShape:
+def shape_of(module: torch.nn.Module) -> ModuleShape | None:
     """What a live module says of itself, as `build_spec` asks for it."""
     match module:
         case torch.nn.Linear():
@@ -105,13 +112,17 @@ def shape_of(module: torch.nn.Module) -> ModuleShape:
             return ModuleShape("conv1d", module.nx, module.nf, True)
         case torch.nn.Embedding():
             return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, False)
+        case torch.nn.Identity():
+            return None
     if isinstance(weight := getattr(module, "weight", None), torch.Tensor):
         width = weight.shape[0]
         return ModuleShape("norm", width, width, getattr(module, "bias", None) is not None)
     first_norm = next(
-        child for child in module.children() if isinstance(getattr(child, "weight", None), torch.Tensor)
+        child
+        for child in module.modules()
+        if child is not module and isinstance(getattr(child, "weight", None), torch.Tensor)
     )
-    width = first_norm.weight.shape[0]
+    width = first_norm.weight.shape[-1]
     return ModuleShape("layer", width, width, False)
 
 
@@ -120,8 +131,13 @@ def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) ->
     config = model.config.to_dict() | {
         key: getattr(model.config, key) for key in COMMON_NAMES if hasattr(model.config, key)
     }
+    modules = dict(model.named_modules())
     return build_spec(
-        config, lambda path: shape_of(model.get_submodule(path)), name=name, digest=digest, names=(name,)
+        config,
+        lambda path: shape_of(modules[path]) if path in modules else None,
+        name=name,
+        digest=digest,
+        names=(name,),
     )
 
 
@@ -133,7 +149,7 @@ class Case:
     """
 
     name: str
-    family: Family
+    family: Family | Encoder
     config: Callable[[], PeftConfig]
     tolerance: Tolerance = "T1"
     seed: int = 1

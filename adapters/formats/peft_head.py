@@ -8,6 +8,7 @@ prompts under `base_model.`. The body of a task's model may have another name th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,12 +31,21 @@ class Split(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
-def task_of(config: Mapping[str, Any], said: Task | None) -> Task:
-    """The adapter's task; `said` by the uploader, which the config may leave open. An unknown one is refused later."""
+def task_of(config: Mapping[str, Any], said: Task | None, backbone: BackboneSpec, problems: Problems) -> Task:
+    """The adapter's task; `said` by the uploader, which the config may leave open. An unknown one is refused later.
+
+    Where nobody says, a decoder generates and an encoder embeds.
+    """
     stated = config.get("task_type")
     if stated is None:
-        return said or Task.CAUSAL_LM
-    return TASKS.get(stated, Task.CAUSAL_LM) if isinstance(stated, str) else Task.CAUSAL_LM
+        return said or (Task.EMBEDDING if backbone.kind == "encoder" else Task.CAUSAL_LM)
+    task = TASKS.get(stated, Task.CAUSAL_LM) if isinstance(stated, str) else Task.CAUSAL_LM
+    if stated == "CAUSAL_LM" and backbone.kind == "encoder":
+        problems.add(
+            f"adapter_config.json: task_type: {backbone.model_type} is an encoder and does not generate.",
+            param="task_type",
+        )
+    return task
 
 
 def split_head(
@@ -48,9 +58,8 @@ def split_head(
     """Take the head of `task` off an adapter; what does not fit is added to `problems`."""
     if task is Task.CAUSAL_LM:
         return Split(task, (), None, config, tensors)
-    body = backbone.modules[0].path.partition(".")[0]
     if task is Task.EMBEDDING:
-        return Split(task, (), MEAN_EMBEDDING, config, _renamed(tensors, None, body))
+        return Split(task, (), MEAN_EMBEDDING, config, tensors)
     recipe = RECIPES.get(backbone.model_type, {}).get(task)
     if recipe is None:
         problems.add(
@@ -69,17 +78,20 @@ def split_head(
         spec = HeadSpec(
             pooling=recipe.pooling, labels=labels, problem_type=_default_problem(task, len(labels))
         )
-    return Split(task, stages, spec, config, _renamed(rest, recipe.body, body))
+    return Split(task, stages, spec, config, _renamed(rest, recipe.body, backbone))
 
 
-def pooled_as_trained(spec: HeadSpec | None, ops: tuple[Op, ...]) -> HeadSpec | None:
-    """`spec` where the head was trained over a prompt: PEFT then hands over embeddings, which show no pads."""
-    if (
-        spec is not None
-        and spec.pooling == "last_not_pad"
-        and any(isinstance(op, VirtualTokens) for op in ops)
-    ):
-        return HeadSpec(pooling="last", labels=spec.labels, problem_type=spec.problem_type)
+def pooled_as_trained(spec: HeadSpec | None, ops: tuple[Op, ...], backbone: BackboneSpec) -> HeadSpec | None:
+    """`spec` where the head was trained over a prompt.
+
+    PEFT then hands over embeddings, which show no pads; on an encoder the first of them is a virtual token.
+    """
+    if spec is None or not any(isinstance(op, VirtualTokens) for op in ops):
+        return spec
+    if spec.pooling == "last_not_pad":
+        return replace(spec, pooling="last")
+    if backbone.kind == "encoder" and spec.pooling == "cls":
+        return replace(spec, pooling="first")
     return spec
 
 
@@ -130,12 +142,13 @@ def _covers(name: str, path: str) -> bool:
     return path.endswith(name) or path.partition(".")[0].endswith(name)
 
 
-def _renamed(tensors: Mapping[str, Tensor], old: str | None, body: str) -> Mapping[str, Tensor]:
-    """`tensors` with the body under the backbone's own name for it; None: they are the body's, without a name."""
-    start = PREFIX if old is None else f"{PREFIX}{old}."
-    own = f"{PREFIX}{body}."
+def _renamed(tensors: Mapping[str, Tensor], old: str | None, backbone: BackboneSpec) -> Mapping[str, Tensor]:
+    """`tensors` with the body under the backbone's own name for it."""
+    if old is None:
+        return tensors
+    start, own = f"{PREFIX}{old}.", f"{PREFIX}{backbone.modules[0].path.partition('.')[0]}."
     return {
-        own + key.removeprefix(start) if key.startswith(start) and not key.startswith(own) else key: tensor
+        own + key.removeprefix(start) if key.startswith(start) else key: tensor
         for key, tensor in tensors.items()
     }
 

@@ -44,7 +44,7 @@ from serving.engine.prefix_cache import PrefixKeys
 from serving.engine.runner import RowOutput, Runner
 from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
 from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.sequence import Sequence, max_total_len
+from serving.engine.sequence import Sequence, max_total_len, refuse_for_encoder
 from serving.engine.waiting import FirstComeQueue, WaitingQueue
 from serving.memory.budget import AUTO_SHARE, MemoryBudget, auto_capacity
 from serving.memory.host_cache import HostCache
@@ -105,7 +105,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def _make_scheduler(self, settings: EngineSettings) -> Scheduler:
-        cache = self.runner.cache
+        cache, is_encoder = self.runner.cache, self.backbone.spec.kind == "encoder"
         kv = SlotKVManager(
             cache.num_slots, cache.max_len, entry_bytes=cache.entry_bytes, budget=self.budget, storage=cache
         )
@@ -123,8 +123,9 @@ class Engine:
             max_queue=settings.max_queue,
             max_wait_s=settings.max_wait_s,
             max_queue_s=settings.max_queue_s,
+            whole_rows=is_encoder,
         )
-        keys = PrefixKeys(self.backbone.spec.digest, settings.prefix_cache)
+        keys = PrefixKeys(self.backbone.spec.digest, "off" if is_encoder else settings.prefix_cache)
         pad = getattr(self.backbone.model.config, "pad_token_id", None)
         return Scheduler(kv, self.deltas, policy, keys, limits=limits, clock=time.monotonic, pad_token_id=pad)
 
@@ -286,6 +287,8 @@ class Engine:
         """Queue a request; its events arrive through `publish`. Raises ContextLengthExceeded, InvalidRequest."""
         if not 0 < request.weight < math.inf:
             raise InvalidRequest(f"weight: got {request.weight}, expected a share above 0.", param="weight")
+        if self.backbone.spec.kind == "encoder":
+            refuse_for_encoder(request, self.backbone.spec)
         max_total_len(len(request.prompt_token_ids), request.max_tokens, self.max_len)
         self._post(lambda: self._enqueue(request))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.merging import HotMerge
-from serving.engine.sequence import ScheduledRow
+from serving.engine.sequence import ScheduledRow, Sequence
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
@@ -38,7 +38,8 @@ class RowOutput(NamedTuple):
 class Batch:
     """A flattened step. `spans` place tokens in KV slots, `logits_rows` are the tokens whose logits are wanted.
 
-    `hidden_rows` are those whose final hidden states are wanted.
+    `hidden_rows` are those whose final hidden states are wanted. `inserted`: virtual tokens [l, d] in place of the l
+    tokens from an index on.
     """
 
     rows: list[ScheduledRow]
@@ -51,6 +52,7 @@ class Batch:
     logit_segments: list[DeltaSegment]
     hidden_rows: list[int]
     hidden_counts: list[int]
+    inserted: list[tuple[int, Tensor]]
 
     @property
     def sole_delta(self) -> PlacedDelta | None:
@@ -82,7 +84,7 @@ class Runner:
     def _forward(self, rows: Seq[ScheduledRow]) -> list[RowOutput]:
         batch = build_batch(rows)
         device = self.backbone.device
-        context = ForwardContext(self._compile(batch), self.cache.plan(batch.spans))
+        context = ForwardContext(self._compile(batch), self.cache.plan(batch.spans), inserted=batch.inserted)
         if batch.hidden_rows:
             context.hidden_rows = torch.tensor(batch.hidden_rows, device=device)
         logits = self.backbone.forward(
@@ -95,8 +97,28 @@ class Runner:
         none = logits[:0]
         hidden: Seq[Tensor] = [none] * len(batch.rows)
         if context.hidden is not None:
-            hidden = torch.split(context.hidden, batch.hidden_counts)
+            hidden = self._pooled(batch, torch.split(context.hidden, batch.hidden_counts))
         return [RowOutput(*found) for found in zip(batch.rows, parts, hidden, strict=True)]
+
+    def _pooled(self, batch: Batch, hidden: Seq[Tensor]) -> Seq[Tensor]:
+        """`hidden` of every row; where a head reads the backbone's pooler, what that makes of it."""
+        chosen = [index for index, row in enumerate(batch.rows) if _pooling(row.seq) == "pooler"]
+        if not chosen:
+            return hidden
+        segments: list[DeltaSegment] = []
+        for start, index in enumerate(chosen):
+            if isinstance(delta := batch.rows[index].seq.delta, PlacedDelta):
+                _extend(segments, start, 1, 0, delta)
+        spec = self.backbone.spec
+        programs = compile_programs(
+            len(spec.modules), self.backbone.kernels, [], segments, self.backbone.logit_modules
+        )
+        context = ForwardContext(programs, self.cache.plan([]))
+        made = self.backbone.pool(torch.cat([hidden[index] for index in chosen]), context)
+        found = list(hidden)
+        for row, index in enumerate(chosen):
+            found[index] = made[row : row + 1]
+        return found
 
     def _compile(self, batch: Batch) -> list[Program | None]:
         merged = NOTHING_MERGED if self.merging is None else self.merging.weights_for(batch.sole_delta)
@@ -121,11 +143,15 @@ class Runner:
 def build_batch(rows: Seq[ScheduledRow]) -> Batch:
     """Flatten `rows`, those of one delta side by side."""
     ordered = sorted(rows, key=lambda row: row.seq.request.adapter_digest or "")
-    batch = Batch(ordered, [], [], [], [], [], [], [], [], [])
+    batch = Batch(ordered, [], [], [], [], [], [], [], [], [], [])
     for row in ordered:
         seq, count = row
         start, first = len(batch.token_ids), seq.num_computed
-        stop = start + count
+        if (virtual := _inserted(seq)) is not None:
+            batch.inserted.append((start, virtual))
+            batch.token_ids += [0] * len(virtual)
+            batch.positions += range(len(virtual))
+        stop = len(batch.token_ids) + count
         batch.token_ids += seq.tokens[first : first + count]
         batch.positions += range(seq.position_offset + first, seq.position_offset + first + count)
         batch.spans.append(RowSpan(start, stop, seq.slot, seq.prefix_len + first))
@@ -134,14 +160,31 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
         batch.logits_rows += range(stop - wanted, stop)
         batch.logits_counts.append(wanted)
         pooled = row.pooled if seq.request.pooling is not None else NONE_POOLED
-        batch.hidden_rows += [start + offset for offset in pooled]
+        batch.hidden_rows += [_first_pooled(seq, start) + offset for offset in pooled]
         batch.hidden_counts.append(len(pooled))
         if seq.delta is not None:
             assert isinstance(seq.delta, PlacedDelta)
             before = seq.invoked_at - first  # tokens of this step that come before the delta's invocation
-            _extend(batch.token_segments, start, count, before, seq.delta)
+            _extend(batch.token_segments, start, stop - start, before, seq.delta)
             _extend(batch.logit_segments, logits_start, wanted, before - (count - wanted), seq.delta)
     return batch
+
+
+def _pooling(seq: Sequence) -> str | None:
+    """How the head of the row's delta is fed."""
+    spec = None if seq.delta is None else seq.delta.head_spec
+    return None if spec is None or seq.request.pooling is None else spec.pooling
+
+
+def _first_pooled(seq: Sequence, start: int) -> int:
+    """The token from which `ScheduledRow.pooled` counts: the first real one, unless virtual ones count too."""
+    virtual = _inserted(seq)
+    return start if virtual is None or _pooling(seq) in ("first", "pooler") else start + len(virtual)
+
+
+def _inserted(seq: Sequence) -> Tensor | None:
+    """The virtual tokens [l, d] that run with the row."""
+    return seq.delta.virtual_tokens if isinstance(seq.delta, PlacedDelta) else None
 
 
 def _extend(segments: list[DeltaSegment], start: int, count: int, before: int, delta: PlacedDelta) -> None:

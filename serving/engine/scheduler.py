@@ -65,24 +65,29 @@ class Failed(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused."""
+    """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused.
+
+    `whole_rows`: prompts are not computed in pieces; a step's last one may go beyond its tokens.
+    """
 
     max_num_batched_tokens: int
     max_queue: int
     max_wait_s: float
     max_queue_s: float
+    whole_rows: bool = False
 
 
 @dataclass(slots=True)
 class _Step:
-    """What one step runs, and the tokens that are left for more."""
+    """What one step runs, and the tokens that are left for more: fewer than none after a whole row."""
 
     budget: int
+    whole_rows: bool
     rows: dict[Sequence, int] = field(default_factory=dict)
 
     def run(self, seq: Sequence) -> None:
-        """Compute as much of `seq` as the budget allows."""
-        self.rows[seq] = min(seq.num_pending, self.budget)
+        """Compute as much of `seq` as the budget allows, or all of it."""
+        self.rows[seq] = seq.num_pending if self.whole_rows else min(seq.num_pending, self.budget)
         self.budget -= self.rows[seq]
 
     def drop(self, seq: Sequence) -> None:
@@ -136,7 +141,7 @@ class Scheduler:
         failed = self._refuse_expired(now_s)
         for seq in self.running:
             self._publish(seq)
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = _Step(self.limits.max_num_batched_tokens, self.limits.whole_rows)
         self._continue_running(step)
         carried = list(step.rows)
         self._admit_waiting(step, failed, now_s)
@@ -161,7 +166,7 @@ class Scheduler:
         """
         crowded, closed = False, None
         for seq in self.queue.candidates(now_s):
-            if step.budget == 0:
+            if step.budget <= 0:
                 return
             digest = seq.request.adapter_digest
             if crowded and digest is not None and (digest == closed or not self.leases.is_resident(digest)):
@@ -215,6 +220,7 @@ class Scheduler:
         request = seq.request
         prefix_len = 0 if delta is None else delta.prefix_len
         room = self.kv.max_entries(0 if delta is None else delta.device_bytes) - prefix_len
+        room -= 0 if delta is None else delta.num_inserted
         seq.max_len = max_total_len(seq.num_prompt, request.max_tokens, room)
         seq.pool_for(delta, self._pad_token_id)
         if seq.chain is None and self._keys.enabled:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from adapters.backbone_spec import BackboneSpec
 from adapters.errors import ContextLengthExceeded, InvalidRequest
 from adapters.tasks import MEAN_EMBEDDING, HeadSpec, Task
 from serving.core import ROUTES, Request
@@ -20,6 +21,9 @@ class LeasedDelta(Protocol):
 
     @property
     def position_offset(self) -> int: ...
+
+    @property
+    def num_inserted(self) -> int: ...
 
     @property
     def device_bytes(self) -> int: ...
@@ -82,7 +86,7 @@ class Sequence:
         head = (None if delta is None else delta.head_spec) or MEAN_EMBEDDING
         pad = pad_token_id if head.pad_token_id is None else head.pad_token_id
         match head.pooling:
-            case "cls" | "pooler":
+            case "cls" | "first" | "pooler":
                 self.pooled_tokens = range(1)
             case "last":
                 self.pooled_tokens = range(self.num_prompt - 1, self.num_prompt)
@@ -184,6 +188,22 @@ def require_task(request: Request, delta: LeasedDelta | None) -> None:
             f"The delta's head has {got} labels, expected {wanted}.",
             param="model",
             remedy=f"Use {ROUTES[given]}.",
+        )
+
+
+def refuse_for_encoder(request: Request, spec: BackboneSpec) -> None:
+    """Raises InvalidRequest for what an encoder can't do exactly."""
+    if request.pooling is None:
+        raise InvalidRequest(
+            f"{spec.name} is an encoder and does not generate.",
+            param="model",
+            remedy=f"Use {ROUTES[Task.EMBEDDING]}, or a delta's own task.",
+        )
+    if spec.first_position and (pad := spec.first_position - 1) in request.prompt_token_ids:
+        raise InvalidRequest(
+            f"The prompt has the padding token, {pad}, which has no position of its own in {spec.model_type}.",
+            param="prompt",
+            remedy="Leave it out.",
         )
 
 

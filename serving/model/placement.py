@@ -24,6 +24,7 @@ from adapters.normal_form import (
     LowRank,
     Rows,
     Site,
+    VirtualTokens,
     WeightDelta,
 )
 from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
@@ -71,6 +72,10 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
     placed.device_bytes = placer.device_bytes
     if delta.invocation:
         placed.before = _placed(delta, digest, _without(modules, placer.invoked), placer)
+    virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
+    if virtual is not None and backbone.spec.kind == "encoder":
+        placed.virtual_tokens = virtual.embeddings.to(backbone.device, torch.float32, copy=True)
+        placed.device_bytes += placed.virtual_tokens.nbytes
     if (prefix := place_prefix(delta, placed, backbone)) is not None:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
@@ -237,9 +242,8 @@ class _Placer:
         `replaced`: the bias that a replaced module has in its output already.
         """
         columns = slice(part.start, part.stop)
-        base_module = self.backbone.model.get_submodule(module.path)
         old = (
-            base_module.bias[columns].float().cpu()
+            base_parameter(self.backbone, module, "bias")[columns]
             if module.shape.has_bias
             else torch.zeros(part.stop - part.start)
         )

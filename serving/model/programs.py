@@ -46,7 +46,8 @@ class PlacedDelta:
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
     `before`: what acts on the tokens before the last `invocation` in the prompt, where the delta has one. `head`: what
-    reads the final hidden states, None for a delta that generates.
+    reads the final hidden states, None for a delta that generates. `virtual_tokens` [l, d]: on an encoder they are
+    tokens of every row, since they see what follows them.
     """
 
     digest: str
@@ -60,6 +61,7 @@ class PlacedDelta:
     invocation: tuple[int, ...] = ()
     before: PlacedDelta | None = None
     head: PlacedHead | None = None
+    virtual_tokens: Tensor | None = None
 
     @property
     def task(self) -> Task:
@@ -75,6 +77,11 @@ class PlacedDelta:
     def prefix_len(self) -> int:
         """Key-value entries in front of every request of this delta."""
         return 0 if self.prefix is None else int(self.prefix[0][0].shape[0])
+
+    @property
+    def num_inserted(self) -> int:
+        """Virtual tokens that run with every row."""
+        return 0 if self.virtual_tokens is None else len(self.virtual_tokens)
 
 
 class DeltaSegment(NamedTuple):

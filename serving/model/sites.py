@@ -19,6 +19,8 @@ def install_sites(model: nn.Module, spec: BackboneSpec) -> None:
         _hook(model.get_submodule(module.path), index)
         if module.writes[0].site.name == "final":
             _keep_hidden(model.get_submodule(module.path))
+    if spec.kind == "encoder":
+        _insert_virtual_tokens(model.get_submodule(spec.modules[0].path))
 
 
 def _hook(module: nn.Module, index: int) -> None:
@@ -47,3 +49,15 @@ def _keep_hidden(module: nn.Module) -> None:
         return out
 
     module.forward = forward
+
+
+def _insert_virtual_tokens(embedding: nn.Module) -> None:
+    base = embedding.forward
+
+    def forward(token_ids: Tensor) -> Any:
+        out = base(token_ids)
+        if (context := active_context()) is not None and context.inserted:
+            context.insert(out)
+        return out
+
+    embedding.forward = forward

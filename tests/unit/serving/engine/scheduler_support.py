@@ -26,6 +26,7 @@ class FakeDelta:
     digest: str
     device_bytes: int = 0
     prefix_len: int = 0
+    num_inserted: int = 0
     position_offset: int = 0
     invocation: tuple[int, ...] = ()
     task: Task = Task.CAUSAL_LM
