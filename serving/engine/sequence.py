@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from adapters.backbone_spec import BackboneSpec
 from adapters.errors import ContextLengthExceeded, InvalidRequest
+from adapters.normal_form import Site
 from adapters.tasks import MEAN_EMBEDDING, HeadSpec, Task
 from serving.core import ROUTES, Request
 from serving.engine.prefix_cache import HashChain
@@ -161,10 +162,15 @@ class ScheduledRow(NamedTuple):
         return range(start, max(start, stop))
 
 
+WITHOUT_HEAD = frozenset({Task.EMBEDDING, Task.FILL_MASK})
+"""Tasks that need no head of the delta's own."""
+
+
 def require_task(request: Request, delta: LeasedDelta | None) -> None:
     """Raises InvalidRequest unless `delta`, or the bare backbone, answers what is asked."""
     given = Task.CAUSAL_LM if delta is None else delta.task
-    if request.task is not given and (request.task, given) != (Task.EMBEDDING, Task.CAUSAL_LM):
+    without_head = given is Task.CAUSAL_LM or given is Task.EMBEDDING
+    if request.task is not given and not (request.task in WITHOUT_HEAD and without_head):
         if delta is None:
             raise InvalidRequest(
                 f"The bare backbone has no head for {request.task.value}.",
@@ -191,8 +197,16 @@ def require_task(request: Request, delta: LeasedDelta | None) -> None:
         )
 
 
-def refuse_for_encoder(request: Request, spec: BackboneSpec) -> None:
-    """Raises InvalidRequest for what an encoder can't do exactly."""
+def refuse_unanswerable(request: Request, spec: BackboneSpec) -> None:
+    """Raises InvalidRequest for what the backbone, whatever the delta, does not do or can't do exactly."""
+    if request.task is Task.FILL_MASK and (spec.kind == "decoder" or Site("logits") not in spec.writer):
+        raise InvalidRequest(
+            f"{spec.name} has no masked language model head.",
+            param="model",
+            remedy="Serve an encoder whose checkpoint has one.",
+        )
+    if spec.kind == "decoder":
+        return
     if request.pooling is None:
         raise InvalidRequest(
             f"{spec.name} is an encoder and does not generate.",
