@@ -83,6 +83,7 @@ SITE_MAPS: Mapping[str, SiteMap] = {
     ),
     "gpt2": (
         Row("transformer.wte", None, ("embed",)),
+        Row("transformer.drop", "embed.sum", ("embed.post",)),
         Row("transformer.h.*", "attn.r", ("layer.out",)),
         Row("transformer.h.*.ln_1", "attn.r", ("attn.x",)),
         Row("transformer.h.*.attn.c_attn", "attn.x", ("q.out", "k.out", "v.out")),
@@ -141,7 +142,7 @@ UNBOUNDED_POSITIONS = 2048
 COMMON_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 """Attributes that transformers configs have under these names, whatever the architecture's own spelling."""
 
-ONCE = frozenset({"embed", "final.pre", "final", "logits"})
+ONCE = frozenset({"embed", "embed.sum", "embed.post", "final.pre", "final", "logits"})
 
 
 def build_spec(

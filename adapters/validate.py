@@ -26,6 +26,7 @@ from adapters.normal_form import (
     WeightDelta,
 )
 from adapters.op_checks import OpChecker, shown
+from adapters.positions import FirstTokens, FromInvocation, LastTokens
 
 TASKS = ("causal-lm",)
 
@@ -49,7 +50,7 @@ def check(delta: Delta, spec: BackboneSpec) -> list[str]:
         checker.where = f"op {index} ({op.kind.value} at {_place(op)})"
         _CHECKS[type(op)](checker, op)
     checker.where = "delta"
-    for text in (*_duplicates(delta, spec), *_replaced(delta), *_invoked(delta), *_virtual(delta, spec)):
+    for text in (*_duplicates(delta, spec), *_replaced(delta), *_positioned(delta), *_virtual(delta, spec)):
         checker.add(text)
     return checker.problems
 
@@ -104,11 +105,17 @@ def _replaced(delta: Delta) -> Iterator[str]:
             yield f"both a Head and {type(op).__name__} at {shown(op.site)}; the head is replaced whole."
 
 
-def _invoked(delta: Delta) -> Iterator[str]:
-    """What ops that act from an invocation on must satisfy together."""
+def _positioned(delta: Delta) -> Iterator[str]:
+    """What ops that act on some tokens only must satisfy together."""
     positioned = [op for op in delta.ops if isinstance(op, LowRank) and op.positions is not None]
-    if len({op.positions for op in positioned}) > 1:
+    kinds = [type(positions) for positions in delta.positions]
+    if kinds.count(FromInvocation) > 1:
         yield "its ops name different invocation tokens; a delta is invoked by one sequence."
+    elif FromInvocation in kinds and len(kinds) > 1:
+        yield "its ops act from an invocation on and on first or last tokens; one of the two is served."
+    for kind in (FirstTokens, LastTokens):
+        if kinds.count(kind) > 1:
+            yield f"its ops name {kinds.count(kind)} numbers of tokens in {kind.__name__}; expected one."
     normalized = {op.site for op in delta.ops if isinstance(op, Affine) and op.weight_normalized}
     for site in sorted({op.write for op in positioned} & normalized):
         yield f"the norms of the weight at {shown(site)} would change inside the prompt (weight_normalized)."

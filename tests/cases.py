@@ -96,8 +96,8 @@ def tiny_backbone(family: Family, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def shape_of(module: torch.nn.Module) -> ModuleShape:
-    """What a live module says of itself, as `build_spec` asks for it."""
+def shape_of(module: torch.nn.Module, width: int) -> ModuleShape:
+    """What a live module says of itself, as `build_spec` asks for it; `width` is that of a residual stream."""
     match module:
         case torch.nn.Linear():
             return ModuleShape("linear", module.in_features, module.out_features, module.bias is not None)
@@ -108,10 +108,6 @@ def shape_of(module: torch.nn.Module) -> ModuleShape:
     if isinstance(weight := getattr(module, "weight", None), torch.Tensor):
         width = weight.shape[0]
         return ModuleShape("norm", width, width, getattr(module, "bias", None) is not None)
-    first_norm = next(
-        child for child in module.children() if isinstance(getattr(child, "weight", None), torch.Tensor)
-    )
-    width = first_norm.weight.shape[0]
     return ModuleShape("layer", width, width, False)
 
 
@@ -121,7 +117,11 @@ def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) ->
         key: getattr(model.config, key) for key in COMMON_NAMES if hasattr(model.config, key)
     }
     return build_spec(
-        config, lambda path: shape_of(model.get_submodule(path)), name=name, digest=digest, names=(name,)
+        config,
+        lambda path: shape_of(model.get_submodule(path), config["hidden_size"]),
+        name=name,
+        digest=digest,
+        names=(name,),
     )
 
 
@@ -610,6 +610,41 @@ GOLDEN_CASES: tuple[GoldenCase, ...] = (
     GoldenCase("par_bn_mh", "llama"),
     GoldenCase("adapter_plus", "llama", "T2"),
     GoldenCase("adapter_plus", "gpt2", "T2"),
+    GoldenCase("lora", "llama"),
+    GoldenCase("lora", "gpt2"),
+    GoldenCase("lora_everywhere", "llama"),
+    GoldenCase("lora_everywhere", "gpt2"),
+    GoldenCase("lora_key", "llama"),
+    GoldenCase("lora_key", "gpt2"),
+    GoldenCase("ia3", "llama"),
+    GoldenCase("ia3", "gpt2"),
+    GoldenCase("ia3_everywhere", "llama"),
+    GoldenCase("ia3_everywhere", "gpt2"),
+    GoldenCase("prefix_tuning", "llama"),
+    GoldenCase("prefix_tuning", "gpt2"),
+    GoldenCase("prefix_tuning_flat", "llama"),
+    GoldenCase("prefix_tuning_flat", "gpt2"),
+    GoldenCase("mam", "llama"),
+    GoldenCase("mam", "gpt2"),
+    GoldenCase("union", "llama"),
+    GoldenCase("union", "gpt2"),
+    GoldenCase("loreft", "llama", "T2"),
+    GoldenCase("loreft", "gpt2", "T2"),
+    GoldenCase("noreft", "llama", "T2"),
+    GoldenCase("noreft", "gpt2", "T2"),
+    GoldenCase("direft_tied", "llama", "T2"),
+    GoldenCase("direft_tied", "gpt2", "T2"),
+    GoldenCase("seq_bn_inv", "llama"),
+    GoldenCase("seq_bn_inv", "gpt2"),
+    GoldenCase("compacter", "gpt2", "T2"),
+    GoldenCase("compacterpp", "llama", "T2"),
+    GoldenCase("compacterpp_dense_w", "llama", "T2"),
+    GoldenCase("compacterpp_local_rule", "llama", "T2"),
+    GoldenCase("compacterpp_shared_w", "llama", "T2"),
+    GoldenCase("dora", "llama", "T2"),
+    GoldenCase("vera", "llama", "T2"),
+    GoldenCase("dvora", "llama", "T2"),
+    GoldenCase("vera_ffn", "gpt2", "T2"),
 )
 
 

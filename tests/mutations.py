@@ -62,6 +62,10 @@ FEW = (
     "hub-llama-seq_bn",
     "hub-gpt2-double_seq_bn",
     "hub-llama-par_bn_channel",
+    "hub-gpt2-lora_everywhere",
+    "hub-llama-loreft",
+    "hub-llama-mam",
+    "hub-llama-compacterpp_shared_w",
 )
 KEYS_START = "base_model.model."
 PREFIXES = ("x", "module", "base_model", "base_model.model")
@@ -99,6 +103,9 @@ SIZES = (
     "adapter_len",
     "adapter_layers",
     "reduction_factor",
+    "prefix_length",
+    "bottleneck_size",
+    "phm_rank",
 )
 NONSENSE: tuple[object, ...] = ("nonsense", {"nonsense": {}}, [None], -3, 10**400, "x\u202ey")
 
@@ -395,11 +402,11 @@ def other_size(origin: Source, draw: random.Random) -> Mutant | None:
 
 
 def unknown_activation(origin: Source, draw: random.Random) -> Mutant | None:
-    """An AdapterHub bottleneck has another activation than the library's."""
+    """An AdapterHub adapter has another activation than the library's."""
     config, tensors = origin.files
-    if not isinstance(inner := config.get("config"), dict):
+    inner = config.get("config")
+    if not isinstance(inner, dict) or not isinstance(old := inner.get("non_linearity"), str):
         return None
-    old = inner["non_linearity"]
     value = draw.choice(
         ("prelu", "mish", "gelu_fats", f"{old} ", "", 3, None, [old], {"name": old}, old.upper())
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.merging import HotMerge
-from serving.engine.sequence import ScheduledRow
+from serving.engine.sequence import ScheduledRow, Sequence
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
@@ -116,23 +116,24 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
         batch.logits_rows += range(stop - wanted, stop)
         batch.logits_counts.append(wanted)
         if seq.delta is not None:
-            assert isinstance(seq.delta, PlacedDelta)
-            before = seq.invoked_at - first  # tokens of this step that come before the delta's invocation
-            _extend(batch.token_segments, start, count, before, seq.delta)
-            _extend(batch.logit_segments, logits_start, wanted, before - (count - wanted), seq.delta)
+            _extend(batch.token_segments, start, first, first + count, seq)
+            _extend(batch.logit_segments, logits_start, first + count - wanted, first + count, seq)
     return batch
 
 
-def _extend(segments: list[DeltaSegment], start: int, count: int, before: int, delta: PlacedDelta) -> None:
-    """Add `count` tokens, the first `before` of them before the delta's invocation.
+def _extend(segments: list[DeltaSegment], at: int, first: int, stop: int, seq: Sequence) -> None:
+    """Add tokens [first, stop) of `seq`, from the batch's token `at` on, cut where other parts of its delta act.
 
     A segment is joined with the one before it where that is alike.
     """
-    split = start + min(max(before, 0), count)
-    for begin, stop, form in ((start, split, delta.before), (split, start + count, delta)):
-        if begin == stop or form is None:
+    assert isinstance(seq.delta, PlacedDelta)
+    ends = [cut.start for cut in seq.cuts[1:]]
+    for cut, end in zip(seq.cuts, (*ends, stop), strict=True):
+        begin, until = max(cut.start, first), min(end, stop)
+        if begin >= until:
             continue
-        if segments and segments[-1].delta is form and segments[-1].stop == begin:
-            segments[-1] = DeltaSegment(segments[-1].start, stop, form)
+        form, offset = seq.delta.form_at(cut.positions), at - first
+        if segments and segments[-1].delta is form and segments[-1].stop == begin + offset:
+            segments[-1] = DeltaSegment(segments[-1].start, until + offset, form)
         else:
-            segments.append(DeltaSegment(begin, stop, form))
+            segments.append(DeltaSegment(begin + offset, until + offset, form))

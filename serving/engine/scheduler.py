@@ -217,7 +217,7 @@ class Scheduler:
                 adapter_digest=request.adapter_digest,
                 prefix_len=prefix_len,
                 position_offset=0 if delta is None else delta.position_offset,
-                invoked_at=seq.invocation_of(delta),
+                cuts=seq.cuts_of(delta),
             )
             seq.chain = HashChain(root)
         # logits of the whole prompt need the whole prompt computed

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from adapters.errors import ContextLengthExceeded
+from adapters.positions import UNCUT, Cut, Positions, cuts
 from serving.core import Request
 from serving.engine.prefix_cache import HashChain
 
@@ -24,7 +24,7 @@ class LeasedDelta(Protocol):
     def device_bytes(self) -> int: ...
 
     @property
-    def invocation(self) -> tuple[int, ...]: ...
+    def positions(self) -> frozenset[Positions]: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -34,8 +34,7 @@ class Sequence:
     `arrival_s` and `order`, the place among all arrivals, are set on arrival. `slot`, `delta`, `max_len` are set on
     admission, and `slot` is -1 outside the batch. `num_charged` tokens were charged to the tenant; `num_cached` is
     what the admission that led to the first token found in the prefix cache. `state` belongs to the engine (sampler,
-    detokenizer). `invoked_at`: index of the token from which on all of the delta acts; before it, only what needs no
-    invocation.
+    detokenizer). `cuts`: where the tokens begin on which other parts of the delta act.
     """
 
     request: Request
@@ -50,7 +49,7 @@ class Sequence:
     delta: LeasedDelta | None = None
     chain: HashChain | None = None
     max_len: int = 0
-    invoked_at: int = 0
+    cuts: tuple[Cut, ...] = UNCUT
     wants_prompt_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,11 +58,11 @@ class Sequence:
     def admit(self, slot: int, delta: LeasedDelta | None) -> None:
         """Take a slot and a leased delta."""
         self.slot, self.delta = slot, delta
-        self.invoked_at = self.invocation_of(delta)
+        self.cuts = self.cuts_of(delta)
 
-    def invocation_of(self, delta: LeasedDelta | None) -> int:
-        """Where in the prompt `delta` would begin to act."""
-        return last_occurrence(() if delta is None else delta.invocation, self.request.prompt_token_ids)
+    def cuts_of(self, delta: LeasedDelta | None) -> tuple[Cut, ...]:
+        """Where other parts of `delta` would begin to act."""
+        return UNCUT if delta is None else cuts(delta.positions, self.request.prompt_token_ids)
 
     @property
     def num_prompt(self) -> int:
@@ -109,14 +108,6 @@ class ScheduledRow(NamedTuple):
     def samples(self) -> bool:
         """True when the step reaches the row's last token, so that its logits give the next one."""
         return self.num_tokens == self.seq.num_pending
-
-
-def last_occurrence(wanted: tuple[int, ...], tokens: tuple[int, ...]) -> int:
-    """Index at which `wanted` starts for the last time in `tokens`, 0 for an empty one; past all where it does not."""
-    if not wanted:
-        return 0
-    starts = range(len(tokens) - len(wanted), -1, -1)
-    return next((at for at in starts if tokens[at : at + len(wanted)] == wanted), sys.maxsize)
 
 
 def max_total_len(num_prompt: int, max_tokens: int | None, room: int) -> int:

@@ -14,17 +14,8 @@ from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec, Slice
 from adapters.errors import InvalidDelta
-from adapters.normal_form import (
-    Affine,
-    AttnPrefix,
-    Delta,
-    Head,
-    LinearMap,
-    LowRank,
-    Rows,
-    Site,
-    WeightDelta,
-)
+from adapters.normal_form import Affine, AttnPrefix, Delta, Head, LinearMap, LowRank, Rows, Site, WeightDelta
+from adapters.positions import Positions
 from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
 from serving.model.backbone import Backbone
 from serving.model.place_matrices import (
@@ -66,8 +57,11 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
     modules = placer.modules()
     placed = _placed(delta, digest, modules, placer)
     placed.device_bytes = placer.device_bytes
-    if delta.invocation:
-        placed.before = _placed(delta, digest, _without(modules, placer.invoked), placer)
+    placed.forms = {
+        positions: _placed(delta, digest, _acting(modules, placer.positions, positions), placer)
+        for positions in (*delta.positions, None)
+        if delta.positions
+    }
     if (prefix := place_prefix(delta, placed, backbone)) is not None:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
@@ -90,18 +84,23 @@ def _placed(delta: Delta, digest: str, modules: Mapping[int, PlacedModule], plac
         device_bytes=0,
         encoded=encoded,
         general_modules=general,
-        invocation=delta.invocation,
     )
 
 
-def _without(modules: Mapping[int, PlacedModule], invoked: set[int]) -> dict[int, PlacedModule]:
-    """`modules` without the weights whose ids are in `invoked`; what is left of none is left out."""
+def _acting(
+    modules: Mapping[int, PlacedModule], positions_of: Mapping[int, Positions], positions: Positions | None
+) -> dict[int, PlacedModule]:
+    """`modules` with what acts everywhere or at `positions`; what is left of none is left out."""
+
+    def acts(weights: LowRankWeights) -> bool:
+        return positions_of.get(id(weights), positions) == positions
+
     kept = {
         index: replace(
             ops,
-            parallel=[w for w in ops.parallel if id(w) not in invoked],
-            remote=[(site, w) for site, w in ops.remote if id(w) not in invoked],
-            sequential=[w for w in ops.sequential if id(w) not in invoked],
+            parallel=[w for w in ops.parallel if acts(w)],
+            remote=[(site, w) for site, w in ops.remote if acts(w)],
+            sequential=[w for w in ops.sequential if acts(w)],
         )
         for index, ops in modules.items()
     }
@@ -129,7 +128,7 @@ class _Placer:
         self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
-        self.invoked: set[int] = set()  # ids of the weights that act only from the invocation on
+        self.positions: dict[int, Positions] = {}  # id of the weights -> the only tokens on which they act
         self.device_bytes = 0
         self._copies: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
@@ -217,7 +216,7 @@ class _Placer:
             stop=part.stop,
         )
         if op.positions is not None:
-            self.invoked.add(id(weights))
+            self.positions[id(weights)] = op.positions
         if op.sequential:
             target.sequential.append(weights)
         elif op.read == module.read:
@@ -249,7 +248,7 @@ class _Placer:
         factors = []
         for op in scales:
             assert op.scale is not None
-            norm = self._row_norms(module, part) if op.weight_normalized else 1.0
+            norm = self._row_norms(module, part, op.norm_scaling) if op.weight_normalized else 1.0
             factors.append(op.scale.float() / norm)
         scale = _product(factors)
         assert scale is not None
@@ -257,13 +256,13 @@ class _Placer:
         moved = scale * (new - old) if covered else new - scale * old
         return self._affine(scale, _sum([moved, shift]), part.start, part.stop)
 
-    def _row_norms(self, module: ModuleSpec, part: Slice) -> Tensor:
-        """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA)."""
+    def _row_norms(self, module: ModuleSpec, part: Slice, scaling: float | None) -> Tensor:
+        """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA). `scaling`: in place of each s."""
         weight = base_parameter(self.backbone, module, "weight")
         rows = (weight.t() if module.shape.kind == "conv1d" else weight)[part.start : part.stop].clone()
         for op in self.low_ranks[module.path]:
             if op.write == part.site and not op.sequential:
-                rows += op.scaling * (op.B.float() @ op.A.float())
+                rows += (op.scaling if scaling is None else scaling) * (op.B.float() @ op.A.float())
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
         return norms
 
@@ -281,7 +280,8 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
     """Undo the split of a fused projection: LowRanks that share A and write neighbouring columns become one."""
     parts = {part.site: part for part in module.writes}
     joined: list[tuple[LowRank, Slice]] = []
-    for op in sorted(ops, key=lambda op: (id(op.A), parts[op.write].start)):
+    # sequential ones act in their own order and are not joined
+    for op in sorted(ops, key=lambda op: (0, 0) if op.sequential else (id(op.A), parts[op.write].start)):
         part = parts[op.write]
         if joined:
             last, span = joined[-1]

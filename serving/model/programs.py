@@ -10,13 +10,14 @@ Legend: T tokens, I input width, O output width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapters.normal_form import Site
+from adapters.positions import Positions
 from serving.kernels.ops import (
     AffineSegment,
     DeltaKernels,
@@ -43,7 +44,8 @@ class PlacedDelta:
 
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
-    `before`: what acts on the tokens before the last `invocation` in the prompt, where the delta has one.
+    `forms`: for a delta of which parts act on some tokens only, what acts there, and under None what acts on the
+    others; empty where all of it acts on every token.
     """
 
     digest: str
@@ -54,13 +56,21 @@ class PlacedDelta:
     device_bytes: int
     encoded: Any
     general_modules: frozenset[int]
-    invocation: tuple[int, ...] = ()
-    before: PlacedDelta | None = None
+    forms: Mapping[Positions | None, PlacedDelta] = field(default_factory=dict)
 
     @property
     def prefix_len(self) -> int:
         """Key-value entries in front of every request of this delta."""
         return 0 if self.prefix is None else int(self.prefix[0][0].shape[0])
+
+    @property
+    def positions(self) -> frozenset[Positions]:
+        """On what tokens some of its ops act; empty where all act on every one."""
+        return frozenset(positions for positions in self.forms if positions is not None)
+
+    def form_at(self, positions: Positions | None) -> PlacedDelta:
+        """What acts on tokens under `positions`."""
+        return self.forms[positions] if self.forms else self
 
 
 class DeltaSegment(NamedTuple):

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from adapters.canonical import from_canonical, to_canonical
 from adapters.formats import read_directory, read_upload
+from adapters.positions import FromInvocation
 from serving.model.backbone import Backbone
 from serving.model.placement import place
 from serving.model.programs import PlacedDelta
@@ -157,7 +158,9 @@ def rows_for(found: Sequence[Method], chunk: int = 1 << 30) -> list[list[Row]]:
             prefill, decode = draw.randint(3, 17), draw.randint(4, 7)
             tokens = [draw.randrange(97) for _ in range(prefill + decode)]
             if method.delta is not None:
-                _invoke(tokens, method.delta.invocation, len(mine))
+                for positions in method.delta.positions:
+                    if isinstance(positions, FromInvocation):
+                        _invoke(tokens, positions.tokens, len(mine))
             mine.append(Row(method.name, tokens, prefill, method.delta, chunk))
         rows.append(mine)
     return rows
@@ -165,7 +168,7 @@ def rows_for(found: Sequence[Method], chunk: int = 1 << 30) -> list[list[Row]]:
 
 def _invoke(tokens: list[int], invocation: tuple[int, ...], index: int) -> None:
     """Write the invocation into the prompt: further back with each prompt, in one twice, in the last not at all."""
-    if invocation and index < PROMPTS - 1:
+    if index < PROMPTS - 1:
         for wanted in {1 + 3 * index, 1 + index}:
             at = min(wanted, len(tokens) - len(invocation))
             tokens[at : at + len(invocation)] = invocation

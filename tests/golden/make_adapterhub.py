@@ -159,16 +159,22 @@ CASES: dict[str, Case] = {
     "dvora": Case(DvoRAConfig(r=5, alpha=3, attn_matrices=["v"]), ("llama",)),
     "prefix_tuning": Case(PrefixTuningConfig(prefix_length=5, bottleneck_size=12)),
     "prefix_tuning_flat": Case(PrefixTuningConfig(prefix_length=4, flat=True)),
-    "mam": Case(MAMConfig(PrefixTuningConfig(prefix_length=3, bottleneck_size=8), ParBnConfig(reduction_factor=4))),
+    "mam": Case(
+        MAMConfig(PrefixTuningConfig(prefix_length=3, bottleneck_size=8), ParBnConfig(reduction_factor=4))
+    ),
     "union": Case(ConfigUnion(LoRAConfig(r=2), SeqBnConfig(reduction_factor=8))),
     "unipelt": Case(
         UniPELTConfig(
-            PrefixTuningConfig(prefix_length=3, bottleneck_size=8), SeqBnConfig(reduction_factor=8), LoRAConfig(r=2)
+            PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
+            SeqBnConfig(reduction_factor=8),
+            LoRAConfig(r=2),
         ),
         ("gpt2",),
     ),
     "loreft": Case(LoReftConfig(r=3, prefix_positions=2, suffix_positions=1)),
-    "noreft": Case(NoReftConfig(r=2, prefix_positions=1, suffix_positions=2, layers=[0, 2]), added=SUBTRACTED),
+    "noreft": Case(
+        NoReftConfig(r=2, prefix_positions=1, suffix_positions=2, layers=[0, 2]), added=SUBTRACTED
+    ),
     "direft_tied": Case(
         DiReftConfig(r=2, prefix_positions=2, suffix_positions=2, tied_weights=True, non_linearity="relu"),
         added=NOT_SUBTRACTED,
@@ -296,7 +302,9 @@ def main() -> None:
         for family in case.families:
             make_case(family, name, load_backbone(family), case.config, base[family], case.added)
     name = "seq_bn_inv_flex_head"
-    make_case("llama", name, load_flex_head_backbone(name), SeqBnInvConfig(reduction_factor=8), base["llama"], {})
+    make_case(
+        "llama", name, load_flex_head_backbone(name), SeqBnInvConfig(reduction_factor=8), base["llama"], {}
+    )
     size_bytes = sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file())
     print(f"{len(list(ROOT.glob('*/*')))} directories, {size_bytes / 1024:.0f} KiB under {ROOT.name}/")
 

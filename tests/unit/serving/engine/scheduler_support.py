@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import DeltamuxError
+from adapters.positions import Positions
 from serving.core import Request, SamplingParams
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
@@ -26,7 +27,7 @@ class FakeDelta:
     device_bytes: int = 0
     prefix_len: int = 0
     position_offset: int = 0
-    invocation: tuple[int, ...] = ()
+    positions: frozenset[Positions] = frozenset()
 
 
 class FakeLeases:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapters.errors import ContextLengthExceeded, NotFound, Overloaded
+from adapters.positions import FromInvocation
 from serving.core import SamplingParams, ServiceClass
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from tests.unit.serving.engine.scheduler_support import BLOCK, FakeDelta, World
@@ -185,7 +186,7 @@ def test_another_tenant_or_delta_reuses_nothing(change: dict[str, str | None]) -
 
 
 def test_a_prompt_that_invokes_its_delta_elsewhere_reuses_nothing() -> None:
-    world = World(tokens=200, deltas=(FakeDelta("d", invocation=(102,)),))
+    world = World(tokens=200, deltas=(FakeDelta("d", positions=frozenset({FromInvocation((102,))})),))
     for name, prompt, cached in (
         ("first", PROMPT, 0),
         ("invoked again", [*PROMPT, 102, 7], 0),  # all that came before is computed as before an invocation
