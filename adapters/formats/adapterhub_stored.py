@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
@@ -20,6 +19,10 @@ from adapters.normal_form import Op
 Shapes = Mapping[str, tuple[int, ...]]
 Part = tuple[str, tuple[Op, ...]]
 """What one method of an upload amounts to: the library's word for it, and its ops."""
+
+
+KINDS = ("adapters", "loras", "prefix_tunings", "refts", "shared_parameters", "invertible_adapters")
+"""What the library calls the containers of adapters."""
 
 
 @dataclass
@@ -38,16 +41,13 @@ class Stored:
     asked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        marker = f".{self.name}."
-        self._stems = {key.partition(marker)[0] for key in self.tensors if marker in key}
-        self._headed = {stem.partition(".")[2]: stem for stem in self._stems}
+        self._stems = {stem for key in self.tensors if (stem := self._stem(key)) is not None}
 
     def at(self, path: str, place: str) -> str:
         """The beginning of the keys of `place` at the module `path`."""
         full = f"{path}.{place}"
         bare = full.partition(".")[2]
-        found = full if full in self._stems else bare if bare in self._stems else self._headed.get(full, full)
-        return f"{found}.{self.name}."
+        return f"{bare if bare in self._stems and full not in self._stems else full}.{self.name}."
 
     def shared(self, place: str) -> str:
         """The beginning of the keys of what all layers share."""
@@ -65,8 +65,6 @@ class Stored:
                 self.problems.add(f"A site without a tensor: the file has no {quoted(key)}.")
             elif (got := tuple(self.tensors[key].shape)) != shape:
                 self.problems.add(f"{quoted(key)}: got shape {list(got)}, expected {list(shape)}.")
-            elif bad := self.tensors[key].numel() - int(torch.isfinite(self.tensors[key]).sum()):
-                self.problems.add(f"{quoted(key)}: {bad} non-finite value{'s' * (bad > 1)}.")
             else:
                 found[name] = self.tensors[key]
         return found if len(found) == len(shapes) else None
@@ -87,6 +85,14 @@ class Stored:
                 self.problems.add(
                     f"A tensor without a site: {quoted(key)}: the config names no such adapter on this backbone."
                 )
+
+    def _stem(self, key: str) -> str | None:
+        """What stands before the adapter's name, which may be a word of the path too."""
+        for kind in KINDS:
+            before, found, _ = f".{key}".partition(f".{kind}.{self.name}.")
+            if found:
+                return f"{before}.{kind}"[1:]
+        return None
 
     def _ask(self, key: str) -> None:
         if key in self.asked:
