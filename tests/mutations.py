@@ -410,6 +410,8 @@ def unknown_activation(origin: Source, draw: random.Random) -> Mutant | None:
     value = draw.choice(
         ("prelu", "mish", "gelu_fats", f"{old} ", "", 3, None, [old], {"name": old}, old.upper())
     )
+    if value is None and inner.get("architecture") == "reft":  # means something there
+        return None
     inner["non_linearity"] = value
     return _mutant(f"non_linearity = {value!r}", ("non_linearity",), config, tensors, may_be_idle=True)
 

@@ -156,8 +156,10 @@ def test_the_orthogonal_projection_is_the_one_of_torch() -> None:
         }
     )
     op = next(op for op in read("llama", "loreft").ops if isinstance(op, LowRank) and op.write.layer == 1)
-    assert torch.allclose(op.B.t(), linear.weight, atol=1e-6)
-    assert torch.allclose(op.A, stored[f"{stem}learned_source.weight"] - linear.weight, atol=1e-6)
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    assert torch.allclose(op.B.t(), weight, atol=1e-6)
+    assert torch.allclose(op.A, stored[f"{stem}learned_source.weight"] - weight, atol=1e-6)
 
 
 def test_positions_survive_the_canonical_form() -> None:
