@@ -11,6 +11,7 @@ from typing import Any, Literal
 from adapters.normal_form import Site
 
 ModuleKind = Literal["linear", "conv1d", "norm", "embedding", "layer"]
+BackboneKind = Literal["decoder", "encoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class BackboneSpec:
     served exactly. Widths: H `num_kv_heads`, D `head_dim`.
     `tied_embeddings`: the head's weight is the embedding. `sees_queries`: the engine runs the attention and sees its
     queries; `free_positions`: position ids are given to the forward, not counted by it. Both depend on the layout that
-    serves the backbone.
+    serves the backbone. `kind`: a decoder sees what came before and generates; an encoder sees whole rows, at once.
+    `first_position`: the position id of a row's first token.
     """
 
     name: str
@@ -69,6 +71,8 @@ class BackboneSpec:
     tied_embeddings: bool = False
     sees_queries: bool = True
     free_positions: bool = True
+    kind: BackboneKind = "decoder"
+    first_position: int = 0
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleSpec]:

@@ -3,7 +3,8 @@
 Tensors are named by the sha256 of their content, so equal tensors are stored once and the bytes do not depend on
 op order or on names in the upload. The manifest lists the ops with tensor names in place of tensors.
 Format: manifest `{"format": "deltamux/1", "method", "task", "backbone_digest", "position_offset", "labels",
-"lineage", "typology", "ops": [{"kind", ...}]}`, keys sorted, UTF-8, no whitespace.
+"lineage", "typology", "ops": [{"kind", ...}], "head"}`, keys sorted, UTF-8, no whitespace; `head` only where there is
+one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from adapters.normal_form import (
     WeightDelta,
 )
 from adapters.positions import FirstTokens, FromInvocation, LastTokens, Positions
+from adapters.tasks import HeadSpec
 
 FORMAT = "deltamux/1"
 
@@ -76,7 +78,7 @@ def to_canonical(delta: Delta) -> Canonical:
         "lineage": dict(delta.lineage),
         "typology": typology(delta) | {"num_parameters": sum(tensor.numel() for tensor in stored.values())},
         "ops": ops,
-    }
+    } | ({} if delta.head is None else {"head": _head_to_json(delta.head)})
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     tensors = save({name: stored[name] for name in sorted(stored)})
     return Canonical(text, tensors, digest_of(text, tensors))
@@ -100,6 +102,7 @@ def from_canonical(manifest: bytes, tensors: bytes) -> Delta:
             task=str(raw["task"]),
             backbone_digest=str(raw["backbone_digest"]),
             position_offset=int(raw["position_offset"]),
+            head=_head_from_json(raw.get("head")),
             labels=_string_map(raw["labels"]),
             lineage=_string_map(raw["lineage"]),
             ops=tuple(_op_from_json(item, stored) for item in raw["ops"]),
@@ -210,6 +213,22 @@ def _positions_from_json(field: str, item: Mapping[str, Any]) -> Positions:
         if name == counted and type(value) is int:
             return cls(value)
     raise ValueError(f"{field}, expected a from_invocation list, or a number of first_tokens or last_tokens")
+
+
+def _head_to_json(head: HeadSpec) -> dict[str, Any]:
+    """What differs from the defaults, so that a field that is added later changes no digest."""
+    given = {spec.name: (getattr(head, spec.name), spec.default) for spec in fields(HeadSpec)}
+    found = {name: value for name, (value, default) in given.items() if value != default}
+    return found | ({"labels": list(head.labels)} if head.labels else {})
+
+
+def _head_from_json(raw: object) -> HeadSpec | None:
+    if raw is None:
+        return None
+    known = {spec.name for spec in fields(HeadSpec)}
+    if not isinstance(raw, dict) or not set(raw) <= known or not isinstance(raw.get("labels", []), list):
+        raise ValueError(f"head, expected an object with {', '.join(sorted(known))}")
+    return HeadSpec(**raw | {"labels": tuple(raw.get("labels", []))})
 
 
 def _content_name(tensor: Tensor) -> str:

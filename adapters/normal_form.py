@@ -10,7 +10,7 @@ entering attention) · `attn.x` (what q, k, v read) · `q.out` `k.out` `v.out` (
 head by head) · `kv` (the cache, after rotary) · `ctx` (concatenated heads) · `o.out` · `attn.post` (its norm, where one
 follows) · `ffn.r` (residual stream entering the feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` ·
 `ffn.a` (activation, input of down) · `down.out` · `ffn.post` (its norm, where one follows) · `layer.out` ·
-`final.pre` · `final` · `logits`.
+`final.pre` · `final` · `logits`, or `scores` (what a task head makes of the final hidden states, see `adapters.tasks`).
 
 Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it or Rows of it
 (+ WeightDelta, which reads what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output
@@ -30,6 +30,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from adapters.positions import Positions
+from adapters.tasks import HeadSpec, Task
 
 
 class OpKind(StrEnum):
@@ -213,18 +214,32 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What the final hidden states become: x · weightᵀ + bias, in place of the module that writes `site`.
+    """What the final hidden states become: norm(f(x · weightᵀ + bias)), in place of the module that writes `site`.
 
     `site` says what the outputs are. At `logits`: one per token of the vocabulary, the language model head replaced,
-    its bias too (there is none without `bias`), also where the base head is tied to the embedding.
-    Shapes: weight [n, d], bias [n]. Source: PEFT `ModulesToSaveWrapper`.
+    its bias too (there is none without `bias`), also where the base head is tied to the embedding; f is the identity,
+    and nothing follows. At `scores`: a stage of the task head, of which several follow one another in the order of
+    the ops, fed as `HeadSpec` says; without `activation` f is the identity, without `norm_weight` there is no norm.
+    `class_means` and `precision`, of the first stage: what it reads for inputs of each class, on average, and the
+    inverse of their shared covariance, for scores of being out of distribution.
+    Shapes: weight [n, d], bias, norm_weight and norm_bias [n], class_means [C, d], precision [d, d].
+    Source: PEFT `ModulesToSaveWrapper`; Lee et al. "A Simple Unified Framework for Detecting Out-of-Distribution
+    Samples and Adversarial Attacks" section 2.
     """
 
     kind: ClassVar[OpKind] = OpKind.HEAD
     site: Site
     weight: Tensor
     bias: Tensor | None = None
+    activation: Activation | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    norm_eps: float | None = None
+    class_means: Tensor | None = None
+    precision: Tensor | None = None
 
+
+SCORES = Site("scores")
 
 Op = LowRank | Affine | LinearMap | WeightDelta | AttnPrefix | VirtualTokens | Rows | Head
 
@@ -239,14 +254,15 @@ class Delta:
 
     `method` is the user's word for it (`LORA`, `double_seq_bn`). `position_offset`: the first real token's position
     id (PEFT prefix tuning: l; AdapterHub: 0). `backbone_digest` binds the delta to the weights it was trained on and
-    is filled at admission.
+    is filled at admission. `head`: how the final hidden states are read, for every task but causal-lm.
     """
 
     method: str
     ops: tuple[Op, ...]
     position_offset: int = 0
-    task: str = "causal-lm"
+    task: str = Task.CAUSAL_LM.value
     backbone_digest: str = ""
+    head: HeadSpec | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     lineage: Mapping[str, str] = field(default_factory=dict)
 
@@ -262,6 +278,11 @@ class Delta:
         """On what tokens some of its ops act; empty where all act on every one."""
         found = (op.positions for op in self.ops if isinstance(op, LowRank))
         return frozenset(positions for positions in found if positions is not None)
+
+    @property
+    def head_stages(self) -> tuple[Head, ...]:
+        """The stages of the task head, in order."""
+        return tuple(op for op in self.ops if isinstance(op, Head) and op.site == SCORES)
 
     @property
     def num_parameters(self) -> int:

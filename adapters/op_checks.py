@@ -159,7 +159,7 @@ class OpChecker:
     def virtual_tokens(self, op: VirtualTokens) -> None:
         """Check one VirtualTokens."""
         length = op.embeddings.shape[0] if isinstance(op.embeddings, Tensor) and op.embeddings.dim() else 0
-        self.tensor("embeddings", op.embeddings, (length, self.spec.hidden_size))
+        self.tensor("embeddings", op.embeddings, (length, self.spec.site_width[Site("embed")]))
 
     def target(self, site: Site, kinds: tuple[str, ...]) -> tuple[ModuleSpec, Slice] | None:
         """The module and columns that write `site`; None, with the problem noted, where an op can't write there."""

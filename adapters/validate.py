@@ -12,8 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
+from adapters.head_checks import check_task
 from adapters.matrix_checks import head, linear_map, rows, weight_delta
 from adapters.normal_form import (
+    SCORES,
     Affine,
     AttnPrefix,
     Delta,
@@ -27,8 +29,6 @@ from adapters.normal_form import (
 )
 from adapters.op_checks import OpChecker, shown
 from adapters.positions import FirstTokens, FromInvocation, LastTokens
-
-TASKS = ("causal-lm",)
 
 _CHECKS: Mapping[type[Op], Callable[[OpChecker, Any], None]] = {
     LowRank: OpChecker.low_rank,
@@ -50,7 +50,14 @@ def check(delta: Delta, spec: BackboneSpec) -> list[str]:
         checker.where = f"op {index} ({op.kind.value} at {_place(op)})"
         _CHECKS[type(op)](checker, op)
     checker.where = "delta"
-    for text in (*_duplicates(delta, spec), *_replaced(delta), *_positioned(delta), *_virtual(delta, spec)):
+    check_task(delta, checker)
+    checker.where = "delta"
+    for text in (
+        *_duplicates(delta, spec),
+        *_replaced(delta),
+        *_positioned(delta, spec),
+        *_virtual(delta, spec),
+    ):
         checker.add(text)
     return checker.problems
 
@@ -61,8 +68,6 @@ def _check_delta(delta: Delta, checker: OpChecker) -> None:
             f"backbone_digest: it is bound to another backbone than {checker.spec.digest}; upload it to the server "
             "of its own backbone."
         )
-    if delta.task not in TASKS:
-        checker.add(f"task: not served yet; expected {', '.join(TASKS)}.")
     if not (0 < len(delta.method) <= 64 and delta.method.isascii() and delta.method.isprintable()):
         checker.add("method: expected 1 to 64 printable ASCII characters.")
     if not delta.ops:
@@ -88,7 +93,7 @@ def _duplicates(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
             seen[f"AttnPrefix ops in {_place(op)}"] += 1
         elif isinstance(op, Rows):
             seen[f"Rows ops at {shown(op.site)}"] += 1
-        elif isinstance(op, Head):
+        elif isinstance(op, Head) and op.site != SCORES:
             seen[f"Head ops at {shown(op.site)}"] += 1
         elif isinstance(op, VirtualTokens):
             seen["VirtualTokens ops"] += 1
@@ -105,10 +110,14 @@ def _replaced(delta: Delta) -> Iterator[str]:
             yield f"both a Head and {type(op).__name__} at {shown(op.site)}; the head is replaced whole."
 
 
-def _positioned(delta: Delta) -> Iterator[str]:
+def _positioned(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     """What ops that act on some tokens only must satisfy together."""
     positioned = [op for op in delta.ops if isinstance(op, LowRank) and op.positions is not None]
     kinds = [type(positions) for positions in delta.positions]
+    if FromInvocation in kinds and spec.kind == "encoder":
+        yield "invocation tokens are for models that generate; an encoder's rows are seen whole."
+    if kinds and any(isinstance(op, VirtualTokens) for op in delta.ops) and spec.kind == "encoder":
+        yield "on an encoder virtual tokens run with each row, and whether first tokens count them is not defined."
     if kinds.count(FromInvocation) > 1:
         yield "its ops name different invocation tokens; a delta is invoked by one sequence."
     elif FromInvocation in kinds and len(kinds) > 1:

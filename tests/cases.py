@@ -56,12 +56,12 @@ from peft import (
 )
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.site_maps import COMMON_NAMES, build_spec
-from tests.families import CONFIGS, Family
+from tests.families import CONFIGS, ENCODERS, Encoder, Family
 
 # How far a served row may be from the reference (design.md 1.1): T1 same order of operations, T2 folded.
 Tolerance = Literal["T1", "T2"]
@@ -79,14 +79,15 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def tiny_backbone(family: Family, seed: int = 0) -> PreTrainedModel:
+def tiny_backbone(family: Family | Encoder, seed: int = 0) -> PreTrainedModel:
     """A random model in eval mode and eager attention; equal seeds give equal weights.
 
     Biases and norms are redrawn too: the library starts them at 0 and 1, where a lost one does not show.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="eager")
+        kind = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+        model = kind.from_config(CONFIGS[family], attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         around = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
@@ -96,7 +97,7 @@ def tiny_backbone(family: Family, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def shape_of(module: torch.nn.Module, width: int) -> ModuleShape:
+def shape_of(module: torch.nn.Module, width: int) -> ModuleShape | None:
     """What a live module says of itself, as `build_spec` asks for it; `width` is that of a residual stream."""
     match module:
         case torch.nn.Linear():
@@ -105,6 +106,8 @@ def shape_of(module: torch.nn.Module, width: int) -> ModuleShape:
             return ModuleShape("conv1d", module.nx, module.nf, True)
         case torch.nn.Embedding():
             return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, False)
+        case torch.nn.Identity():
+            return None
     if isinstance(weight := getattr(module, "weight", None), torch.Tensor):
         width = weight.shape[0]
         return ModuleShape("norm", width, width, getattr(module, "bias", None) is not None)
@@ -116,9 +119,10 @@ def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) ->
     config = model.config.to_dict() | {
         key: getattr(model.config, key) for key in COMMON_NAMES if hasattr(model.config, key)
     }
+    modules = dict(model.named_modules())
     return build_spec(
         config,
-        lambda path: shape_of(model.get_submodule(path), config["hidden_size"]),
+        lambda path: shape_of(modules[path], model.config.hidden_size) if path in modules else None,
         name=name,
         digest=digest,
         names=(name,),
@@ -133,7 +137,7 @@ class Case:
     """
 
     name: str
-    family: Family
+    family: Family | Encoder
     config: Callable[[], PeftConfig]
     tolerance: Tolerance = "T1"
     seed: int = 1

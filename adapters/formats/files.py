@@ -24,6 +24,7 @@ from torch import Tensor
 
 from adapters.errors import PayloadTooLarge
 from adapters.formats.problems import Problems, kind_of, quoted
+from adapters.tasks import Task
 
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
@@ -59,12 +60,13 @@ FOREIGN_MAGIC: tuple[tuple[bytes, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One upload: both files as they came, and parsed."""
+    """One upload: both files as they came, and parsed. `task`: what the uploader says it was trained for."""
 
     config_bytes: bytes
     tensor_bytes: bytes
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    task: Task | None = None
 
 
 class _Refused(ValueError):

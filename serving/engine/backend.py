@@ -6,10 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
-from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry
-from transformers import PreTrainedTokenizerBase
 
 from adapters.canonical import digest_of, from_canonical
 from adapters.errors import DeltamuxError, ErrorInfo, InvalidRequest, StoreError
@@ -19,7 +18,6 @@ from serving.config import Engine as EngineSettings
 from serving.core import (
     AdmissionProof,
     BackboneInfo,
-    ChatMessage,
     Event,
     FailureEvent,
     GenerateCall,
@@ -28,6 +26,7 @@ from serving.core import (
     TokenEvent,
 )
 from serving.engine.engine import Engine
+from serving.engine.tokenise import Tokens, tokenise
 from serving.metrics import EngineMetrics, families
 from serving.model.backbone import Backbone
 
@@ -105,7 +104,7 @@ class LocalBackend:
     async def generate(self, call: GenerateCall) -> AsyncGenerator[tuple[Event, ...], None]:
         """See `Backend`."""
         try:
-            request = await asyncio.to_thread(self._tokenise, call)
+            request, tokens = await asyncio.to_thread(self._tokenise, call)
             if request.request_id in self._queues:
                 raise InvalidRequest("request_id is in use.", param="request_id", remedy="Send a unique one.")
             events: asyncio.Queue[Event] = asyncio.Queue()
@@ -127,7 +126,7 @@ class LocalBackend:
                 if first and refusal is not None:  # it ended before it began
                     batch = (FailureEvent(error=refusal),)
                 first = False
-                yield batch
+                yield batch if call.pooling is None else tuple(_placed_in_text(e, tokens) for e in batch)
         finally:
             del self._queues[request.request_id]
             if not ended:
@@ -142,43 +141,21 @@ class LocalBackend:
             batch.append(events.get_nowait())
         return tuple(batch)
 
-    def _tokenise(self, call: GenerateCall) -> Request:
-        """Prompt to token ids. Raises InvalidRequest for what the tokenizer or the vocabulary can't take."""
-        tokenizer, vocab_size = self.backbone.tokenizer, self.backbone.spec.vocab_size
-        prompt = call.prompt
-        if isinstance(prompt, str):
-            ids = tuple(_need(tokenizer)(prompt)["input_ids"])
-        elif all(isinstance(token, int) for token in prompt):
-            ids = tuple(token for token in prompt if isinstance(token, int))
-        else:
-            if not getattr(tokenizer, "chat_template", None):
-                raise InvalidRequest(
-                    "This backbone has no chat template.", param="messages", remedy="Use /v1/completions."
-                )
-            turns = [{"role": m.role, "content": m.content} for m in prompt if isinstance(m, ChatMessage)]
-            try:
-                text = _need(tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            except TemplateError as error:  # templates refuse roles and orders that they do not know
-                raise InvalidRequest(
-                    f"The chat template refuses these messages: {error}", param="messages"
-                ) from None
-            ids = tuple(_need(tokenizer)(text, add_special_tokens=False)["input_ids"])
-        if not ids:
-            raise InvalidRequest("The prompt is empty.", param="prompt", remedy="Send at least one token.")
-        for field, tokens in (("prompt", ids), ("logit_bias", call.sampling.logit_bias)):
-            if outside := [token for token in tokens if not 0 <= token < vocab_size]:
-                raise InvalidRequest(
-                    f"{field}: token id {outside[0]} is outside the vocabulary of {vocab_size}.", param=field
-                )
-        return Request(
+    def _tokenise(self, call: GenerateCall) -> tuple[Request, Tokens]:
+        """The request that `call` is, and its tokens' places in the text. Raises InvalidRequest."""
+        spec = self.backbone.spec
+        tokens = tokenise(call, self.backbone.tokenizer, vocab_size=spec.vocab_size, room=self.engine.max_len)
+        request = Request(
             request_id=call.request_id,
-            prompt_token_ids=ids,
+            prompt_token_ids=tokens.ids,
             sampling=call.sampling,
             adapter_digest=call.adapter_digest,
             tenant=call.tenant,
             weight=call.weight,
             service_class=call.service_class,
+            pooling=call.pooling,
         )
+        return request, tokens
 
     async def admit(self, digest: str) -> AdmissionProof | ErrorInfo:
         """See `Backend`."""
@@ -201,10 +178,12 @@ class LocalBackend:
         return self.engine.heartbeat_age_s
 
 
-def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise InvalidRequest("This backbone has no tokenizer.", param="prompt", remedy="Send token ids.")
-    return tokenizer
+def _placed_in_text(event: Event, tokens: Tokens) -> Event:
+    """`event`, an answer with the places of its tokens in the text that was asked about."""
+    if not isinstance(event, TokenEvent) or event.pooled is None:
+        return event
+    placed = replace(event.pooled, offsets=tokens.offsets, words=tokens.words, sequences=tokens.sequences)
+    return replace(event, pooled=placed)
 
 
 def _is_terminal(event: Event) -> bool:

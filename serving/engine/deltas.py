@@ -12,26 +12,20 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import torch
-
-from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
+from adapters.errors import DeltamuxError, Overloaded, StoreError
 from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
+from serving.engine.effect import measure_effect
 from serving.engine.runner import Runner
 from serving.engine.scheduler import NotYet
 from serving.memory.budget import MemoryBudget
 from serving.memory.host_cache import HostCache
 from serving.memory.residency import Residency
 from serving.metrics import EngineMetrics
-from serving.model.context import ForwardContext
-from serving.model.kv_cache import RowSpan
 from serving.model.placement import place
-from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
+from serving.model.programs import PlacedDelta
 
 log = logging.getLogger(__name__)
-
-PROBE_TOKENS = 16
-"""Length of the fixed random prompt on which a delta's effect is measured."""
 
 
 class _Placing(NamedTuple):
@@ -218,7 +212,7 @@ class DeltaManager:
             placed = self.residency.lease(digest)
             assert placed is not None
             try:
-                effect, scale = self._effect(placed)
+                effect, scale = measure_effect(placed, self.runner.backbone)
             except DeltamuxError:
                 self.start_release(digest)
                 raise
@@ -238,44 +232,6 @@ class DeltaManager:
                 device_bytes=placed.device_bytes,
             )
         )
-
-    def _effect(self, placed: PlacedDelta) -> tuple[float, float]:
-        """(max |logit change|, max |bare logit|) on the probe prompt, bare row and delta row in one batch.
-
-        Raises InvalidDelta for a delta that changes nothing or overflows.
-        """
-        backbone, prefix = self.runner.backbone, placed.prefix_len
-        draw = torch.Generator().manual_seed(0)
-        row = torch.randint(0, backbone.spec.vocab_size, (PROBE_TOKENS,), generator=draw)
-        for weights in (w for ops in placed.modules.values() for w in ops.embeddings):
-            row[::2] = weights.ids.cpu()[torch.arange(PROBE_TOKENS // 2) % len(weights.ids)]
-        cache = backbone.new_cache(2, prefix + PROBE_TOKENS)
-        if placed.prefix is not None:
-            cache.write_prefix(1, placed.prefix)
-        segments = [DeltaSegment(PROBE_TOKENS, 2 * PROBE_TOKENS, placed)]
-        programs = compile_programs(
-            len(backbone.spec.modules), backbone.kernels, segments, segments, backbone.logit_modules
-        )
-        spans = [RowSpan(0, PROBE_TOKENS, 0, 0), RowSpan(PROBE_TOKENS, 2 * PROBE_TOKENS, 1, prefix)]
-        positions = torch.arange(PROBE_TOKENS)
-        logits = backbone.forward(
-            torch.cat([row, row]).to(backbone.device),
-            torch.cat([positions, positions + placed.position_offset]).to(backbone.device),
-            ForwardContext(programs, cache.plan(spans)),
-            torch.arange(2 * PROBE_TOKENS, device=backbone.device),
-        )
-        bare, changed = torch.split(logits, PROBE_TOKENS)
-        if not torch.isfinite(changed).all():
-            raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
-        effect = float((changed - bare).abs().max())
-        if not effect > 0.0:  # also true for NaN
-            raise InvalidDelta(
-                [
-                    f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
-                ],
-                remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
-            )
-        return effect, float(bare.abs().max())
 
     def start_release(self, digest: str) -> None:
         """Admit no new request to `digest`."""

@@ -65,24 +65,29 @@ class Failed(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused."""
+    """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused.
+
+    `whole_rows`: prompts are not computed in pieces; a step's last one may go beyond its tokens.
+    """
 
     max_num_batched_tokens: int
     max_queue: int
     max_wait_s: float
     max_queue_s: float
+    whole_rows: bool = False
 
 
 @dataclass(slots=True)
 class _Step:
-    """What one step runs, and the tokens that are left for more."""
+    """What one step runs, and the tokens that are left for more: fewer than none after a whole row."""
 
     budget: int
+    whole_rows: bool
     rows: dict[Sequence, int] = field(default_factory=dict)
 
     def run(self, seq: Sequence) -> None:
-        """Compute as much of `seq` as the budget allows."""
-        self.rows[seq] = min(seq.num_pending, self.budget)
+        """Compute as much of `seq` as the budget allows, or all of it."""
+        self.rows[seq] = seq.num_pending if self.whole_rows else min(seq.num_pending, self.budget)
         self.budget -= self.rows[seq]
 
     def drop(self, seq: Sequence) -> None:
@@ -100,7 +105,10 @@ class _Outcome(Enum):
 
 
 class Scheduler:
-    """Waiting and running requests, their slots and leases. `clock` gives seconds, as `Sequence.arrival_s` does."""
+    """Waiting and running requests, their slots and leases. `clock` gives seconds, as `Sequence.arrival_s` does.
+
+    `pad_token_id`: what the backbone's configuration calls a pad.
+    """
 
     def __init__(
         self,
@@ -111,6 +119,7 @@ class Scheduler:
         *,
         limits: SchedulerLimits,
         clock: Callable[[], float],
+        pad_token_id: int | None = None,
     ) -> None:
         self.kv = kv
         self.leases = leases
@@ -120,6 +129,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._keys = keys
         self._clock = clock
+        self._pad_token_id = pad_token_id
         self._arrivals = count()
         self._awaited: Counter[str | None] = Counter()
 
@@ -131,7 +141,7 @@ class Scheduler:
         failed = self._refuse_expired(now_s)
         for seq in self.running:
             self._publish(seq)
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = _Step(self.limits.max_num_batched_tokens, self.limits.whole_rows)
         self._continue_running(step)
         carried = list(step.rows)
         self._admit_waiting(step, failed, now_s)
@@ -156,7 +166,7 @@ class Scheduler:
         """
         crowded, closed = False, None
         for seq in self.queue.candidates(now_s):
-            if step.budget == 0:
+            if step.budget <= 0:
                 return
             digest = seq.request.adapter_digest
             if crowded and digest is not None and (digest == closed or not self.leases.is_resident(digest)):
@@ -210,7 +220,9 @@ class Scheduler:
         request = seq.request
         prefix_len = 0 if delta is None else delta.prefix_len
         room = self.kv.max_entries(0 if delta is None else delta.device_bytes) - prefix_len
-        seq.max_len = max_total_len(seq.num_prompt, request.sampling.max_tokens, room)
+        room -= 0 if delta is None else delta.num_inserted
+        seq.max_len = max_total_len(seq.num_prompt, request.max_tokens, room)
+        seq.pool_for(delta, self._pad_token_id)
         if seq.chain is None and self._keys.enabled:
             root = self._keys.root(
                 tenant=request.tenant,
@@ -220,8 +232,7 @@ class Scheduler:
                 cuts=seq.cuts_of(delta),
             )
             seq.chain = HashChain(root)
-        # logits of the whole prompt need the whole prompt computed
-        reused = None if seq.wants_prompt_logits else seq.chain
+        reused = None if seq.needs_whole_prompt else seq.chain
         if reused and not overdue and 2 * self.kv.will_be_cached(reused, seq.tokens) >= len(seq.tokens):
             return _Outcome.LATER
         opened = self.kv.open(reused, seq.tokens, prefix_len, headroom=len(self.running))
@@ -310,7 +321,8 @@ class Scheduler:
         reached = min(seq.num_computed + num_tokens, seq.num_prompt)
         fresh = max(0, reached - max(seq.num_charged, seq.num_computed))
         seq.num_charged = max(seq.num_charged, reached)
-        self.queue.charge(seq, fresh + (OUTPUT_COST if num_tokens == seq.num_pending else 0.0))
+        generates = seq.request.pooling is None and num_tokens == seq.num_pending
+        self.queue.charge(seq, fresh + (OUTPUT_COST if generates else 0.0))
 
     def _is_overdue(self, seq: Sequence, now_s: float) -> bool:
         return now_s - seq.arrival_s > self.limits.max_wait_s

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from adapters.errors import ContextLengthExceeded
+from adapters.errors import ContextLengthExceeded, InvalidRequest
 from adapters.positions import UNCUT, Cut, Positions, cuts
-from serving.core import Request
+from adapters.tasks import MEAN_EMBEDDING, HeadSpec, Task
+from serving.core import ROUTES, Request
 from serving.engine.prefix_cache import HashChain
 
 
@@ -21,10 +22,19 @@ class LeasedDelta(Protocol):
     def position_offset(self) -> int: ...
 
     @property
+    def num_inserted(self) -> int: ...
+
+    @property
     def device_bytes(self) -> int: ...
 
     @property
     def positions(self) -> frozenset[Positions]: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def head_spec(self) -> HeadSpec | None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +44,8 @@ class Sequence:
     `arrival_s` and `order`, the place among all arrivals, are set on arrival. `slot`, `delta`, `max_len` are set on
     admission, and `slot` is -1 outside the batch. `num_charged` tokens were charged to the tenant; `num_cached` is
     what the admission that led to the first token found in the prefix cache. `state` belongs to the engine (sampler,
-    detokenizer). `cuts`: where the tokens begin on which other parts of the delta act.
+    detokenizer). `cuts`: where the tokens begin on which other parts of the delta act. `pooled_tokens`: those of the
+    prompt whose final hidden states a task head reads; `answered` when it has.
     """
 
     request: Request
@@ -50,6 +61,8 @@ class Sequence:
     chain: HashChain | None = None
     max_len: int = 0
     cuts: tuple[Cut, ...] = UNCUT
+    pooled_tokens: range = range(0)
+    answered: bool = False
     wants_prompt_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +72,35 @@ class Sequence:
         """Take a slot and a leased delta."""
         self.slot, self.delta = slot, delta
         self.cuts = self.cuts_of(delta)
+
+    def pool_for(self, delta: LeasedDelta | None, pad_token_id: int | None) -> None:
+        """Note which tokens the task head reads. `pad_token_id` is the backbone's.
+
+        Raises InvalidRequest where neither `delta` nor the bare backbone answers what is asked.
+        """
+        require_task(self.request, delta)
+        if self.request.pooling is None:
+            return
+        head = (None if delta is None else delta.head_spec) or MEAN_EMBEDDING
+        pad = pad_token_id if head.pad_token_id is None else head.pad_token_id
+        match head.pooling:
+            case "cls" | "first" | "pooler":
+                self.pooled_tokens = range(1)
+            case "last":
+                self.pooled_tokens = range(self.num_prompt - 1, self.num_prompt)
+            case "last_not_pad":
+                tokens = self.request.prompt_token_ids
+                last = next((at for at in reversed(range(len(tokens))) if tokens[at] != pad), 0)
+                self.pooled_tokens = range(last, last + 1)
+            case _:
+                self.pooled_tokens = range(self.num_prompt)
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """True where something is wanted of tokens before the last one, which therefore must all be computed."""
+        return self.wants_prompt_logits or bool(
+            self.pooled_tokens and self.pooled_tokens[0] < self.num_prompt - 1
+        )
 
     def cuts_of(self, delta: LeasedDelta | None) -> tuple[Cut, ...]:
         """Where other parts of `delta` would begin to act."""
@@ -85,7 +127,7 @@ class Sequence:
 
         Until then the slot may hold numbers that are not finite, which nobody else may ever read.
         """
-        return self.num_generated > 0 and self.num_pending == 1
+        return self.answered or (self.num_generated > 0 and self.num_pending == 1)
 
     @property
     def prefix_len(self) -> int:
@@ -107,17 +149,57 @@ class ScheduledRow(NamedTuple):
     @property
     def samples(self) -> bool:
         """True when the step reaches the row's last token, so that its logits give the next one."""
-        return self.num_tokens == self.seq.num_pending
+        return self.num_tokens == self.seq.num_pending and self.seq.request.pooling is None
+
+    @property
+    def pooled(self) -> range:
+        """The tokens of this step whose final hidden states are wanted, counted from its first."""
+        first, wanted = self.seq.num_computed, self.seq.pooled_tokens
+        start, stop = max(wanted.start - first, 0), min(wanted.stop - first, self.num_tokens)
+        return range(start, max(start, stop))
+
+
+def require_task(request: Request, delta: LeasedDelta | None) -> None:
+    """Raises InvalidRequest unless `delta`, or the bare backbone, answers what is asked."""
+    given = Task.CAUSAL_LM if delta is None else delta.task
+    if request.task is not given and (request.task, given) != (Task.EMBEDDING, Task.CAUSAL_LM):
+        if delta is None:
+            raise InvalidRequest(
+                f"The bare backbone has no head for {request.task.value}.",
+                param="model",
+                remedy="Name a delta that was trained for it.",
+            )
+        raise InvalidRequest(
+            f"The delta was trained for {given.value}, not for {request.task.value}.",
+            param="model",
+            remedy=f"Use {ROUTES[given]}.",
+        )
+    if (
+        request.pooling is None
+        or request.pooling.num_labels is None
+        or delta is None
+        or delta.head_spec is None
+    ):
+        return
+    if (got := len(delta.head_spec.labels)) != (wanted := request.pooling.num_labels):
+        raise InvalidRequest(
+            f"The delta's head has {got} labels, expected {wanted}.",
+            param="model",
+            remedy=f"Use {ROUTES[given]}.",
+        )
 
 
 def max_total_len(num_prompt: int, max_tokens: int | None, room: int) -> int:
-    """Prompt and generated tokens that a request may reach. Raises ContextLengthExceeded when they do not fit."""
+    """Prompt and generated tokens that a request may reach. Raises ContextLengthExceeded when they do not fit.
+
+    `max_tokens` 0: nothing is generated, the prompt alone has to fit.
+    """
     wanted = num_prompt + (1 if max_tokens is None else max_tokens)
     if wanted > room:
+        generated = "" if max_tokens == 0 else f" and max_tokens is {max_tokens or 1}"
         raise ContextLengthExceeded(
-            f"The prompt has {num_prompt} tokens and max_tokens is {max_tokens or 1}; {room} fit"
-            " (virtual tokens of the delta deducted).",
+            f"The prompt has {num_prompt} tokens{generated}; {room} fit (virtual tokens of the delta deducted).",
             param="prompt" if num_prompt >= room else "max_tokens",
-            remedy="Shorten the prompt or lower max_tokens.",
+            remedy=f"Shorten the prompt or {'lower max_tokens' if generated else 'set truncate_prompt_tokens'}.",
         )
     return room if max_tokens is None else wanted

@@ -17,6 +17,7 @@ from serving.http.generation import generation_router
 from serving.http.grants import grants_router
 from serving.http.models import models_router
 from serving.http.operations import operations_router
+from serving.http.pooling import pooling_router
 from serving.http.services import Services
 from serving.http.usage import usage_router
 from serving.metrics import GatewayMetrics
@@ -45,6 +46,7 @@ def create_app(
     routers = (
         models_router,
         generation_router,
+        pooling_router,
         adapters_router,
         grants_router,
         admin_router,

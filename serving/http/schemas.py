@@ -25,7 +25,7 @@ from serving.core import ChatMessage, SamplingParams
 MAX_REFERENCE_CHARS = 300
 
 
-def _shaped(description: str) -> WrapValidator:
+def shaped(description: str) -> WrapValidator:
     """One message for a field of several types, in place of one per type."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -55,9 +55,9 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_f
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Prompt = Annotated[
     str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)],
-    _shaped("a string, a list of token ids, a list of strings or a list of lists of token ids"),
+    shaped("a string, a list of token ids, a list of strings or a list of lists of token ids"),
 ]
-Stop = Annotated[str | Texts | None, _shaped("a string or a list of strings")]
+Stop = Annotated[str | Texts | None, shaped("a string or a list of strings")]
 Count = Annotated[int | None, Field(ge=0)]
 MaxTokens = Annotated[int | None, Field(ge=1)]
 
@@ -88,7 +88,7 @@ class GenerateBody(RequestBody, ABC):
     min_p: float | None = None
     seed: int | None = None
     stop: Stop = None
-    stop_token_ids: Annotated[TokenIds | None, _shaped("a list of token ids")] = None
+    stop_token_ids: Annotated[TokenIds | None, shaped("a list of token ids")] = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -207,7 +207,7 @@ class MessageBody(RequestBody):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        str | Annotated[list[TextPart], Field(fail_fast=True)], _shaped("a string or a list of text parts")
+        str | Annotated[list[TextPart], Field(fail_fast=True)], shaped("a string or a list of text parts")
     ]
 
     def message(self) -> ChatMessage:

@@ -101,10 +101,11 @@ class LinearMapWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowsWeights:
-    """Placed Rows: ids [n] int64, ascending, rows [n, d] fp32."""
+    """Placed Rows: ids [n] int64, ascending, rows [n, d] fp32; bias [n] fp32 that the base head adds to theirs."""
 
     ids: Tensor
     rows: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

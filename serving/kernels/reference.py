@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.activations import FUNCTIONS
@@ -86,7 +87,7 @@ class ReferenceKernels:
 
     def replace_logits(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[RowsSegment]) -> None:
         for start, stop, w in segments:
-            y_TO[start:stop, w.ids] = torch.mm(x_TI[start:stop], w.rows.t())
+            y_TO[start:stop, w.ids] = F.linear(x_TI[start:stop], w.rows, w.bias)
 
     def add_prompt_attention(
         self, y_TO: Tensor, query_HTD: Tensor, scaling: float, segments: Sequence[PromptSegment]

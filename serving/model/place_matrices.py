@@ -85,10 +85,15 @@ def place_reflections(reflections: Tensor, to_device: Copy) -> LowRankWeights:
 
 
 def place_rows(op: Rows, base: nn.Module, to_device: Copy) -> RowsWeights:
-    """Replaced rows of `base`, in the order of their ids, as it puts them out: Gemma's embedding scales its rows."""
+    """Replaced rows of `base`, in the order of their ids, as it puts them out: Gemma's embedding scales its rows.
+
+    A head's bias stays.
+    """
     ids, order = op.ids.long().sort()
     rows = op.rows[order].float() * float(getattr(base, "embed_scale", 1.0))
-    return RowsWeights(to_device(ids, torch.int64), to_device(rows))
+    bias = getattr(base, "bias", None)
+    kept = None if bias is None else to_device(bias[ids.to(bias.device)])
+    return RowsWeights(to_device(ids, torch.int64), to_device(rows), kept)
 
 
 def place_replaced_norm(base: nn.Module, weight: Tensor, bias: Tensor | None, to_device: Copy) -> Replacement:

@@ -14,10 +14,23 @@ from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec, Slice
 from adapters.errors import InvalidDelta
-from adapters.normal_form import Affine, AttnPrefix, Delta, Head, LinearMap, LowRank, Rows, Site, WeightDelta
+from adapters.normal_form import (
+    SCORES,
+    Affine,
+    AttnPrefix,
+    Delta,
+    Head,
+    LinearMap,
+    LowRank,
+    Rows,
+    Site,
+    VirtualTokens,
+    WeightDelta,
+)
 from adapters.positions import Positions
 from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
 from serving.model.backbone import Backbone
+from serving.model.heads import place_head_of
 from serving.model.place_matrices import (
     Copy,
     place_blocks,
@@ -52,16 +65,21 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
             placer.affines[op.site, op.side].append(op)
         elif isinstance(op, AttnPrefix) and op.merge == "separate":
             placer.prompts.append(op)
-        elif isinstance(op, LinearMap | WeightDelta | Rows | Head):
+        elif isinstance(op, LinearMap | WeightDelta | Rows | Head) and op.site != SCORES:
             placer.matrices.append(op)
     modules = placer.modules()
     placed = _placed(delta, digest, modules, placer)
+    placed.head = place_head_of(delta, placer.to_device)
     placed.device_bytes = placer.device_bytes
     placed.forms = {
         positions: _placed(delta, digest, _acting(modules, placer.positions, positions), placer)
         for positions in (*delta.positions, None)
         if delta.positions
     }
+    virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
+    if virtual is not None and backbone.spec.kind == "encoder":
+        placed.virtual_tokens = virtual.embeddings.to(backbone.device, torch.float32, copy=True)
+        placed.device_bytes += placed.virtual_tokens.nbytes
     if (prefix := place_prefix(delta, placed, backbone)) is not None:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
@@ -233,9 +251,8 @@ class _Placer:
         `replaced`: the bias that a replaced module has in its output already.
         """
         columns = slice(part.start, part.stop)
-        base_module = self.backbone.model.get_submodule(module.path)
         old = (
-            base_module.bias[columns].float().cpu()
+            base_parameter(self.backbone, module, "bias")[columns]
             if module.shape.has_bias
             else torch.zeros(part.stop - part.start)
         )

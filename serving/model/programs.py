@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adapters.normal_form import Site
 from adapters.positions import Positions
+from adapters.tasks import HeadSpec, Task
 from serving.kernels.ops import (
     AffineSegment,
     DeltaKernels,
@@ -33,6 +34,7 @@ from serving.kernels.ops import (
     WeightDeltaSegment,
 )
 from serving.model.context import ForwardContext
+from serving.model.heads import PlacedHead
 from serving.model.packed import Forward
 
 NOTHING_MERGED: Mapping[int, Forward] = {}
@@ -45,7 +47,8 @@ class PlacedDelta:
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
     `forms`: for a delta of which parts act on some tokens only, what acts there, and under None what acts on the
-    others; empty where all of it acts on every token.
+    others; empty where all of it acts on every token. `head`: what reads the final hidden states, None for a delta that
+    generates. `virtual_tokens` [l, d]: on an encoder they are tokens of every row, since they see what follows.
     """
 
     digest: str
@@ -57,6 +60,18 @@ class PlacedDelta:
     encoded: Any
     general_modules: frozenset[int]
     forms: Mapping[Positions | None, PlacedDelta] = field(default_factory=dict)
+    head: PlacedHead | None = None
+    virtual_tokens: Tensor | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the delta was trained to answer."""
+        return Task.CAUSAL_LM if self.head is None else self.head.task
+
+    @property
+    def head_spec(self) -> HeadSpec | None:
+        """How its head is fed."""
+        return None if self.head is None else self.head.spec
 
     @property
     def prefix_len(self) -> int:
@@ -71,6 +86,11 @@ class PlacedDelta:
     def form_at(self, positions: Positions | None) -> PlacedDelta:
         """What acts on tokens under `positions`."""
         return self.forms[positions] if self.forms else self
+
+    @property
+    def num_inserted(self) -> int:
+        """Virtual tokens that run with every row."""
+        return 0 if self.virtual_tokens is None else len(self.virtual_tokens)
 
 
 class DeltaSegment(NamedTuple):

@@ -188,7 +188,7 @@ def forced_logits(runner: Runner, sequence: EngineSequence, num_prefill: int) ->
     """Logits [T, V] of all tokens of `sequence`: the first `num_prefill` in one step, the others one by one."""
     found = []
     for count in (num_prefill, *([1] * (len(sequence.tokens) - num_prefill))):
-        ((_, logits),) = runner.run([ScheduledRow(sequence, count)])
+        ((_, logits, _),) = runner.run([ScheduledRow(sequence, count)])
         found.append(logits)
         sequence.num_computed += count
     return torch.cat(found)

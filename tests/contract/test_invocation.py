@@ -48,7 +48,7 @@ def trained() -> tuple[PeftModel, Backbone, Delta]:
 
 
 @torch.no_grad()
-def peft_logits(tokens: list[int], prompt: list[int]) -> Tensor:
+def peft_outputs(tokens: list[int], prompt: list[int]) -> Tensor:
     """[T, V] of the whole row at once, invoked where PEFT's `generate` finds the invocation in the prompt."""
     at, _ = FromInvocation(tuple(INVOCATION)).span(tuple(prompt))
     offset = len(tokens) - at if at < len(tokens) else None
@@ -64,7 +64,7 @@ def step(runner: Runner, seq: EngineSequence, bare: EngineSequence, count: int) 
     """Run `count` tokens of `seq` beside another row; logits [n, V] of the last ones."""
     outputs = runner.run([ScheduledRow(bare, 1), ScheduledRow(seq, count)])
     seq.num_computed += count
-    return next(logits for row, logits in outputs if row.seq is seq)
+    return next(logits for row, logits, _ in outputs if row.seq is seq)
 
 
 def sequence(name: str, prompt: list[int]) -> EngineSequence:
@@ -78,7 +78,7 @@ def test_logits_do_not_depend_on_steps_or_preemption(name: str, chunk: int) -> N
     """Generated tokens spell the invocation, which moves nothing; then all runs again, as after a preemption."""
     _, backbone, delta = trained()
     prompt, generated = PROMPTS[name], [7, 30, *INVOCATION, 12]
-    expected = peft_logits([*prompt, *generated], prompt)
+    expected = peft_outputs([*prompt, *generated], prompt)
     limit = 2e-5 * max(1.0, float(expected.abs().max()))
     runner = Runner(backbone, num_slots=2, max_len=32)
     seq, bare = sequence("delta", prompt), sequence("bare", [3])

@@ -28,11 +28,11 @@ from tests.contract.exactness import (
     RMS_RATIO,
     UNROUNDED,
     Method,
-    bare_logits,
+    bare_outputs,
     base_model,
     bottleneck_logits,
     expected,
-    peft_logits,
+    peft_outputs,
     rms,
     rows_for,
     served,
@@ -46,11 +46,11 @@ ROUNDED = ("llama", "gpt2")  # bf16 in every run; the other families' is slow
 
 
 def methods(family: Family, dtype: torch.dtype, backbone: Backbone, tmp_path: Path) -> list[Method]:
-    found = [Method(BARE, "T1", partial(bare_logits, family, dtype), None)]
+    found = [Method(BARE, "T1", partial(bare_outputs, family, dtype), None)]
     for case in (c for c in PEFT_CASES if c.family == family):
         directory = tmp_path / case.name
         case.save(directory, base_model(family, dtype).float())
-        reference = partial(peft_logits, case, directory, dtype)
+        reference = partial(peft_outputs, case, directory, dtype)
         found.append(Method(case.name, case.tolerance, reference, served(directory, backbone)))
     for adapter in (a for a in BOTTLENECKS if a.placement not in refused_placements(family)):
         directory = tmp_path / adapter.name
@@ -114,7 +114,7 @@ def test_mixed_batch_equals_reference(
         assert apart <= limit, (method.name, apart, limit)
         assert max(ratios, default=0.0) <= RMS_RATIO, (method.name, ratios)
         if method.delta is not None:
-            bare = bare_logits(family, dtype, torch.float32, prompts)
+            bare = bare_outputs(family, dtype, torch.float32, prompts)
             assert float((references[0] - bare[0]).abs().max()) > EFFECT, f"{method.name} does nothing"
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 ALLOWED = {
     "adapters": {"adapters"},
-    "serving.core": {"adapters.errors"},
+    "serving.core": {"adapters.errors", "adapters.tasks"},
     "serving.config": set(),
     "serving.metrics": {"serving.core"},
     "serving.kernels": {"adapters.activations", "adapters.errors", "adapters.normal_form", "serving.kernels"},

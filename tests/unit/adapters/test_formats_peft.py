@@ -443,7 +443,7 @@ def test_revision_needs_the_digest() -> None:
         ("trainable_token_indices", [3]),
         ("ensure_weight_tying", True),
         ("megatron_config", {}),
-        ("task_type", "SEQ_CLS"),
+        ("task_type", "SEQ_2_SEQ_LM"),
         ("lora_dropout", 1.5),
         ("base_model_name_or_path", 7),
         ("a_key_of_tomorrow", None),

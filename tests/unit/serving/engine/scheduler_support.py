@@ -7,6 +7,7 @@ from typing import Any
 
 from adapters.errors import DeltamuxError
 from adapters.positions import Positions
+from adapters.tasks import HeadSpec, Task
 from serving.core import Request, SamplingParams
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
@@ -26,8 +27,11 @@ class FakeDelta:
     digest: str
     device_bytes: int = 0
     prefix_len: int = 0
+    num_inserted: int = 0
     position_offset: int = 0
     positions: frozenset[Positions] = frozenset()
+    task: Task = Task.CAUSAL_LM
+    head_spec: HeadSpec | None = None
 
 
 class FakeLeases:

@@ -15,7 +15,7 @@ from adapters.normal_form import Delta
 from serving.core import Event, FinishReason, PromptEvent, ServiceClass, TokenEvent
 from serving.engine import deltas as deltas_module
 from serving.engine.prefix_cache import BLOCK_TOKENS
-from serving.engine.runner import RowLogits
+from serving.engine.runner import RowOutput
 from serving.model.backbone import Backbone
 from tests.unit.serving.engine.engine_support import BLOCK_BYTES, Bench, low_rank, prompt_tuning, tiny
 
@@ -43,9 +43,9 @@ def recorded_logits(bench: Bench) -> Iterator[dict[str, list[torch.Tensor]]]:
     seen: dict[str, list[torch.Tensor]] = {}
     run = bench.engine.runner.run
 
-    def recording(rows: Any) -> list[RowLogits]:
+    def recording(rows: Any) -> list[RowOutput]:
         outputs = run(rows)
-        for row, logits in outputs:
+        for row, logits, _ in outputs:
             if row.samples:
                 seen.setdefault(row.seq.request.request_id, []).append(logits[-1])
         return outputs
@@ -130,7 +130,7 @@ def test_siblings_compute_their_prompt_once(backbone: Backbone, deltas: dict[str
     computed = 0
     run = bench.engine.runner.run
 
-    def counting(rows: Any) -> list[RowLogits]:
+    def counting(rows: Any) -> list[RowOutput]:
         nonlocal computed
         computed += sum(row.num_tokens for row in rows)
         return run(rows)
