@@ -74,7 +74,9 @@ Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "le
 class LowRank:
     """y += scaling * (B @ f(A @ x + a_bias) + b_bias), row vectors x at `read`, y at `write`.
 
-    `read` and `write` differ: parallel, x is the site's untouched value. Equal: sequential, x is y itself.
+    `read` and `write` differ: parallel, x is the site's untouched value. Equal: sequential, x is y itself. Where
+    `write` is what a norm reads and `read` what it puts out, the norm runs again: LN(x + op(LN(x))) (Pfeiffer et al. in
+    a model whose norms follow the blocks).
     `positions`: the tokens on which the op acts, None for all.
     Shapes: A [r, d_in], B [d_out, r], a_bias [r], b_bias [d_out].
     Source: He et al. table 1; Hu et al. "LoRA" section 4.1; Houlsby et al. section 2.

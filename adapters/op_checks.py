@@ -65,8 +65,12 @@ class OpChecker:
 
     def low_rank(self, op: LowRank) -> None:
         """Check one LowRank."""
-        target = self.target(op.write, SEQUENTIAL_KINDS if op.sequential else LOW_RANK_KINDS)
-        read_width = self.readwidth_of(op, target)
+        if (norm := self.spec.norm_around(op.write, op.read)) is not None:
+            target: tuple[ModuleSpec, Slice] | None = norm, norm.writes[0]
+            read_width: int | None = norm.shape.d_in
+        else:
+            target = self.target(op.write, SEQUENTIAL_KINDS if op.sequential else LOW_RANK_KINDS)
+            read_width = self.readwidth_of(op, target)
         rank = op.A.shape[0] if isinstance(op.A, Tensor) and op.A.dim() else 0
         if not 1 <= rank <= MAX_RANK:
             self.add(f"A: rank {rank}, expected 1 to {MAX_RANK}.")

@@ -54,7 +54,7 @@ def check(delta: Delta, spec: BackboneSpec) -> list[str]:
     checker.where = "delta"
     for text in (
         *_duplicates(delta, spec),
-        *_replaced(delta),
+        *_replaced(delta, spec),
         *_positioned(delta, spec),
         *_virtual(delta, spec),
     ):
@@ -102,10 +102,17 @@ def _duplicates(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
             yield f"{count} {what}, expected one."
 
 
-def _replaced(delta: Delta) -> Iterator[str]:
-    """Ops that act on the parameters of a module which a Head replaces: of which of the two is not defined."""
+def _replaced(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
+    """Ops that act on a module which a Head replaces, or which runs again: on which of the two is not defined."""
     heads = {op.site for op in delta.ops if isinstance(op, Head)}
+    renormed = {
+        op.read
+        for op in delta.ops
+        if isinstance(op, LowRank) and spec.norm_around(op.write, op.read) is not None
+    }
     for op in delta.ops:
+        if isinstance(op, Affine) and op.site in renormed:
+            yield f"both an Affine and a LowRank that runs the norm again at {shown(op.site)}."
         if isinstance(op, Affine | Rows) and op.site in heads:
             yield f"both a Head and {type(op).__name__} at {shown(op.site)}; the head is replaced whole."
 

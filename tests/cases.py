@@ -167,7 +167,7 @@ class GoldenCase:
     """One AdapterHub adapter with the library's own logits (golden/README.md)."""
 
     name: str
-    family: Family
+    family: Family | Encoder
     tolerance: Tolerance = "T1"
 
     @property
@@ -177,9 +177,8 @@ class GoldenCase:
 
     def backbone(self) -> PreTrainedModel:
         """The model that the adapter was made for."""
-        return AutoModelForCausalLM.from_pretrained(
-            GOLDEN / self.family / "backbone", attn_implementation="eager"
-        ).eval()
+        kind = AutoModelForMaskedLM if self.family in ENCODERS else AutoModelForCausalLM
+        return kind.from_pretrained(GOLDEN / self.family / "backbone", attn_implementation="eager").eval()
 
     def golden(self) -> list[dict[str, torch.Tensor]]:
         """Per sequence: `input_ids` [T], `logits` and `logits_float64` [T, vocab]."""
@@ -649,6 +648,26 @@ GOLDEN_CASES: tuple[GoldenCase, ...] = (
     GoldenCase("vera", "llama", "T2"),
     GoldenCase("dvora", "llama", "T2"),
     GoldenCase("vera_ffn", "gpt2", "T2"),
+)
+
+
+# Of encoders, whose golden values are final hidden states.
+ENCODER_GOLDEN_CASES: tuple[GoldenCase, ...] = tuple(
+    GoldenCase(name, family, "T2" if name in ("adapter_plus", "dora", "loreft") else "T1")
+    for family in ("bert", "roberta")
+    for name in (
+        "seq_bn",
+        "seq_bn_mh",
+        "double_seq_bn",
+        "par_bn",
+        "adapter_plus",
+        "seq_bn_inv",
+        "lora_everywhere",
+        "dora",
+        "ia3_everywhere",
+        "mam",
+        "loreft",
+    )
 )
 
 

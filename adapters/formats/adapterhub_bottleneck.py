@@ -7,6 +7,9 @@ adapter that is served here gives R + D + s·f(·), and f reads
     D + R  sequential, original_ln_before=true (Pfeiffer)   read = write = layer.out, only after the feed-forward block
     R      parallel (He et al.)                             read attn.r, write o.out; read ffn.r, write down.out
 
+Where a norm follows each block it takes the whole, LN(R + D + s·f(·)), and Pfeiffer's f reads LN(D + R): read
+attn.post, write attn.sum; read ffn.post, write ffn.sum.
+
 Keys `<layer>.{attention,output}_adapters.adapters.{n}.` and `adapter_down.0.*` · `adapter_up.*` · `scaling`; of
 Compacter (`adapterhub_phm.py`) what the two projections are made of. Source: `Adapter`, `ParallelAdapter` of the
 library; Houlsby et al. section 2; Pfeiffer et al. "AdapterFusion"; He et al. table 1; Mahabadi et al. "Compacter".
@@ -32,18 +35,45 @@ from adapters.normal_form import LowRank, Op, Site
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a layer may carry an adapter: the config key that switches it on, its tensors' prefix, its sites."""
+    """Where a layer may carry an adapter: the config key that switches it on, what its tensors are under, its sites.
+
+    `names`: of the layer's part that holds adapters, and in the library's BERT, where that part is a module of BERT's.
+    """
 
     switch: str
-    prefix: str
+    names: tuple[str, str]
     block: str  # D
     residual: str  # R
     total: str | None  # D + R, where a module computes it
+    summed: str  # D + R, where a norm follows
+    normed: str  # LN(D + R)
 
+    def prefix(self, model_type: str) -> str:
+        """What its tensors are under."""
+        return self.names[model_type in LIKE_BERT]
+
+
+LIKE_BERT = frozenset({"bert", "roberta", "xlm-roberta", "electra"})
 
 PLACES = (
-    Place("mh_adapter", "attention_adapters", block="o.out", residual="attn.r", total=None),
-    Place("output_adapter", "output_adapters", block="down.out", residual="ffn.r", total="layer.out"),
+    Place(
+        "mh_adapter",
+        ("attention_adapters", "attention.output"),
+        block="o.out",
+        residual="attn.r",
+        total=None,
+        summed="attn.sum",
+        normed="attn.post",
+    ),
+    Place(
+        "output_adapter",
+        ("output_adapters", "output"),
+        block="down.out",
+        residual="ffn.r",
+        total="layer.out",
+        summed="ffn.sum",
+        normed="ffn.post",
+    ),
 )
 
 PLAIN: Mapping[str, str] = {
@@ -100,7 +130,7 @@ def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored
             )
         for place, sites in places:
             layer_path = spec.writer[Site("layer.out", layer)][0].path
-            stem = stored.at(layer_path, f"{place.prefix}.adapters")
+            stem = stored.at(layer_path, f"{place.prefix(spec.model_type)}.adapters")
             found = _projections(stem, rank or 1, config, phm, stored)
             if found is not None and sites is not None and rank is not None:
                 read, write = (Site(site, layer) for site in sites)
@@ -138,13 +168,15 @@ def _sites(
 
     The residual stream must come out exactly once: `original_ln_*` are, without a norm of their own, additions of R.
     """
+    if Site(place.summed, 0) in spec.site_width:
+        return _sites_around_norm(place, config, path, problems)
     parallel, before = config["is_parallel"], config["original_ln_before"]
     stream_count = int(config["original_ln_after"])
     if not parallel:
         stream_count += int(before and not config["residual_before_ln"])
     if stream_count != 1:
         problems.add(
-            f"adapter_config.json: {path}original_ln_after: at {place.prefix} the residual stream would be added "
+            f"adapter_config.json: {path}original_ln_after: at {place.names[0]} the residual stream would be added "
             f"{stream_count} times with these values of original_ln_before, original_ln_after and residual_before_ln; "
             "served is once.",
             param="original_ln_after",
@@ -153,7 +185,7 @@ def _sites(
     if Site("ffn.post", 0) in spec.writer and (parallel or not before):
         problems.add(
             f"adapter_config.json: {path[:-1]}: {spec.model_type} norms the output of each block, and whether the "
-            f"adapter at {place.prefix} acts before or after that norm is not defined; served is seq_bn "
+            f"adapter at {place.names[0]} acts before or after that norm is not defined; served is seq_bn "
             "(original_ln_before).",
             param="adapter",
         )
@@ -164,12 +196,36 @@ def _sites(
         return place.block, place.block
     if place.total is None:
         problems.add(
-            f"adapter_config.json: {path}mh_adapter: with original_ln_before the adapter at {place.prefix} reads the "
+            f"adapter_config.json: {path}mh_adapter: with original_ln_before the adapter at {place.names[0]} reads the "
             "sum of attention output and residual stream, which no module of the backbone computes.",
             param="mh_adapter",
         )
         return None
     return place.total, place.total
+
+
+def _sites_around_norm(
+    place: Place, config: Mapping[str, Any], path: str, problems: Problems
+) -> tuple[str, str] | None:
+    """As `_sites` where the block's own norm follows, and `original_ln_*` are runs of it."""
+    parallel, before, after = (
+        config[key] for key in ("is_parallel", "original_ln_before", "original_ln_after")
+    )
+    if parallel and after:  # LN(s·f(R) + D + R)
+        return place.residual, place.block
+    match parallel, before, after, config["residual_before_ln"]:
+        case False, False, True, _:  # LN(f(D) + D + R)
+            return place.block, place.block
+        case False, True, True, True:  # LN(f(LN(D + R)) + D + R)
+            return place.normed, place.summed
+        case False, True, False, False:  # x + f(x), x = LN(D + R)
+            return place.normed, place.normed
+    problems.add(
+        f"adapter_config.json: {path}original_ln_after: at {place.names[0]} the residual stream would not be added "
+        "once with these values of original_ln_before, original_ln_after and residual_before_ln.",
+        param="original_ln_after",
+    )
+    return None
 
 
 def _low_rank(read: Site, write: Site, found: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:

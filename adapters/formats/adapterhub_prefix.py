@@ -23,6 +23,7 @@ from adapters.formats.schema import check_config
 from adapters.normal_form import AttnPrefix, Site
 
 GROUP = "self_prefix."
+GROUPS: Mapping[str, str] = {"distilbert": "self."}
 POOL = "prefix_tuning.prefix_tunings"
 COPY = "prefix_tuning.pool.prefix_tunings"
 
@@ -42,14 +43,15 @@ def read_prefix(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | Non
         return None
     width = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
     length, inner = config["prefix_length"], config["bottleneck_size"]
-    shapes: dict[str, tuple[int, ...]] = {f"{GROUP}control_trans": (length * width,)}
+    group = GROUPS.get(spec.model_type, GROUP)
+    shapes: dict[str, tuple[int, ...]] = {f"{group}control_trans": (length * width,)}
     if not config["flat"]:
         shapes = {
-            f"{GROUP}wte.weight": (length, spec.hidden_size),
-            f"{GROUP}control_trans.0.weight": (inner, spec.hidden_size),
-            f"{GROUP}control_trans.0.bias": (inner,),
-            f"{GROUP}control_trans.2.weight": (width, inner),
-            f"{GROUP}control_trans.2.bias": (width,),
+            f"{group}wte.weight": (length, spec.hidden_size),
+            f"{group}control_trans.0.weight": (inner, spec.hidden_size),
+            f"{group}control_trans.0.bias": (inner,),
+            f"{group}control_trans.2.weight": (width, inner),
+            f"{group}control_trans.2.bias": (width,),
         }
     found = _take(stored, shapes)
     if found is None:
@@ -72,7 +74,10 @@ def _take(stored: Stored, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Te
     """The tensors from the first place that has them all; those of the others must be the same."""
     spec = stored.spec
     attentions = [
-        spec.writer[Site("o.out", layer)][0].path.rpartition(".")[0] for layer in range(spec.num_layers)
+        spec.writer[Site(projection, layer)][0].path.rpartition(".")[0]
+        for layer in range(spec.num_layers)
+        for projection in ("v.out", "qkv.out")
+        if Site(projection, layer) in spec.writer
     ]
     stems = [stored.shared(POOL), *(stored.at(path, COPY) for path in attentions)]
     whole = [stem for stem in stems if all(stem + name in stored.tensors for name in shapes)]

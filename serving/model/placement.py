@@ -59,7 +59,9 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
         )
     placer = _Placer(backbone)
     for op in delta.ops:
-        if isinstance(op, LowRank):
+        if isinstance(op, LowRank) and (norm := backbone.spec.norm_around(op.write, op.read)) is not None:
+            placer.again[norm.path].append(op)
+        elif isinstance(op, LowRank):
             placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
         elif isinstance(op, Affine):
             placer.affines[op.site, op.side].append(op)
@@ -116,6 +118,7 @@ def _acting(
     kept = {
         index: replace(
             ops,
+            again=[w for w in ops.again if acts(w)],
             parallel=[w for w in ops.parallel if acts(w)],
             remote=[(site, w) for site, w in ops.remote if acts(w)],
             sequential=[w for w in ops.sequential if acts(w)],
@@ -142,6 +145,7 @@ class _Placer:
         self.spec = backbone.spec
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
+        self.again: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
         self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
@@ -168,6 +172,10 @@ class _Placer:
             module = self.spec.by_path[path]
             for op, part in _join_fused(ops, module):
                 self._place_low_rank(placed[self.index[path]], op, part, module)
+        for path, ops in self.again.items():
+            module = self.spec.by_path[path]
+            for op in ops:
+                placed[self.index[path]].again.append(self._low_rank(op, module.writes[0]))
         for (site, side), affines in self.affines.items():
             module, part = self.spec.writer[site]
             target = placed[self.index[module.path]]
@@ -222,7 +230,7 @@ class _Placer:
                 self._output_affine(ops, module, part, bias if weight is not None else None)
             )
 
-    def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
+    def _low_rank(self, op: LowRank, part: Slice) -> LowRankWeights:
         weights = LowRankWeights(
             A=self.to_device(op.A),
             B=self.to_device(op.B, transpose=True),
@@ -235,6 +243,10 @@ class _Placer:
         )
         if op.positions is not None:
             self.positions[id(weights)] = op.positions
+        return weights
+
+    def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
+        weights = self._low_rank(op, part)
         if op.sequential:
             target.sequential.append(weights)
         elif op.read == module.read:

@@ -105,6 +105,7 @@ class ModuleProgram:
     """What the deltas of one batch do at one module."""
 
     __slots__ = (
+        "again",
         "capture",
         "embeddings",
         "fused",
@@ -134,6 +135,7 @@ class ModuleProgram:
         self.input_maps: list[LinearMapSegment] = []
         self.reflections: list[LowRankSegment] = []
         self.replacements: list[tuple[int, int, Replacement]] = []
+        self.again: list[LowRankSegment] = []
         self.embeddings: list[RowsSegment] = []
         self.logits: list[RowsSegment] = []
         self.weight_deltas: list[WeightDeltaSegment] = []
@@ -151,6 +153,7 @@ class ModuleProgram:
         self.reflections += [LowRankSegment(start, stop, w) for w in ops.reflections]
         if ops.replacement is not None:
             self.replacements.append((start, stop, ops.replacement))
+        self.again += [LowRankSegment(start, stop, w) for w in ops.again]
         self.embeddings += [RowsSegment(start, stop, w) for w in ops.embeddings]
         self.logits += [RowsSegment(start, stop, w) for w in ops.logits]
         self.weight_deltas += [WeightDeltaSegment(start, stop, w) for w in ops.weight_deltas]
@@ -177,7 +180,7 @@ class ModuleProgram:
             fused.capture(self.index, x_TI)
         base_x = self._input(context, x)
         y: Tensor = base(base_x, *args, **kwargs)
-        out = self._general_output(context, base_x, x_TI, y) if self._has_general_output else None
+        out = self._general_output(context, base, base_x, x_TI, y) if self._has_general_output else None
         if fused is None or not fused.changes_output[self.index]:
             return y if out is None else out.to(y.dtype).view(y.shape)
         if out is None:  # in y itself: modules return fresh tensors
@@ -185,12 +188,19 @@ class ModuleProgram:
         fused.run_output(self.index, out, x_TI)
         return out.to(y.dtype).view(y.shape)
 
-    def _general_output(self, context: ForwardContext, base_x: Tensor, x_TI: Tensor, y: Tensor) -> Tensor:
+    def _general_output(
+        self, context: ForwardContext, base: Callable[..., Any], base_x: Tensor, x_TI: Tensor, y: Tensor
+    ) -> Tensor:
         # y itself where it is fp32 already
         out = y.reshape(-1, y.shape[-1]).to(torch.float32)
         base_TI = base_x.reshape(-1, base_x.shape[-1])
         for start, stop, replacement in self.replacements:
             out[start:stop] = replacement(base_TI[start:stop])
+        if self.again:
+            changed = base_TI.to(torch.float32, copy=True)
+            self.kernels.add_low_rank(changed, out, self.again)
+            for start, stop, _ in self.again:
+                out[start:stop] = base(changed[start:stop].to(base_x.dtype))
         if self.embeddings:  # there x is token ids
             self.kernels.replace_embeddings(out, base_x.reshape(-1), self.embeddings)
         if self.logits:
@@ -214,6 +224,7 @@ class ModuleProgram:
         """True where the general kernels act after the module's input."""
         return bool(
             self.replacements
+            or self.again
             or self.embeddings
             or self.logits
             or self.weight_deltas

@@ -35,7 +35,16 @@ from adapters.configuration.adapter_config import (
 )
 from adapters.loading import AdapterLoader
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
 
 import adapters
 from adapters import (
@@ -86,6 +95,17 @@ GPT2 = GPT2Config(
     bos_token_id=0,
     eos_token_id=0,
 )
+
+_ENCODER = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 34,
+    "type_vocab_size": 1,
+}
+ENCODERS = {"bert": BertConfig(**_ENCODER), "roberta": RobertaConfig(**_ENCODER, pad_token_id=1)}
 
 
 @dataclass(frozen=True)
@@ -181,6 +201,21 @@ CASES: dict[str, Case] = {
     ),
 }
 
+# What encoders have too: their norms follow the blocks, so the placements of bottlenecks mean something else.
+ENCODER_CASES: dict[str, AdapterConfig] = {
+    "seq_bn": SeqBnConfig(reduction_factor=4),
+    "seq_bn_mh": SeqBnConfig(reduction_factor=4, mh_adapter=True),
+    "double_seq_bn": DoubleSeqBnConfig(reduction_factor=4),
+    "par_bn": ParBnConfig(reduction_factor=4, mh_adapter=True),
+    "adapter_plus": AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0),
+    "seq_bn_inv": SeqBnInvConfig(reduction_factor=8),
+    "lora_everywhere": CASES["lora_everywhere"].config,
+    "dora": CASES["dora"].config,
+    "ia3_everywhere": CASES["ia3_everywhere"].config,
+    "mam": CASES["mam"].config,
+    "loreft": CASES["loreft"].config,
+}
+
 
 def randomise(model: PreTrainedModel, seed_text: str, wanted: Callable[[str], bool], sigma: float) -> int:
     """Redraw every parameter whose name is wanted, norm weights around one; return how many there were."""
@@ -193,13 +228,19 @@ def randomise(model: PreTrainedModel, seed_text: str, wanted: Callable[[str], bo
 
 
 def logits(model: PreTrainedModel) -> Tensors:
-    """Logits of each sequence alone, in fp32 and then fp64, under the names the golden file uses."""
+    """Logits of each sequence alone, in fp32 and then fp64, under the names the golden file uses.
+
+    Of an encoder its final hidden states.
+    """
+    decoder = model.config.model_type not in ENCODERS
     tensors: Tensors = {}
     for dtype, suffix in ((torch.float32, ""), (torch.float64, "_float64")):
         model.to(dtype)
         for index, ids in enumerate(SEQUENCES):
             with torch.no_grad():
-                output = model(torch.tensor([ids]), use_cache=False, return_dict=True).logits[0]
+                arguments = {"use_cache": False} if decoder else {"output_hidden_states": True}
+                found = model(torch.tensor([ids]), return_dict=True, **arguments)
+                output = found.logits[0] if decoder else found.hidden_states[-1][0]
             assert output.dtype == dtype
             tensors[f"logits{suffix}.{index}"] = output.contiguous()
     model.to(torch.float32)
@@ -211,10 +252,11 @@ def write_golden(directory: Path, tensors: Tensors) -> None:
     save_file(inputs | tensors, directory / "golden.safetensors")
 
 
-def make_backbone(family: str, config: LlamaConfig | GPT2Config) -> Tensors:
+def make_backbone(family: str, config: PretrainedConfig) -> Tensors:
     """Save a randomised backbone and its bare logits; return those logits."""
     directory = ROOT / family / "backbone"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    kind = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager").eval()
     randomise(model, f"{family}/backbone", lambda _: True, sigma=0.3)
     model.save_pretrained(directory)
     base = logits(model)
@@ -254,6 +296,9 @@ def make_case(
     """Add, randomise, save and run one adapter on a model that already carries the library's hooks."""
     directory = ROOT / family / name
     model.config.name_or_path = BACKBONE_NAME
+    torch.manual_seed(
+        zlib.crc32(f"{family}/{name}/start".encode())
+    )  # orthogonal parametrisations keep their start
     model.add_adapter(name, config=config)
     model.set_active_adapters(name)
     model.eval()
@@ -280,7 +325,8 @@ def make_case(
 
 
 def load_backbone(family: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(ROOT / family / "backbone", attn_implementation="eager")
+    kind = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    model = kind.from_pretrained(ROOT / family / "backbone", attn_implementation="eager")
     adapters.init(model)
     return model
 
@@ -301,6 +347,10 @@ def main() -> None:
     for name, case in CASES.items():
         for family in case.families:
             make_case(family, name, load_backbone(family), case.config, base[family], case.added)
+    for family, config in ENCODERS.items():
+        hidden = make_backbone(family, config)
+        for name, adapter in ENCODER_CASES.items():
+            make_case(family, name, load_backbone(family), adapter, hidden, {})
     name = "seq_bn_inv_flex_head"
     make_case(
         "llama", name, load_flex_head_backbone(name), SeqBnInvConfig(reduction_factor=8), base["llama"], {}
