@@ -1,10 +1,10 @@
-"""Write the AdapterHub golden fixtures: tiny backbones, bottleneck adapters and the library's own logits.
+"""Write the AdapterHub golden fixtures: tiny backbones, adapters and the library's own logits.
 
 AdapterHub's library imports as `adapters`, the name of our own package, so it lives in its own environment:
 
     python3 -m venv ~/ahvenv
     ~/ahvenv/bin/pip install torch==2.13.0 adapters==1.3.0 transformers==4.57.6
-    ~/ahvenv/bin/python tests/golden/make_adapterhub.py     # 10 s, rewrites tests/golden/adapterhub
+    ~/ahvenv/bin/python tests/golden/make_adapterhub.py     # 20 s, rewrites tests/golden/adapterhub
 
 Everything is seeded: a second run writes the same bytes. `README.md` beside this file says what is in them.
 
@@ -14,8 +14,10 @@ Cases the library cannot produce, hence absent here:
 - `shared_W_phm` with `factorized_phm_W=False`, or with a `reduction_factor` map: fails while adding;
 - an integer `scaling`: ValueError, only float, "learned" and "channel" exist;
 - `stochastic_depth > 0`: asks for torchvision; inert outside training.
-And `use_gating` is left out by choice: its gate is a mean over the whole sequence, so a causal model's logits
-would depend on later tokens and no incremental decoder can agree with it.
+- DoRA and VeRA in GPT-2's attention: sizes that do not fit, while adding or running;
+- prompt tuning on decoders: the library has none.
+`use_gating` is in one case (`unipelt`), to be refused: its gate is a mean over the whole sequence, so a causal model's
+logits would depend on later tokens and no incremental decoder can agree with it.
 """
 
 import json
