@@ -11,13 +11,17 @@ from typing import Literal
 
 
 class Task(StrEnum):
-    """What is asked of a prompt. All but `CAUSAL_LM` are answered from final hidden states, without generating."""
+    """What is asked of a prompt. All but `CAUSAL_LM` are answered from final hidden states, without generating.
+
+    `FILL_MASK` is asked of an encoder's own language model head, through any delta that has no head of its own.
+    """
 
     CAUSAL_LM = "causal-lm"
     SEQUENCE_CLASSIFICATION = "sequence-classification"
     TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105
     QUESTION_ANSWERING = "question-answering"
     EMBEDDING = "embedding"
+    FILL_MASK = "fill-mask"
 
 
 PER_TOKEN = frozenset({Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING})

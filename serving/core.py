@@ -93,6 +93,7 @@ ROUTES: Mapping[Task, str] = {
     Task.TOKEN_CLASSIFICATION: "/v1/token_classify",
     Task.QUESTION_ANSWERING: "/v1/question_answer",
     Task.EMBEDDING: "/v1/embeddings",
+    Task.FILL_MASK: "/v1/fill_mask",
 }
 """Where each task is asked for."""
 
@@ -103,8 +104,8 @@ class PoolingParams:
 
     `text_pair`: a second text that the tokenizer joins to the prompt. `truncate_prompt_tokens`: cut the prompt to so
     many tokens, -1 for as many as fit, None to refuse what does not fit. `dimensions`: of an embedding, its first so
-    many, normalised again. `num_labels`: how many the head must have. Raises InvalidRequest naming the field that is
-    out of range.
+    many, normalised again. `num_labels`: how many the head must have. `top_k`: choices for each mask; `targets`: the
+    tokens, as text, that may be chosen. Raises InvalidRequest naming the field that is out of range.
     """
 
     task: Task
@@ -112,12 +113,15 @@ class PoolingParams:
     truncate_prompt_tokens: int | None = None
     dimensions: int | None = None
     num_labels: int | None = None
+    top_k: int = 1
+    targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
             _within("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 1 << 20)
         if self.dimensions is not None:
             _within("dimensions", self.dimensions, 1, 1 << 20)
+        _within("top_k", self.top_k, 1, 100)
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
@@ -159,7 +163,11 @@ class GenerateCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A tokenised request as the engine admits it. The other fields are those of `GenerateCall`."""
+    """A tokenised request as the engine admits it. The other fields are those of `GenerateCall`.
+
+    `token_types`: which part each token belongs to, where an encoder tells them apart. `masks`: the places that
+    FILL_MASK asks for; `targets`: the token ids that may be chosen there, empty for all.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -169,6 +177,9 @@ class Request:
     weight: float = 1.0
     service_class: ServiceClass = ServiceClass.STANDARD
     pooling: PoolingParams | None = None
+    token_types: tuple[int, ...] = ()
+    masks: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -211,6 +222,15 @@ class PromptEvent:
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token that may stand at a mask, and its probability; `text` is its own decoding, empty until detokenised."""
+
+    token_id: int
+    probability: float
+    text: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pooled:
     """What a task head made of one prompt.
@@ -219,7 +239,7 @@ class Pooled:
     those of its tokens. `probs`: the same of probabilities, where the scores are logits. `ood`: see
     `PlacedHead.out_of_distribution`. Of a prompt that was text, one entry a token: `offsets` of its characters, and
     `words`, the index of the word that it belongs to, None for special tokens; `sequences`: 1 for those of the
-    second text of a pair.
+    second text of a pair. `masks`: per mask its choices, the likeliest first.
     """
 
     values: bytes
@@ -231,6 +251,7 @@ class Pooled:
     offsets: tuple[tuple[int, int], ...] = ()
     words: tuple[int | None, ...] = ()
     sequences: tuple[int | None, ...] = ()
+    masks: tuple[tuple[Choice, ...], ...] = ()
 
     def numbers(self) -> list[float]:
         """`values`, row after row."""

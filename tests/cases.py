@@ -56,7 +56,7 @@ from peft import (
 )
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
@@ -80,14 +80,20 @@ def quiet() -> Iterator[None]:
 
 
 def tiny_backbone(family: Family | Encoder, seed: int = 0) -> PreTrainedModel:
-    """A random model in eval mode and eager attention; equal seeds give equal weights.
+    """A random model in eval mode and eager attention; equal seeds give equal weights."""
+    return _random(AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM, family, seed)
 
-    Biases and norms are redrawn too: the library starts them at 0 and 1, where a lost one does not show.
-    """
+
+def tiny_body(family: Encoder, seed: int = 0) -> PreTrainedModel:
+    """As `tiny_backbone`: the body alone, with its pooler where it has one."""
+    return _random(AutoModel, family, seed)
+
+
+def _random(kind: type[Any], family: Family | Encoder, seed: int) -> PreTrainedModel:
+    """Biases and norms are redrawn too: the library starts them at 0 and 1, where a lost one does not show."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        kind = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
-        model = kind.from_config(CONFIGS[family], attn_implementation="eager")
+        model: PreTrainedModel = kind.from_config(CONFIGS[family], attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         around = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0

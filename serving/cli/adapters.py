@@ -1,4 +1,4 @@
-"""`deltamux adapters list|show|promote|rollback|delete|undelete|gc`."""
+"""`deltamux adapters list|show|promote|rollback|delete|undelete|gc|fit-ood`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.markup import escape
 from adapters.errors import NotFound
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
 from serving.cli.console import out, table, when
+from serving.cli.fit_ood import fit_ood
 from serving.cli.gc import gc
 from serving.cli.push import show_version
 
@@ -127,6 +128,7 @@ def undelete(
 
 
 app.command()(gc)
+app.command("fit-ood")(fit_ood)
 
 
 def _move(client: Client, name: str, alias: str, version: int, revision: int) -> None:

@@ -14,6 +14,7 @@ from adapters.canonical import digest_of, from_canonical
 from adapters.errors import DeltamuxError, ErrorInfo, InvalidRequest, StoreError
 from adapters.normal_form import Delta
 from adapters.store import BlobStore
+from adapters.tasks import Task
 from serving.config import Engine as EngineSettings
 from serving.core import (
     AdmissionProof,
@@ -26,7 +27,7 @@ from serving.core import (
     TokenEvent,
 )
 from serving.engine.engine import Engine
-from serving.engine.tokenise import Tokens, tokenise
+from serving.engine.tokenise import Tokens, masks_of, targets_of, tokenise
 from serving.metrics import EngineMetrics, families
 from serving.model.backbone import Backbone
 
@@ -126,7 +127,7 @@ class LocalBackend:
                 if first and refusal is not None:  # it ended before it began
                     batch = (FailureEvent(error=refusal),)
                 first = False
-                yield batch if call.pooling is None else tuple(_placed_in_text(e, tokens) for e in batch)
+                yield batch if call.pooling is None else tuple(self._in_text(e, tokens) for e in batch)
         finally:
             del self._queues[request.request_id]
             if not ended:
@@ -154,8 +155,31 @@ class LocalBackend:
             weight=call.weight,
             service_class=call.service_class,
             pooling=call.pooling,
+            token_types=tokens.types if spec.kind == "encoder" and any(tokens.types) else (),
         )
+        if call.pooling is not None and call.pooling.task is Task.FILL_MASK:
+            tokenizer = self.backbone.tokenizer
+            masks, targets = masks_of(tokens, tokenizer), targets_of(call.pooling, tokenizer)
+            request = replace(request, masks=masks, targets=targets)
         return request, tokens
+
+    def _in_text(self, event: Event, tokens: Tokens) -> Event:
+        """`event`, an answer with its tokens' places in the text that was asked about, and its choices as text."""
+        if not isinstance(event, TokenEvent) or event.pooled is None:
+            return event
+        decode = getattr(self.backbone.tokenizer, "decode", lambda _: "")
+        masks = tuple(
+            tuple(replace(choice, text=decode([choice.token_id])) for choice in mask)
+            for mask in event.pooled.masks
+        )
+        pooled = replace(
+            event.pooled,
+            masks=masks,
+            offsets=tokens.offsets,
+            words=tokens.words,
+            sequences=tokens.sequences,
+        )
+        return replace(event, pooled=pooled)
 
     async def admit(self, digest: str) -> AdmissionProof | ErrorInfo:
         """See `Backend`."""
@@ -176,14 +200,6 @@ class LocalBackend:
     async def heartbeat_age_s(self) -> float:
         """See `Backend`."""
         return self.engine.heartbeat_age_s
-
-
-def _placed_in_text(event: Event, tokens: Tokens) -> Event:
-    """`event`, an answer with the places of its tokens in the text that was asked about."""
-    if not isinstance(event, TokenEvent) or event.pooled is None:
-        return event
-    placed = replace(event.pooled, offsets=tokens.offsets, words=tokens.words, sequences=tokens.sequences)
-    return replace(event, pooled=placed)
 
 
 def _is_terminal(event: Event) -> bool:

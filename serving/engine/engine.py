@@ -44,7 +44,7 @@ from serving.engine.prefix_cache import PrefixKeys
 from serving.engine.runner import RowOutput, Runner
 from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
 from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.sequence import Sequence, max_total_len
+from serving.engine.sequence import Sequence, max_total_len, refuse_unanswerable
 from serving.engine.waiting import FirstComeQueue, WaitingQueue
 from serving.memory.budget import AUTO_SHARE, MemoryBudget, auto_capacity
 from serving.memory.host_cache import HostCache
@@ -287,6 +287,7 @@ class Engine:
         """Queue a request; its events arrive through `publish`. Raises ContextLengthExceeded, InvalidRequest."""
         if not 0 < request.weight < math.inf:
             raise InvalidRequest(f"weight: got {request.weight}, expected a share above 0.", param="weight")
+        refuse_unanswerable(request, self.backbone.spec)
         max_total_len(len(request.prompt_token_ids), request.max_tokens, self.max_len)
         self._post(lambda: self._enqueue(request))
 

@@ -117,9 +117,10 @@ class SlotKVManager:
 
     def max_entries(self, beside_bytes: int) -> int:
         """See `KVManager`."""
-        return min(
-            self.max_len, (self.budget.capacity_bytes - beside_bytes) // self.block_bytes * BLOCK_TOKENS
-        )
+        room = self.budget.capacity_bytes - beside_bytes
+        if not self.block_bytes:  # nothing is kept of an encoder's rows
+            return self.max_len if room >= 0 else 0
+        return min(self.max_len, room // self.block_bytes * BLOCK_TOKENS)
 
     @property
     def has_free_slot(self) -> bool:

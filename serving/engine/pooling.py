@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters.errors import InvalidRequest
 from adapters.tasks import PER_TOKEN
-from serving.core import Pooled
+from serving.core import Choice, Pooled
 from serving.engine.runner import RowOutput
 from serving.engine.sequence import Sequence
 from serving.model.heads import BARE_EMBEDDING, PlacedHead
@@ -55,10 +55,14 @@ def advance(outputs: Iterable[RowOutput]) -> dict[Sequence, Pooled | InvalidRequ
 
     None stands for numbers that are not finite. Vectors of one head are scored together.
     """
+    answers: dict[Sequence, Pooled | InvalidRequest | None] = {}
     by_head: dict[PlacedHead, list[tuple[Sequence, Tensor]]] = {}
     complete = []
     for (seq, count), _, hidden in outputs:
         if seq.request.pooling is None:
+            continue
+        if seq.request.masks:
+            answers[seq] = _filled(seq, hidden)
             continue
         if len(hidden):
             head = head_of(seq)
@@ -71,7 +75,22 @@ def advance(outputs: Iterable[RowOutput]) -> dict[Sequence, Pooled | InvalidRequ
             seq.state.pool.scores.append(part)
             if head.task not in PER_TOKEN:  # their answers say nothing of the vectors themselves
                 seq.state.pool.pooled.append(vectors)
-    return {seq: _answer(seq) for seq in complete}
+    return answers | {seq: _answer(seq) for seq in complete}
+
+
+def _filled(seq: Sequence, logits: Tensor) -> Pooled | None:
+    """The likeliest tokens at each mask. Shapes: logits [masks, V]."""
+    if not bool(torch.isfinite(logits).all()):
+        return None
+    assert seq.request.pooling is not None
+    probs = logits.softmax(dim=-1)
+    ids = torch.tensor(seq.request.targets) if seq.request.targets else torch.arange(probs.shape[-1])
+    best = probs[:, ids.to(probs.device)].topk(min(seq.request.pooling.top_k, len(ids)), dim=-1)
+    masks = tuple(
+        tuple(Choice(int(ids[at]), float(prob)) for prob, at in zip(row, places, strict=True))
+        for row, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    )
+    return Pooled(values=b"", shape=(0,), masks=masks)
 
 
 def _is_complete(seq: Sequence, hidden: Tensor) -> bool:

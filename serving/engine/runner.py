@@ -39,7 +39,7 @@ class Batch:
     """A flattened step. `spans` place tokens in KV slots, `logits_rows` are the tokens whose logits are wanted.
 
     `hidden_rows` are those whose final hidden states are wanted. `inserted`: virtual tokens [l, d] in place of the l
-    tokens from an index on.
+    tokens from an index on. `token_types` are those of `Request`, 0 where a row has none.
     """
 
     rows: list[ScheduledRow]
@@ -53,6 +53,7 @@ class Batch:
     hidden_rows: list[int]
     hidden_counts: list[int]
     inserted: list[tuple[int, Tensor]]
+    token_types: list[int]
 
     @property
     def sole_delta(self) -> PlacedDelta | None:
@@ -87,6 +88,8 @@ class Runner:
         context = ForwardContext(self._compile(batch), self.cache.plan(batch.spans), inserted=batch.inserted)
         if batch.hidden_rows:
             context.hidden_rows = torch.tensor(batch.hidden_rows, device=device)
+        if any(batch.token_types):
+            context.token_types = torch.tensor(batch.token_types, device=device)
         logits = self.backbone.forward(
             torch.tensor(batch.token_ids, device=device),
             torch.tensor(batch.positions, device=device),
@@ -97,27 +100,35 @@ class Runner:
         none = logits[:0]
         hidden: Seq[Tensor] = [none] * len(batch.rows)
         if context.hidden is not None:
-            hidden = self._pooled(batch, torch.split(context.hidden, batch.hidden_counts))
+            hidden = self._through_heads(batch, torch.split(context.hidden, batch.hidden_counts))
         return [RowOutput(*found) for found in zip(batch.rows, parts, hidden, strict=True)]
 
-    def _pooled(self, batch: Batch, hidden: Seq[Tensor]) -> Seq[Tensor]:
-        """`hidden` of every row; where a head reads the backbone's pooler, what that makes of it."""
-        chosen = [index for index, row in enumerate(batch.rows) if _pooling(row.seq) == "pooler"]
-        if not chosen:
-            return hidden
-        segments: list[DeltaSegment] = []
-        for start, index in enumerate(chosen):
-            if (seq := batch.rows[index].seq).delta is not None:
-                _extend(segments, start, 0, 1, seq)
-        spec = self.backbone.spec
-        programs = compile_programs(
-            len(spec.modules), self.backbone.kernels, [], segments, self.backbone.logit_modules
-        )
-        context = ForwardContext(programs, self.cache.plan([]))
-        made = self.backbone.pool(torch.cat([hidden[index] for index in chosen]), context)
+    def _through_heads(self, batch: Batch, hidden: Seq[Tensor]) -> Seq[Tensor]:
+        """`hidden` of every row; where the backbone's pooler or its masked head is asked, what that makes of it."""
         found = list(hidden)
-        for row, index in enumerate(chosen):
-            found[index] = made[row : row + 1]
+        for head, run in (("pooler", self.backbone.pool), ("masks", self.backbone.masked_logits)):
+            chosen = [index for index, row in enumerate(batch.rows) if _asked(row.seq) == head]
+            if not chosen:
+                continue
+            states, segments, stop = [], list[DeltaSegment](), 0
+            for index in chosen:
+                seq = batch.rows[index].seq
+                tokens = seq.request.masks if head == "masks" else range(len(hidden[index]))
+                states.append(hidden[index][list(tokens)])
+                for at, token in enumerate(tokens, start=stop):
+                    if seq.delta is not None:
+                        _extend(segments, at, token, token + 1, seq)
+                stop += len(tokens)
+            programs = compile_programs(
+                len(self.backbone.spec.modules),
+                self.backbone.kernels,
+                [],
+                segments,
+                self.backbone.logit_modules,
+            )
+            made = run(torch.cat(states), ForwardContext(programs, self.cache.plan([])))
+            for index, part in zip(chosen, torch.split(made, [len(s) for s in states]), strict=True):
+                found[index] = part
         return found
 
     def _compile(self, batch: Batch) -> list[Program | None]:
@@ -143,7 +154,7 @@ class Runner:
 def build_batch(rows: Seq[ScheduledRow]) -> Batch:
     """Flatten `rows`, those of one delta side by side."""
     ordered = sorted(rows, key=lambda row: row.seq.request.adapter_digest or "")
-    batch = Batch(ordered, [], [], [], [], [], [], [], [], [], [])
+    batch = Batch(ordered, [], [], [], [], [], [], [], [], [], [], [])
     for row in ordered:
         seq, count = row
         start, first = len(batch.token_ids), seq.num_computed
@@ -151,8 +162,10 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
             batch.inserted.append((start, virtual))
             batch.token_ids += [0] * len(virtual)
             batch.positions += range(len(virtual))
+            batch.token_types += [0] * len(virtual)
         stop = len(batch.token_ids) + count
         batch.token_ids += seq.tokens[first : first + count]
+        batch.token_types += seq.request.token_types[first : first + count] or [0] * count
         batch.positions += range(seq.position_offset + first, seq.position_offset + first + count)
         batch.spans.append(RowSpan(start, stop, seq.slot, seq.prefix_len + first))
         wanted = count if seq.wants_prompt_logits and first < seq.num_prompt else int(row.samples)
@@ -166,6 +179,11 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
             _extend(batch.token_segments, start, first + count - (stop - start), first + count, seq)
             _extend(batch.logit_segments, logits_start, first + count - wanted, first + count, seq)
     return batch
+
+
+def _asked(seq: Sequence) -> str | None:
+    """Which head of the backbone answers the row."""
+    return "masks" if seq.request.masks else _pooling(seq)
 
 
 def _pooling(seq: Sequence) -> str | None:

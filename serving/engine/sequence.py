@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from adapters.backbone_spec import BackboneSpec
 from adapters.errors import ContextLengthExceeded, InvalidRequest
+from adapters.normal_form import Site
 from adapters.positions import UNCUT, Cut, Positions, cuts
 from adapters.tasks import MEAN_EMBEDDING, HeadSpec, Task
 from serving.core import ROUTES, Request
@@ -159,10 +161,15 @@ class ScheduledRow(NamedTuple):
         return range(start, max(start, stop))
 
 
+WITHOUT_HEAD = frozenset({Task.EMBEDDING, Task.FILL_MASK})
+"""Tasks that need no head of the delta's own."""
+
+
 def require_task(request: Request, delta: LeasedDelta | None) -> None:
     """Raises InvalidRequest unless `delta`, or the bare backbone, answers what is asked."""
     given = Task.CAUSAL_LM if delta is None else delta.task
-    if request.task is not given and (request.task, given) != (Task.EMBEDDING, Task.CAUSAL_LM):
+    without_head = given is Task.CAUSAL_LM or given is Task.EMBEDDING
+    if request.task is not given and not (request.task in WITHOUT_HEAD and without_head):
         if delta is None:
             raise InvalidRequest(
                 f"The bare backbone has no head for {request.task.value}.",
@@ -186,6 +193,30 @@ def require_task(request: Request, delta: LeasedDelta | None) -> None:
             f"The delta's head has {got} labels, expected {wanted}.",
             param="model",
             remedy=f"Use {ROUTES[given]}.",
+        )
+
+
+def refuse_unanswerable(request: Request, spec: BackboneSpec) -> None:
+    """Raises InvalidRequest for what the backbone, whatever the delta, does not do or can't do exactly."""
+    if request.task is Task.FILL_MASK and (spec.kind == "decoder" or Site("logits") not in spec.writer):
+        raise InvalidRequest(
+            f"{spec.name} has no masked language model head.",
+            param="model",
+            remedy="Serve an encoder whose checkpoint has one.",
+        )
+    if spec.kind == "decoder":
+        return
+    if request.pooling is None:
+        raise InvalidRequest(
+            f"{spec.name} is an encoder and does not generate.",
+            param="model",
+            remedy=f"Use {ROUTES[Task.EMBEDDING]}, or a delta's own task.",
+        )
+    if spec.first_position and (pad := spec.first_position - 1) in request.prompt_token_ids:
+        raise InvalidRequest(
+            f"The prompt has the padding token, {pad}, which has no position of its own in {spec.model_type}.",
+            param="prompt",
+            remedy="Leave it out.",
         )
 
 

@@ -12,12 +12,16 @@ from serving.core import ChatMessage, GenerateCall, PoolingParams
 
 
 class Tokens(NamedTuple):
-    """Token ids; of text, per token its characters, its word and which text of a pair it is from."""
+    """Token ids; of text, per token its characters, its word and which text of a pair it is from.
+
+    `types`: what the tokenizer says of the parts, for models that tell them apart.
+    """
 
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...] = ()
     words: tuple[int | None, ...] = ()
     sequences: tuple[int | None, ...] = ()
+    types: tuple[int, ...] = ()
 
     def only(self, kept: list[int]) -> Tokens:
         """The tokens at these places."""
@@ -26,6 +30,7 @@ class Tokens(NamedTuple):
             tuple(self.offsets[at] for at in kept if self.offsets),
             tuple(self.words[at] for at in kept if self.words),
             tuple(self.sequences[at] for at in kept if self.sequences),
+            tuple(self.types[at] for at in kept if self.types),
         )
 
 
@@ -72,11 +77,41 @@ def _tokens(call: GenerateCall, tokenizer: PreTrainedTokenizerBase | None) -> To
 
 
 def _aligned(encoded: BatchEncoding) -> Tokens:
-    ids = tuple(encoded["input_ids"])
+    ids, types = tuple(encoded["input_ids"]), tuple(encoded.get("token_type_ids", ()))
     if not encoded.encodings:  # a tokenizer in Python knows no characters
-        return Tokens(ids)
+        return Tokens(ids, types=types)
     found = encoded.encodings[0]
-    return Tokens(ids, tuple(found.offsets), tuple(found.word_ids), tuple(found.sequence_ids))
+    return Tokens(ids, tuple(found.offsets), tuple(found.word_ids), tuple(found.sequence_ids), types)
+
+
+def masks_of(tokens: Tokens, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """Where the mask token stands. Raises InvalidRequest where it does not."""
+    mask = None if tokenizer is None else tokenizer.mask_token_id
+    if mask is None:
+        raise InvalidRequest("This backbone has no mask token.", param="model")
+    found = tuple(at for at, token in enumerate(tokens.ids) if token == mask)
+    if not found:
+        raise InvalidRequest(
+            f"The input has no mask; expected at least one {_need(tokenizer).mask_token}.",
+            param="input",
+            remedy="Put it where a token is to be found; truncation may have cut it off.",
+        )
+    return found
+
+
+def targets_of(pooling: PoolingParams, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """The token ids of `pooling.targets`. Raises InvalidRequest for a text that is not one token."""
+    found = []
+    for text in pooling.targets:
+        ids = _need(tokenizer)(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise InvalidRequest(
+                f"targets: a text of {len(ids)} tokens, expected one token each.",
+                param="targets",
+                remedy="Some tokenizers have a word as one token only with a space before it.",
+            )
+        found.append(ids[0])
+    return tuple(dict.fromkeys(found))
 
 
 def _wanted(pooling: PoolingParams, room: int) -> int:

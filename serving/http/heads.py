@@ -5,12 +5,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request
 
 from adapters.errors import InvalidRequest
-from adapters.tasks import Task
 from serving.core import GenerateCall, Pooled, PoolingParams, TokenEvent
 from serving.http.edge import set_adapter_digest
 from serving.http.fanout import Patience, run
@@ -47,12 +46,9 @@ class Heads:
         request: Request,
         caller: Principal,
         body: PoolingBody,
-        task: Task,
+        asked_for: PoolingParams,
         inputs: Sequence[Asked],
         id_prefix: str,
-        *,
-        dimensions: int | None = None,
-        num_labels: int | None = None,
     ) -> tuple[Job, list[Pooled]]:
         """What a head makes of each input. Raises InvalidRequest where the delta's task is another."""
         limits = self._services.settings.limits
@@ -75,12 +71,8 @@ class Heads:
                 tenant=caller.tenant,
                 weight=caller.limits.weight,
                 service_class=caller.limits.service_class,
-                pooling=PoolingParams(
-                    task=task,
-                    text_pair=asked.pair,
-                    truncate_prompt_tokens=body.truncate_prompt_tokens,
-                    dimensions=dimensions,
-                    num_labels=num_labels,
+                pooling=replace(
+                    asked_for, text_pair=asked.pair, truncate_prompt_tokens=body.truncate_prompt_tokens
                 ),
             )
             for place, asked in enumerate(inputs)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import math
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from adapters.tasks import Task
-from serving.core import Pooled
+from serving.core import Choice, Pooled, PoolingParams
 from serving.http.access import Infer
 from serving.http.entities import MAX_ANSWER_TOKENS, answers, entities
 from serving.http.errors import JsonObject
@@ -18,6 +19,7 @@ from serving.http.heads import Asked, Heads
 from serving.http.pooling_schemas import (
     ClassifyBody,
     EmbeddingsBody,
+    FillMaskBody,
     QuestionBody,
     RerankBody,
     TokenClassifyBody,
@@ -25,6 +27,9 @@ from serving.http.pooling_schemas import (
 from serving.http.services import Services
 
 MULTI_LABEL_THRESHOLD = 0.5
+DEFAULT_CHOICES = 5
+"""Tokens for each mask where nobody says how many."""
+CLASSIFICATION = PoolingParams(task=Task.SEQUENCE_CLASSIFICATION)
 
 
 def pooling_router(services: Services) -> APIRouter:
@@ -36,9 +41,8 @@ def pooling_router(services: Services) -> APIRouter:
     async def embeddings(body: EmbeddingsBody, request: Request, caller: Infer) -> Response:
         """A vector of each input: what the delta's head makes of it, else the normalised mean."""
         inputs = [Asked(item) for item in body.inputs()]
-        job, found = await answer(
-            request, caller, body, Task.EMBEDDING, inputs, "embd", dimensions=body.dimensions
-        )
+        asked_for = PoolingParams(task=Task.EMBEDDING, dimensions=body.dimensions)
+        job, found = await answer(request, caller, body, asked_for, inputs, "embd")
         as_text = body.encoding_format == "base64"
         data = [
             {
@@ -54,7 +58,7 @@ def pooling_router(services: Services) -> APIRouter:
     async def classify(body: ClassifyBody, request: Request, caller: Infer) -> Response:
         """The label of each input, with the scores of all of them and of being out of distribution."""
         inputs = [Asked(item) for item in body.inputs()]
-        job, found = await answer(request, caller, body, Task.SEQUENCE_CLASSIFICATION, inputs, "classify")
+        job, found = await answer(request, caller, body, CLASSIFICATION, inputs, "classify")
         data = [{"index": index, **_classified(one)} for index, one in enumerate(found)]
         return reply(job, {**job.head("list"), "data": data, "labels": list(found[0].labels)})
 
@@ -63,10 +67,25 @@ def pooling_router(services: Services) -> APIRouter:
         """The entities of each input, with the characters that they stand at."""
         texts, strategy = body.inputs(), body.aggregation_strategy or "simple"
         inputs = [Asked(text) for text in texts]
-        job, found = await answer(request, caller, body, Task.TOKEN_CLASSIFICATION, inputs, "tag")
+        asked_for = PoolingParams(task=Task.TOKEN_CLASSIFICATION)
+        job, found = await answer(request, caller, body, asked_for, inputs, "tag")
         data = [
             {"index": index, "entities": entities(text, one, strategy), "num_tokens": one.shape[0]}
             for index, (text, one) in enumerate(zip(texts, found, strict=True))
+        ]
+        return reply(job, {**job.head("list"), "data": data})
+
+    @router.post("/v1/fill_mask", response_model=None)
+    async def fill_mask(body: FillMaskBody, request: Request, caller: Infer) -> Response:
+        """The likeliest tokens at each mask of each input."""
+        inputs = [Asked(item) for item in body.inputs()]
+        asked_for = PoolingParams(
+            task=Task.FILL_MASK, top_k=body.top_k or DEFAULT_CHOICES, targets=tuple(body.targets or ())
+        )
+        job, found = await answer(request, caller, body, asked_for, inputs, "fill")
+        data = [
+            {"index": index, "masks": [[_chosen(c) for c in mask] for mask in one.masks]}
+            for index, one in enumerate(found)
         ]
         return reply(job, {**job.head("list"), "data": data})
 
@@ -75,7 +94,7 @@ def pooling_router(services: Services) -> APIRouter:
         """The documents by how well they fit the query, each read together with it by a head of one label."""
         inputs = [Asked(body.query, document) for document in body.documents]
         job, found = await answer(
-            request, caller, body, Task.SEQUENCE_CLASSIFICATION, inputs, "rerank", num_labels=1
+            request, caller, body, replace(CLASSIFICATION, num_labels=1), inputs, "rerank"
         )
         results: list[JsonObject] = [
             {"index": index, "relevance_score": _sigmoid(one.numbers()[0])} for index, one in enumerate(found)
@@ -90,7 +109,8 @@ def pooling_router(services: Services) -> APIRouter:
     async def question_answer(body: QuestionBody, request: Request, caller: Infer) -> Response:
         """The likeliest answers to a question, as spans of the context."""
         inputs = [Asked(body.question, body.context)]
-        job, (found,) = await answer(request, caller, body, Task.QUESTION_ANSWERING, inputs, "qa")
+        asked_for = PoolingParams(task=Task.QUESTION_ANSWERING)
+        job, (found,) = await answer(request, caller, body, asked_for, inputs, "qa")
         spans = answers(
             body.context,
             found,
@@ -130,6 +150,10 @@ def _classified(pooled: Pooled) -> JsonObject:
         "ood": dict(pooled.ood),
         **predicted,
     }
+
+
+def _chosen(choice: Choice) -> JsonObject:
+    return {"token": choice.token_id, "token_str": choice.text, "score": choice.probability}
 
 
 def _sigmoid(value: float) -> float:

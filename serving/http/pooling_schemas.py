@@ -61,6 +61,13 @@ class TokenClassifyBody(PoolingBody):
         return [self.input] if isinstance(self.input, str) else list(self.input)
 
 
+class FillMaskBody(InputBody):
+    """The body of `POST /v1/fill_mask`. `targets`: the only tokens that may be chosen."""
+
+    top_k: Annotated[int, Field(ge=1, le=100)] | None = None
+    targets: Annotated[Texts, Field(min_length=1)] | None = None
+
+
 class RerankBody(PoolingBody):
     """The body of `POST /v1/rerank`."""
 

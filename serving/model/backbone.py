@@ -27,7 +27,7 @@ from adapters.site_maps_encoders import ENCODER_MAPS
 from serving.kernels.ops import Kernels
 from serving.kernels.select import Choice, select_kernels
 from serving.model.context import ForwardContext
-from serving.model.encoder import BareEncoder, RowStore, install_replay, load_encoder, pooled
+from serving.model.encoder import BareEncoder, RowStore, install_replay, load_encoder, masked_logits, pooled
 from serving.model.encoder_parity import prove_encoder, stock_rows
 from serving.model.kv_cache import KVShape, SlotKVCache
 from serving.model.layout import Flattened, Layout
@@ -100,6 +100,11 @@ class Backbone:
     def pool(self, states: Tensor, context: ForwardContext) -> Tensor:
         """What the encoder's own pooler makes of first tokens' final hidden states, [R, d] fp32 -> [R, d] fp32."""
         return pooled(self.model, states.to(self.dtype), context).float()
+
+    @torch.inference_mode()
+    def masked_logits(self, states: Tensor, context: ForwardContext) -> Tensor:
+        """Logits of the encoder's own language model head for final hidden states, [R, d] fp32 -> [R, V] fp32."""
+        return masked_logits(self.model, states.to(self.dtype), context).float()
 
 
 def load_backbone(

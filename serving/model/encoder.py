@@ -205,7 +205,7 @@ class WholeRows:
         """The final hidden states [T, d] of the body. `logits_rows` must be None: `masked_logits` makes logits."""
         assert logits_rows is None, "an encoder's logits are made of wanted rows"
         inputs = as_input(tokens[None])
-        if context.token_types is not None:
+        if context.token_types is not None and takes(model.base_model, "token_type_ids"):
             inputs["token_type_ids"] = context.token_types[None]
         with forward_context(context):
             states: Tensor = model.base_model(**inputs, position_ids=positions[None]).last_hidden_state

@@ -29,7 +29,7 @@ from serving.offline.compress import Change
 from serving.offline.hub import is_hub, read_hub
 from serving.offline.job import CHANGES, UNPICKLED, Job, Result
 from serving.offline.lowering import to_delta
-from serving.offline.parity import NEW_TOKENS, compare, load, random_prompts
+from serving.offline.parity import NEW_TOKENS, compare, load, random_prompts, require_generating
 from serving.offline.reference import run_job
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -101,6 +101,7 @@ def convert(
         refusal: InvalidDelta | None = None
         try:
             delta = read_directory(source, backbone.spec, backbone_digest=backbone.spec.digest)
+            require_generating(delta)
         except InvalidDelta as error:
             refusal = error
         work = Path(scratch) / "work"

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from adapters.tasks import Task
-from tests.cases import quiet, randomise, tiny_backbone
-from tests.families import CONFIGS, Family
+from tests.cases import quiet, randomise, tiny_backbone, tiny_body
+from tests.families import CONFIGS, ENCODERS, Encoder, Family
 from tests.method_table import TARGETS
 
 CLASSES: dict[str, Any] = {
@@ -48,14 +48,21 @@ TASK_OF = {
 }
 
 
-def task_model(family: Family, task_type: str, num_labels: int) -> PreTrainedModel:
-    """The model of a task, whose body is that of `tiny_backbone`."""
+def body_of(family: Family | Encoder) -> PreTrainedModel:
+    """The body that all tasks of a family share."""
+    return tiny_body(family) if family in ENCODERS else tiny_backbone(family).base_model
+
+
+def task_model(family: Family | Encoder, task_type: str, num_labels: int) -> PreTrainedModel:
+    """The model of a task, whose body is that of `body_of`: some encoders' tasks do without its pooler."""
     config = copy.deepcopy(CONFIGS[family])
     config.num_labels = num_labels
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model: PreTrainedModel = CLASSES[task_type].from_config(config, attn_implementation="eager")
-    model.base_model.load_state_dict(tiny_backbone(family).base_model.state_dict())
+    found = model.base_model.load_state_dict(body_of(family).state_dict(), strict=False)
+    assert not found.missing_keys
+    assert all(key.startswith("pooler.") for key in found.unexpected_keys)
     return model.eval()
 
 
@@ -63,7 +70,7 @@ def task_model(family: Family, task_type: str, num_labels: int) -> PreTrainedMod
 class HeadCase:
     """One adapter of one task."""
 
-    family: Family
+    family: Family | Encoder
     method: str
     task_type: str
     num_labels: int = 3
@@ -90,9 +97,9 @@ class HeadCase:
             case "ln_tuning":
                 return LNTuningConfig(task_type=self.task_type, target_modules=list(targets.norms))
             case "prefix_tuning":
-                return PrefixTuningConfig(task_type=self.task_type, num_virtual_tokens=5)
+                return PrefixTuningConfig(task_type=self.task_type, num_virtual_tokens=5, **targets.prompt)
             case _:
-                return PromptTuningConfig(task_type=self.task_type, num_virtual_tokens=4)
+                return PromptTuningConfig(task_type=self.task_type, num_virtual_tokens=4, **targets.prompt)
 
     def save(self, directory: Path) -> None:
         """As a training script leaves it, every tensor of adapter and head redrawn."""
@@ -126,7 +133,7 @@ class HeadCase:
 
 @lru_cache
 def prompts() -> tuple[tuple[int, ...], ...]:
-    """Prompts of several lengths; one ends in pads (token 0), one is a single token."""
+    """Prompts of several lengths; one ends in pads (token 0), one is a single token. None has RoBERTa's pad, 1."""
     draw = torch.Generator().manual_seed(7)
-    rows = [torch.randint(1, 97, (length,), generator=draw).tolist() for length in (9, 1, 17, 4)]
+    rows = [torch.randint(2, 97, (length,), generator=draw).tolist() for length in (9, 1, 17, 4)]
     return (*map(tuple, rows), (5, 8, 0, 0))

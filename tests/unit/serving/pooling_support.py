@@ -93,11 +93,10 @@ class Adapter:
         return self.case.reference(self.directory, ids)
 
     @torch.no_grad()
-    def features(self, text: str) -> Tensor:
-        """The last hidden state of the last token, which the head reads."""
+    def features(self, *texts: str) -> Tensor:
+        """The last hidden state [n, d] of each text's last token, which the head reads."""
         with quiet():
             base = task_model(self.case.family, self.case.task_type, self.case.num_labels)
-            model = PeftModel.from_pretrained(base, str(self.directory)).eval()
-            ids = torch.tensor([tokenizer()(text)["input_ids"]])
-            hidden: Tensor = model.base_model.model.model(input_ids=ids).last_hidden_state[0, -1]
-        return hidden
+            body = PeftModel.from_pretrained(base, str(self.directory)).eval().base_model.model.model
+            ids = [torch.tensor([tokenizer()(text)["input_ids"]]) for text in texts]
+            return torch.stack([body(input_ids=row).last_hidden_state[0, -1] for row in ids])
