@@ -25,7 +25,6 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
-    FromInvocation,
     Head,
     LinearMap,
     LowRank,
@@ -36,6 +35,7 @@ from adapters.normal_form import (
     VirtualTokens,
     WeightDelta,
 )
+from adapters.positions import FirstTokens, FromInvocation, LastTokens, Positions
 from adapters.tasks import HeadSpec
 
 FORMAT = "deltamux/1"
@@ -162,6 +162,8 @@ def _op_to_json(op: Op, stored: dict[str, Tensor]) -> dict[str, Any]:
             item[spec.name] = str(value)
         elif isinstance(value, FromInvocation):
             item[spec.name] = {"from_invocation": list(value.tokens)}
+        elif isinstance(value, FirstTokens | LastTokens):
+            item[spec.name] = {_COUNTED[type(value)]: value.count}
         elif value is not None:
             item[spec.name] = value
     return item
@@ -184,16 +186,33 @@ def _op_from_json(item: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Op:
             values[spec.name] = stored[value]
         elif declared == "Site":
             values[spec.name] = Site.parse(value)
-        elif "FromInvocation" in declared:
-            ((name, tokens),) = value.items()
-            if name != "from_invocation" or not isinstance(tokens, list):
-                raise ValueError(f"{spec.name}, expected a from_invocation list")
-            values[spec.name] = FromInvocation(tuple(tokens))
+        elif "Positions" in declared:
+            values[spec.name] = _positions_from_json(spec.name, value)
         else:
             values[spec.name] = value
     if unknown := set(item) - {spec.name for spec in fields(cls)} - {"kind"}:
         raise ValueError(f"unknown keys {sorted(unknown)} in a {kind.value} op")
     return cls(**values)
+
+
+_COUNTED: Mapping[type[FirstTokens | LastTokens], str] = {
+    FirstTokens: "first_tokens",
+    LastTokens: "last_tokens",
+}
+
+
+def _positions_from_json(field: str, item: Mapping[str, Any]) -> Positions:
+    ((name, value),) = item.items()
+    if (
+        name == "from_invocation"
+        and isinstance(value, list)
+        and all(isinstance(token, int) for token in value)
+    ):
+        return FromInvocation(tuple(value))
+    for cls, counted in _COUNTED.items():
+        if name == counted and type(value) is int:
+            return cls(value)
+    raise ValueError(f"{field}, expected a from_invocation list, or a number of first_tokens or last_tokens")
 
 
 def _head_to_json(head: HeadSpec) -> dict[str, Any]:

@@ -76,13 +76,14 @@ def push(
         out.print(f"alias [bold]{escape(name)}:{escape(alias)}[/] points at version {version['version']}")
 
 
-def _prepared(directory: Path, backbone: str, target: Path) -> tuple[Path, Path]:
-    """What to send instead of `directory`, if need be, and the parity record; compared with PEFT and said so."""
+def _prepared(directory: Path, backbone: str, target: Path) -> tuple[Path, Path | None]:
+    """What to send instead of `directory`, if need be, and any parity record; compared with PEFT and said so."""
     conversion = converted(directory, backbone)
     conversion.write(target)
     if conversion.needed:
         err.print(f"the server can't read {escape(str(directory))}; its converted form is sent")
-    return target if conversion.needed else directory, target / "parity.json"
+    source = target if conversion.needed else directory
+    return source, target / "parity.json" if conversion.record else None
 
 
 def _parity_fields(parity: Path | None) -> dict[str, str]:

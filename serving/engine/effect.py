@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import InvalidDelta
+from adapters.positions import Cut, FromInvocation
 from adapters.tasks import Task
 from serving.core import PoolingParams, Request, SamplingParams
 from serving.engine.runner import Runner
@@ -67,13 +68,19 @@ def _outputs(placed: PlacedDelta, backbone: Backbone) -> list[Tensor]:
         )
         row = Sequence(request, list(tokens), state=None)
         row.admit(slot, delta)
-        row.invoked_at = 0
+        if (invocation := _invocation(placed)) is not None:
+            row.cuts = (Cut(0, invocation),)
         row.pooled_tokens = range(0 if generates else PROBE_TOKENS)
         rows.append(ScheduledRow(row, PROBE_TOKENS))
     outputs = runner.run(rows)
     if generates:
         return [output.logits for output in outputs]
     return [output.hidden if placed.head is None else placed.head(output.hidden) for output in outputs]
+
+
+def _invocation(placed: PlacedDelta) -> FromInvocation | None:
+    """From what tokens on the delta acts, which the probe's random ones need not hold."""
+    return next((each for each in placed.positions if isinstance(each, FromInvocation)), None)
 
 
 def _probe_tokens(placed: PlacedDelta, vocab_size: int) -> tuple[int, ...]:
