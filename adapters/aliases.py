@@ -73,10 +73,11 @@ def resolve_alias(tx: Connection, row: Row[Any], alias: str, unit: str | None) -
     if chosen == main.version:
         return main
     found = VERSIONS.where(adapters.c.id == row.id, version_rows.c.version == chosen)
-    return VersionRecord(*tx.execute(found).one()[1:])  # a canary can't be deleted
+    canary = tx.execute(found).one()  # which can't be deleted
+    return VersionRecord(*canary[1:])
 
 
-def point(  # noqa: PLR0913  one argument per column
+def point(
     tx: Connection,
     adapter_id: int,
     alias: str,
@@ -143,9 +144,7 @@ def roll_back(
             ):
                 version = earlier.version
                 break
-    revision, moved_at = point(
-        tx, adapter_id, current.alias, version, now, back_to=back_to, rolls_back=True
-    )
+    revision, moved_at = point(tx, adapter_id, current.alias, version, now, back_to=back_to, rolls_back=True)
     return version, revision, moved_at
 
 

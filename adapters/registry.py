@@ -8,7 +8,7 @@ Digests are the identity; a name is only a way to one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -283,9 +283,9 @@ class Registry:
             adapter_id, _ = require_ready(tx, tenant, name, (version, *shares))
             check_revision(find_alias(tx, adapter_id, alias), name, alias, expected_revision)
             revision, updated_at = self._point(tx, adapter_id, alias, version, shares)
-            facts = {"version": version, "revision": revision}
-            if shares:
-                facts["canaries"] = shares
+            facts: dict[str, object] = {"version": version, "revision": revision} | (
+                {"canaries": shares} if shares else {}
+            )
             self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", **facts)
         return AliasRecord(tenant, name, alias, version, revision, updated_at, shares)
 
@@ -307,15 +307,12 @@ class Registry:
             adapter_id = self._adapter_id(tx, tenant, name)
             current = require_alias(tx, name, adapter_id, alias)
             check_revision(current, name, alias, expected_revision)
-            moved = roll_back(tx, tenant, name, current, adapter_id, self._clock())
-            version, revision, updated_at = moved
+            version, revision, updated_at = roll_back(tx, tenant, name, current, adapter_id, self._clock())
             facts = {"version": version, "revision": revision}
             self._log(tx, actor, "alias.rollback", tenant, f"{name}:{alias}", **facts)
         return AliasRecord(tenant, name, alias, version, revision, updated_at)
 
-    def alias_history(
-        self, tenant: str, name: str, alias: str, *, limit: int = 100
-    ) -> tuple[AliasMove, ...]:
+    def alias_history(self, tenant: str, name: str, alias: str, *, limit: int = 100) -> tuple[AliasMove, ...]:
         """The newest `limit` moves of an alias, newest first. Raises NotFound for one that was never set."""
         _check_between("limit", limit, MAX_PAGE)
         check_name(alias, what="alias")
@@ -399,6 +396,15 @@ class Registry:
             self._log(tx, actor, "adapter.delete", tenant, name, versions=[row.version for row in rows])
         return tuple(VersionRecord(*row[1:]) for row in rows)
 
+    def versions_of(self, tenant: str, digests: Collection[str]) -> dict[str, list[str]]:
+        """`name@vN` of every live version of a tenant's that has one of these contents, by digest, in their order."""
+        found: dict[str, list[str]] = {}
+        query = VERSIONS.where(adapters.c.tenant == tenant, versions.c.digest.in_(digests))
+        with self._database.read() as tx:
+            for row in tx.execute(query.order_by(adapters.c.name, versions.c.version)) if digests else ():
+                found.setdefault(row.digest, []).append(f"{row.name}@v{row.version}")
+        return found
+
     def live_digests(self) -> frozenset[str]:
         """Every digest that a live version of any tenant refers to, whatever its status."""
         with self._database.read() as tx:
@@ -433,9 +439,7 @@ class Registry:
 
     def _adapter_id(self, tx: Connection, tenant: str, name: str) -> int:
         """The id of an adapter with a live version. Raises NotFound."""
-        row = tx.execute(
-            ADAPTERS.where(adapters.c.tenant == tenant, adapters.c.name == name)
-        ).one_or_none()
+        row = tx.execute(ADAPTERS.where(adapters.c.tenant == tenant, adapters.c.name == name)).one_or_none()
         if row is None:
             raise not_found(ModelReference(tenant, name))
         return int(row.id)

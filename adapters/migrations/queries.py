@@ -53,9 +53,7 @@ def find_alias(tx: Connection, adapter_id: int, alias: str) -> AliasRecord | Non
 def alias_record(row: Row[Any]) -> AliasRecord:
     """The record in a row of ALIASES. JSON has no integer keys."""
     canaries = {int(version): percent for version, percent in (row.canaries or {}).items()}
-    return AliasRecord(
-        row.tenant, row.name, row.alias, row.version, row.revision, row.updated_at, canaries
-    )
+    return AliasRecord(row.tenant, row.name, row.alias, row.version, row.revision, row.updated_at, canaries)
 
 
 def adapter_records(tx: Connection, rows: Sequence[Row[Any]]) -> tuple[AdapterRecord, ...]:

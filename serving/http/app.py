@@ -11,6 +11,7 @@ from serving.core import Backend
 from serving.http.access import require_declared
 from serving.http.adapters import adapters_router
 from serving.http.admin import admin_router
+from serving.http.aliases import aliases_router
 from serving.http.edge import Edge
 from serving.http.errors import install_handlers
 from serving.http.generation import generation_router
@@ -46,6 +47,7 @@ def create_app(
         models_router,
         generation_router,
         adapters_router,
+        aliases_router,
         grants_router,
         admin_router,
         usage_router,
