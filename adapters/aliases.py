@@ -65,7 +65,7 @@ def resolve_alias(tx: Connection, row: Row[Any], alias: str, unit: str | None) -
 
     Without a unit, and where there are no canaries, that is the main version.
     """
-    main = VersionRecord(*row[1:-1])
+    main = VersionRecord(*list(row)[1:-1])
     shares = _shares(row.canaries)
     if unit is None or not shares:
         return main
@@ -74,7 +74,7 @@ def resolve_alias(tx: Connection, row: Row[Any], alias: str, unit: str | None) -
         return main
     found = VERSIONS.where(adapters.c.id == row.id, version_rows.c.version == chosen)
     canary = tx.execute(found).one()  # which can't be deleted
-    return VersionRecord(*canary[1:])
+    return VersionRecord(*list(canary)[1:])
 
 
 def point(

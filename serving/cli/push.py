@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -45,11 +46,17 @@ def push(
     parity: Annotated[
         Path | None, typer.Option(help="A record of `deltamux verify` to send along.", metavar="FILE")
     ] = None,
+    lineage: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where it comes from, as initialised_from=sha256:...; repeat for more.", metavar="KEY=TEXT"
+        ),
+    ] = None,
 ) -> None:
     """Upload a delta as the next version of NAME, and show its admission proof."""
     if backbone and (parity or backbone_digest):
         raise InvalidRequest("--backbone makes the record and knows the digest by itself.", param="backbone")
-    given = {"alias": alias, "backbone_digest": backbone_digest}
+    given = {"alias": alias, "backbone_digest": backbone_digest, "lineage": _lineage_field(lineage or [])}
     with TemporaryDirectory() as scratch:
         source = directory
         if backbone:
@@ -74,6 +81,13 @@ def push(
         err.print(f"[yellow]version {version['version']} was published before, without this record[/]")
     if alias:
         out.print(f"alias [bold]{escape(name)}:{escape(alias)}[/] points at version {version['version']}")
+
+
+def _lineage_field(entries: list[str]) -> str | None:
+    pairs = [entry.partition("=") for entry in entries]
+    if wrong := [key for key, equals, text in pairs if not (key and equals and text)]:
+        raise InvalidRequest(f"--lineage {wrong[0]!r}: expected KEY=TEXT.", param="lineage")
+    return json.dumps({key: text for key, _, text in pairs}) if pairs else None
 
 
 def _prepared(directory: Path, backbone: str, target: Path) -> tuple[Path, Path]:
@@ -160,9 +174,18 @@ def show_version(version: JsonObject) -> None:
     for field, value in version["proof"].items():
         if field == "parity":
             shown.add_row("proof: parity", escape(_stated(value)))
-            continue
-        shown.add_row(f"proof: {field}", f"{value:.6g}" if isinstance(value, float) else escape(str(value)))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                shown.add_row(f"{field}: {escape(key)}", escape(_written(item)))
+        else:
+            shown.add_row(f"proof: {field}", escape(_written(value)))
     out.print(shown)
+
+
+def _written(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_written, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _stated(record: JsonObject) -> str:

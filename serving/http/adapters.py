@@ -27,8 +27,9 @@ _UPLOAD_BODY = {
     "requestBody": {
         "required": True,
         "description": "One part per file, whose file name says what it is; optional fields "
-        "`labels` (a JSON object of strings), `backbone_digest`, `alias` and `parity` (what `deltamux verify` wrote; "
-        "kept in the admission proof).",
+        "`labels` and `lineage` (JSON objects of strings; the lineage becomes part of the content, as "
+        '`{"initialised_from": "sha256:..."}`), `backbone_digest`, `alias` and `parity` (what `deltamux verify` '
+        "wrote; kept in the admission proof).",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -36,6 +37,7 @@ _UPLOAD_BODY = {
                     "properties": {
                         "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
                         "labels": {"type": "string"},
+                        "lineage": {"type": "string"},
                         "backbone_digest": {"type": "string"},
                         "alias": {"type": "string"},
                         "parity": {"type": "string"},
