@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from adapters.normal_form import (
 )
 
 FORMAT = "deltamux/1"
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,17 @@ def digest_of(manifest: bytes, tensors: bytes) -> str:
     for tag, data in ((b"manifest", manifest), (b"tensors", tensors)):
         total.update(tag + len(data).to_bytes(8, "big"))
         total.update(data)
+    return total.hexdigest()
+
+
+def digest_of_files(manifest: Path, tensors: Path) -> str:
+    """`digest_of` of two files, which are read piece by piece."""
+    total = hashlib.sha256()
+    for tag, path in ((b"manifest", manifest), (b"tensors", tensors)):
+        total.update(tag + path.stat().st_size.to_bytes(8, "big"))
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                total.update(piece)
     return total.hexdigest()
 
 

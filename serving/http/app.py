@@ -12,6 +12,7 @@ from serving.http.access import require_declared
 from serving.http.adapters import adapters_router
 from serving.http.admin import admin_router
 from serving.http.aliases import aliases_router
+from serving.http.contents import contents_router
 from serving.http.edge import Edge
 from serving.http.errors import install_handlers
 from serving.http.generation import generation_router
@@ -48,6 +49,7 @@ def create_app(
         generation_router,
         adapters_router,
         aliases_router,
+        contents_router,
         grants_router,
         admin_router,
         usage_router,
