@@ -11,11 +11,10 @@ from typing import IO, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from adapters.errors import InvalidDelta, InvalidRequest
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
-from serving.cli.console import err, out, stages, table
+from serving.cli.console import err, out, stages, table, transfer_bar
 from serving.cli.convert import converted, parity_text
 
 PEFT_TENSORS = {"adapter_model.safetensors", "adapter_model.bin"}
@@ -66,7 +65,7 @@ def push(
             fields = _parity_fields(parity) | {
                 key: value for key, value in given.items() if value is not None
             }
-        with Client(server) as client, _bar() as progress:
+        with Client(server) as client, transfer_bar() as progress:
             size = sum(path.stat().st_size for path in files.values())
             task = progress.add_task(f"uploading {len(files)} files", total=size)
             version = send(
@@ -197,11 +196,6 @@ def _stated(record: JsonObject) -> str:
         return parity_text(ParityRecord.model_validate(record))
     except ValidationError:  # a newer server's
         return str(record)
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, console=err, transient=True)
 
 
 class _Counting:
