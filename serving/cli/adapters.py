@@ -1,4 +1,4 @@
-"""`deltamux adapters list|show|promote|rollback|delete|undelete|pull|diff|gc`."""
+"""`deltamux adapters list|show|promote|rollback|delete|undelete|pull|diff|similar|gc`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.markup import escape
 from adapters.errors import InvalidRequest, NotFound
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
 from serving.cli.console import out, table, when
-from serving.cli.contents import diff, pull
+from serving.cli.contents import diff, pull, similar
 from serving.cli.gc import gc
 from serving.cli.push import show_version
 
@@ -122,7 +122,7 @@ def undelete(
         show_version(client.call("POST", "v1", "adapters", name, "versions", str(version), "undelete"))
 
 
-for command in (pull, diff, gc):
+for command in (pull, diff, similar, gc):
     app.command()(command)
 
 

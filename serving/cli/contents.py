@@ -1,4 +1,4 @@
-"""`deltamux adapters pull|diff`: what versions hold."""
+"""`deltamux adapters pull|diff|similar`: what versions hold."""
 
 from __future__ import annotations
 
@@ -82,6 +82,29 @@ def diff(
         out.print("the two are equal")
     else:
         out.print(f"distance: {_number(found['distance'])}")
+
+
+def similar(
+    reference: ReferenceArgument,
+    *,
+    top: Annotated[int, typer.Option(min=1, max=20, help="How many to show.")] = 10,
+    activations: Annotated[
+        bool, typer.Option(help="Also compare the neurons that each prompt activates.")
+    ] = True,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Find prompts like another one: cosines of their tokens, and the overlap of the neurons they activate."""
+    with Client(server) as client, stages("comparing"):
+        version = version_of(client, reference)
+        path = ("v1", "adapters", version["name"], "versions", str(version["version"]), "similar")
+        found = client.call("GET", *path, params={"top": top, "activations": activations})
+    shown = table(None, "prompt", "mean token cosine", "token cosine", "activation overlap")
+    for item in found["data"]:
+        numbers = (item["mean_cosine"], item["token_cosine"], item["activation_overlap"])
+        shown.add_row(escape(item["id"]), *map(_number, numbers))
+    out.print(shown)
+    more = "; there are more, which were not looked at" if found["has_more"] else ""
+    out.print(f"{found['num_compared']} prompts of the same form compared{more}")
 
 
 def version_of(client: Client, text: str) -> JsonObject:

@@ -20,6 +20,7 @@ from serving.http.grants import grants_router
 from serving.http.models import models_router
 from serving.http.operations import operations_router
 from serving.http.services import Services
+from serving.http.similar import similar_router
 from serving.http.usage import usage_router
 from serving.metrics import GatewayMetrics
 from serving.tenancy.tenancy import Tenancy
@@ -50,6 +51,7 @@ def create_app(
         adapters_router,
         aliases_router,
         contents_router,
+        similar_router,
         grants_router,
         admin_router,
         usage_router,
