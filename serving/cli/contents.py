@@ -11,10 +11,11 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress
 
-from adapters.errors import InvalidRequest, NotFound, Unavailable
+from adapters.errors import InvalidRequest, InvalidSignature, NotFound, Unavailable
 from adapters.names import LATEST, ModelReference
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
 from serving.cli.console import out, stages, table, transfer_bar
+from serving.cli.signers import read_text
 
 ReferenceArgument = Annotated[
     str, typer.Argument(help="NAME, NAME:ALIAS, NAME@vN or NAME@sha256:HEX.", metavar="REFERENCE")
@@ -26,6 +27,10 @@ def pull(
     reference: ReferenceArgument,
     directory: Annotated[Path, typer.Argument(help="Where to put the files; it is made.", metavar="DIR")],
     *,
+    signed_by: Annotated[
+        Path | None,
+        typer.Option(help="Take it only if it is signed with this public key.", metavar="FILE"),
+    ] = None,
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Download a version as its canonical pair, byte for byte, and check it against its digest."""
@@ -47,10 +52,11 @@ def pull(
                 param="digest",
                 remedy="Try again; if it stays, the store or something on the way changes bytes.",
             )
+        signer = _checked_signer(version, signed_by)
         directory.mkdir(exist_ok=True)
         for path in files:
             shutil.move(path, directory / path.name)
-    out.print(f"[bold green]pulled[/] {escape(version['id'])} to {escape(str(directory))}: {digest}")
+    out.print(f"[bold green]pulled[/] {escape(version['id'])} to {escape(str(directory))}: {digest}{signer}")
 
 
 def diff(
@@ -127,6 +133,24 @@ def version_of(client: Client, text: str) -> JsonObject:
                 found: JsonObject = version
                 return found
     raise NotFound(f"{text} does not exist.", param="reference", remedy="See `deltamux adapters show`.")
+
+
+def _checked_signer(version: JsonObject, signed_by: Path | None) -> str:
+    """Who has signed a version, in words. Raises InvalidSignature where it is not who it has to be."""
+    record = version["proof"].get("signature")
+    if record is None and signed_by is None:
+        return ""
+    from adapters.signing import is_signed_by, read_public_key, signer_id  # noqa: PLC0415  (heavy)
+
+    record = record or {"public_key": "", "signature": ""}
+    key = record["public_key"] if signed_by is None else read_public_key(read_text(signed_by))
+    if not is_signed_by(key, version["digest"].removeprefix("sha256:"), record["signature"]):
+        raise InvalidSignature(
+            f"{version['id']} is not signed with {signed_by or 'the key that its proof names'}.",
+            param="signature",
+            remedy="Do not use it, or leave --signed-by out if you trust the server.",
+        )
+    return f", signed by {signer_id(key)}"
 
 
 def _download(client: Client, version: JsonObject, target: Path, progress: Progress) -> None:

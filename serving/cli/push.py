@@ -16,6 +16,7 @@ from adapters.errors import InvalidDelta, InvalidRequest
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
 from serving.cli.console import err, out, stages, table, transfer_bar
 from serving.cli.convert import converted, parity_text
+from serving.cli.signers import read_text
 
 PEFT_TENSORS = {"adapter_model.safetensors", "adapter_model.bin"}
 CONVERTER = (
@@ -24,7 +25,7 @@ CONVERTER = (
 )
 
 
-def push(
+def push(  # noqa: PLR0913  one argument per flag
     directory: Annotated[Path, typer.Argument(help="What the library saved.", metavar="DIR")],
     name: Annotated[str, typer.Argument(help="The delta's name on the server.")],
     *,
@@ -51,10 +52,20 @@ def push(
             help="Where it comes from, as initialised_from=sha256:...; repeat for more.", metavar="KEY=TEXT"
         ),
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(help="Sign it with this private key (`deltamux signers`).", metavar="KEY"),
+    ] = None,
 ) -> None:
     """Upload a delta as the next version of NAME, and show its admission proof."""
     if backbone and (parity or backbone_digest):
         raise InvalidRequest("--backbone makes the record and knows the digest by itself.", param="backbone")
+    if sign and lineage:
+        raise InvalidRequest(
+            "--lineage changes the content after it was signed.",
+            param="lineage",
+            remedy="Push with --lineage first, then pull, sign and push what came.",
+        )
     given = {"alias": alias, "backbone_digest": backbone_digest, "lineage": _lineage_field(lineage or [])}
     with TemporaryDirectory() as scratch:
         source = directory
@@ -65,6 +76,8 @@ def push(
             fields = _parity_fields(parity) | {
                 key: value for key, value in given.items() if value is not None
             }
+            if sign:
+                fields["signature"] = _signature(sign, Path(scratch) / "converted" if backbone else directory)
         with Client(server) as client, transfer_bar() as progress:
             size = sum(path.stat().st_size for path in files.values())
             task = progress.add_task(f"uploading {len(files)} files", total=size)
@@ -80,6 +93,21 @@ def push(
         err.print(f"[yellow]version {version['version']} was published before, without this record[/]")
     if alias:
         out.print(f"alias [bold]{escape(name)}:{escape(alias)}[/] points at version {version['version']}")
+
+
+def _signature(key: Path, canonical: Path) -> str:
+    """The signature over the canonical pair in a directory, which is what the server will store."""
+    from adapters.canonical import digest_of_files  # noqa: PLC0415  (heavy)
+    from adapters.signing import sign  # noqa: PLC0415
+
+    pair = [canonical / name for name in ("manifest.json", "tensors.safetensors")]
+    if not all(path.is_file() for path in pair):
+        raise InvalidRequest(
+            f"{canonical} is not in the canonical form, which is what gets signed.",
+            param="sign",
+            remedy="Add --backbone B, or push what `deltamux convert DIR OUT --backbone B` writes.",
+        )
+    return sign(read_text(key).encode(), digest_of_files(*pair))
 
 
 def _lineage_field(entries: list[str]) -> str | None:

@@ -28,8 +28,8 @@ _UPLOAD_BODY = {
         "required": True,
         "description": "One part per file, whose file name says what it is; optional fields "
         "`labels` and `lineage` (JSON objects of strings; the lineage becomes part of the content, as "
-        '`{"initialised_from": "sha256:..."}`), `backbone_digest`, `alias` and `parity` (what `deltamux verify` '
-        "wrote; kept in the admission proof).",
+        '`{"initialised_from": "sha256:..."}`), `backbone_digest`, `alias`, `parity` (what `deltamux verify` '
+        "wrote; kept in the admission proof) and `signature` (Ed25519 over the digest, in base64).",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -41,6 +41,7 @@ _UPLOAD_BODY = {
                         "backbone_digest": {"type": "string"},
                         "alias": {"type": "string"},
                         "parity": {"type": "string"},
+                        "signature": {"type": "string"},
                     },
                 }
             }

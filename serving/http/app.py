@@ -20,6 +20,7 @@ from serving.http.grants import grants_router
 from serving.http.models import models_router
 from serving.http.operations import operations_router
 from serving.http.services import Services
+from serving.http.signers import signers_router
 from serving.http.similar import similar_router
 from serving.http.usage import usage_router
 from serving.metrics import GatewayMetrics
@@ -54,6 +55,7 @@ def create_app(
         similar_router,
         grants_router,
         admin_router,
+        signers_router,
         usage_router,
         operations_router,
     )

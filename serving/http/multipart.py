@@ -20,7 +20,7 @@ MAX_FILES = 8
 MAX_LABELS = 32
 MAX_LABEL_CHARS = 256
 _MAX_FIELD_BYTES = MAX_RECORD_BYTES  # the largest of the fields
-_FIELDS = ("alias", "backbone_digest", "labels", "lineage", "parity")
+_FIELDS = ("alias", "backbone_digest", "labels", "lineage", "parity", "signature")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Parts:
     backbone_digest: str | None = None
     alias: str | None = None
     parity: ParityRecord | None = None
+    signature: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     lineage: Mapping[str, str] = field(default_factory=dict)
 
@@ -71,6 +72,7 @@ async def receive_parts(request: Request, max_bytes: int) -> Parts:
         backbone_digest=fields.get("backbone_digest") or None,
         alias=check_name(fields["alias"], what="alias") if fields.get("alias") else None,
         parity=read_record(fields["parity"]) if fields.get("parity") else None,
+        signature=fields.get("signature") or None,
         labels=_strings("labels", fields.get("labels") or "{}"),
         lineage=_strings("lineage", fields.get("lineage") or "{}"),
     )

@@ -122,12 +122,13 @@ class Uploads:
         info = await services.backbone()
         delta, canonical, facts = await in_thread(_read, parts, info.spec_json)
         digest = canonical.digest
+        signed = await in_thread(services.tenancy.signers.check, caller.tenant, digest, parts.signature)
         async with services.digest_lock(digest):
             # before the first byte: no collector, in whatever process, removes what is held
             hold = await in_thread(services.registry.blobs.hold, digest, self._hold_s)
             try:
                 await in_thread(services.store.put, digest, canonical.manifest, canonical.tensors)
-                proof = asdict(await self._admit(digest)) | facts
+                proof = asdict(await self._admit(digest)) | facts | signed
                 return await self._record(caller, name, delta, canonical, proof, parts, hold)
             except Exception:
                 await self._discard(digest, hold)

@@ -1,4 +1,4 @@
-"""Aliases that divide requests, with their history; signatures of uploads."""
+"""Aliases that divide requests, with their history; who signs uploads."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -23,4 +23,14 @@ def upgrade() -> None:
     op.execute(
         "INSERT INTO alias_history (adapter_id, alias, revision, version, at) "
         "SELECT adapter_id, alias, revision, version, updated_at FROM aliases"
+    )
+    op.add_column("tenants", sa.Column("signatures_required_at", sa.Float))
+    op.create_table(
+        "signers",
+        sa.Column("tenant", sa.String(63), sa.ForeignKey("tenants.name"), primary_key=True),
+        sa.Column("id", sa.String(16), primary_key=True),
+        sa.Column("public_key", sa.String(64), nullable=False),
+        sa.Column("label", sa.String(200), nullable=False),
+        sa.Column("created_at", sa.Float, nullable=False),
+        sa.Column("revoked_at", sa.Float),
     )
