@@ -438,10 +438,12 @@ class Registry:
         return point(tx, adapter_id, alias, version, self._clock(), canaries=canaries)
 
     def _adapter_id(self, tx: Connection, tenant: str, name: str) -> int:
-        """The id of an adapter with a live version. Raises NotFound."""
-        row = tx.execute(ADAPTERS.where(adapters.c.tenant == tenant, adapters.c.name == name)).one_or_none()
+        """The id of an adapter with a live version. Raises NotFound, InvalidReference."""
+        reference = ModelReference(tenant, name)  # before the database sees the name
+        query = ADAPTERS.where(adapters.c.tenant == tenant, adapters.c.name == name)
+        row = tx.execute(query).one_or_none()
         if row is None:
-            raise not_found(ModelReference(tenant, name))
+            raise not_found(reference)
         return int(row.id)
 
     def _advance_latest(self, tx: Connection, adapter_id: int, version: int, status: str) -> None:

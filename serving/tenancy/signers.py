@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from adapters.signing import is_signed_by, read_public_key, signer_id
 from serving.tenancy.tenants import require_tenant
 
 MAX_SIGNERS = 32
+_SIGNER_ID = re.compile(r"[0-9a-f]{16}")
 MAX_LABEL_CHARS = 200
 
 
@@ -73,6 +75,8 @@ class Signers:
 
     def revoke(self, tenant: str, signer: str, *, actor: str) -> None:
         """Accept no further signature of a signer; what it has signed stays. Raises NotFound."""
+        if not _SIGNER_ID.fullmatch(signer):  # PostgreSQL takes no text with a NUL
+            raise NotFound("There is no such signer.", param="signer")
         with self._database.write() as tx:
             mine = update(signers).where(signers.c.tenant == tenant, signers.c.id == signer)
             if not tx.execute(mine.values(revoked_at=self._clock())).rowcount:

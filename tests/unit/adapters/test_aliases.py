@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from adapters.aliases import version_at
-from adapters.errors import Conflict, InvalidRequest, NotFound
+from adapters.errors import Conflict, InvalidReference, InvalidRequest, NotFound
 from adapters.names import ModelReference
 from adapters.registry import DEFAULT_TENANT, Registry
 from tests.unit.adapters.test_registry import publish
@@ -174,6 +174,8 @@ class TestRollback:
             registry.roll_back_alias(T, "sql", "beta", expected_revision=None)
         with pytest.raises(NotFound):
             registry.roll_back_alias(T, "other", "prod", expected_revision=None)
+        with pytest.raises(InvalidReference):
+            registry.roll_back_alias(T, "s\0l", "prod", expected_revision=None)
 
     def test_is_kept_as_history_with_every_other_move(self, registry: Registry) -> None:
         split(registry, {2: 10})
