@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from adapters.positions import FirstTokens, FromInvocation, LastTokens, Position
 from adapters.tasks import HeadSpec
 
 FORMAT = "deltamux/1"
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,17 @@ def digest_of(manifest: bytes, tensors: bytes) -> str:
     for tag, data in ((b"manifest", manifest), (b"tensors", tensors)):
         total.update(tag + len(data).to_bytes(8, "big"))
         total.update(data)
+    return total.hexdigest()
+
+
+def digest_of_files(manifest: Path, tensors: Path) -> str:
+    """`digest_of` of two files, which are read piece by piece."""
+    total = hashlib.sha256()
+    for tag, path in ((b"manifest", manifest), (b"tensors", tensors)):
+        total.update(tag + path.stat().st_size.to_bytes(8, "big"))
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                total.update(piece)
     return total.hexdigest()
 
 
