@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import InvalidDelta
-from adapters.normal_form import FromInvocation
+from adapters.positions import Cut, FromInvocation
 from adapters.tasks import Task
 from serving.core import PoolingParams, Request, SamplingParams
 from serving.engine.runner import Runner
