@@ -317,10 +317,46 @@ async def test_grants_make_a_delta_usable_by_its_full_name_and_nothing_else(g: G
     assert await who_can_use_it() == [False, False]
 
 
-@pytest.mark.parametrize(("tenant", "status"), [("absent", 404), ("acme", 400), ("No!", 400)])
-async def test_a_grant_needs_a_grantee(g: Gateway, tenant: str, status: int) -> None:
+@pytest.mark.parametrize("tenant", ["acme", "No!"])
+async def test_a_grant_needs_a_grantee(g: Gateway, tenant: str) -> None:
     g.use(g.key("acme"))
-    assert_envelope(await g.http.put(f"/v1/adapters/private/grants/{tenant}"), status, "tenant")
+    assert_envelope(await g.http.put(f"/v1/adapters/private/grants/{tenant}"), 400, "tenant")
+
+
+async def test_a_grant_does_not_tell_which_tenants_exist(g: Gateway) -> None:
+    g.key("globex")
+    g.use(g.key("acme"))
+    path, sent = "/v1/adapters/private/grants", {"x-request-id": "same"}
+    for method in ("PUT", "DELETE", "DELETE"):  # granted, withdrawn, and there is none
+        known, unknown = [
+            await g.http.request(method, f"{path}/{name}", headers=sent) for name in ("globex", "absent")
+        ]
+        assert known.status_code == unknown.status_code
+        assert known.text.replace("globex", "absent") == unknown.text
+    assert unknown.status_code == 404
+    await g.http.put(f"{path}/later")
+    g.use(g.key("later"))  # the name was meant, whoever bears it
+    assert (
+        await g.http.post("/v1/completions", json={"model": "acme/private", "prompt": "x"})
+    ).status_code == 200
+
+
+async def test_grants_of_a_delta_are_bounded(g: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.tenancy.grants.MAX_GRANTS", 2)
+    g.use(g.key("acme"))
+    path = "/v1/adapters/private/grants"
+    statuses = [(await g.http.put(f"{path}/{name}")).status_code for name in ("one", "two", "one", "three")]
+    assert statuses == [200, 200, 200, 400]
+
+
+async def test_identical_grants_at_once_are_one(g: Gateway) -> None:
+    g.use(g.key("acme"))
+    path = "/v1/adapters/private/grants"
+    replies = await asyncio.gather(*(g.http.put(f"{path}/globex") for _ in range(16)))
+    assert {reply.status_code for reply in replies} == {200}
+    assert len((await g.http.get(path)).json()["data"]) == 1
+    lines = [line for line in g.tenancy.audit_lines(limit=100) if line.action == "grant.create"]
+    assert len(lines) == 1
 
 
 async def test_globs_narrow_a_key(g: Gateway) -> None:

@@ -59,7 +59,7 @@ async def test_100_tokens_a_minute_are_100_for_20_requests_at_once(
     tmp_path: Path, counted_in: str, stream: bool
 ) -> None:
     backend = FakeBackend(hold=asyncio.Event())
-    async with gateway(tmp_path, backend, clock=Clock(), rates_counted_in=counted_in) as g:
+    async with gateway(tmp_path, backend, clock=Clock(), counted_in=counted_in) as g:
         g.limited(tokens_per_min=100)
         sending = asyncio.create_task(outcomes(g, 20, stream=stream))
         route = {"route": "/v1/completions", "status": "429"}
@@ -379,7 +379,7 @@ async def test_a_request_that_waits_too_long_for_its_turn_is_told_to_return(
                     yield batch
             await asyncio.Event().wait()
 
-    async with gateway(tmp_path, Full(), max_wait_s=0.05) as g:
+    async with gateway(tmp_path, Full(), first_token_timeout_s=0.05) as g:
         body = {"model": BACKBONE, "prompt": PROMPT, "n": 2, "stream": stream}
         reply = await g.http.post("/v1/completions", json=body)
         assert_envelope(reply, 429)
