@@ -74,6 +74,27 @@ async def test_100_tokens_a_minute_are_100_for_20_requests_at_once(
                 await asyncio.sleep(0.005)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_two_gateways_that_count_in_the_database_share_100_tokens_a_minute(
+    tmp_path: Path, url: str, stream: bool
+) -> None:
+    backend = FakeBackend(hold=asyncio.Event())
+    options: dict[str, Any] = {"clock": Clock(), "url": url, "counted_in": "database"}
+    async with gateway(tmp_path, backend, **options) as g, gateway(tmp_path, backend, **options) as other:
+        other.use(g.limited(tokens_per_min=100))
+        sending = [asyncio.create_task(outcomes(one, 10, stream=stream)) for one in (g, other)]
+        route = {"route": "/v1/completions", "status": "429"}
+
+        def answered() -> float:
+            return sum(one.sample("deltamux_requests_total", **route) for one in (g, other))
+
+        await until(lambda: len(backend.open_calls) + answered() == 20)
+        assert len(backend.calls) == 10  # exactly, whichever gateway they came to
+        assert backend.hold is not None
+        backend.hold.set()
+        assert sum(len(refusals(found)) for found in await asyncio.gather(*sending)) == 10
+
+
 async def left(g: Gateway, *, limit: int) -> int:
     """Tokens that `acme` has left."""
     return (await g.tenancy.buckets.standings("acme", [Share(Kind.TOKENS, limit, 0)]))[Kind.TOKENS].remaining
@@ -121,9 +142,10 @@ async def test_requests_per_minute(tmp_path: Path) -> None:
         assert len(refusals(await outcomes(g, 2))) == 1
 
 
-async def test_concurrency(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted_in", ["process", "database"])
+async def test_concurrency(tmp_path: Path, counted_in: str) -> None:
     backend = FakeBackend(hold=asyncio.Event())
-    async with gateway(tmp_path, backend, clock=Clock()) as g:
+    async with gateway(tmp_path, backend, clock=Clock(), counted_in=counted_in) as g:
         g.limited(max_concurrency=2, tokens_per_min=1000, requests_per_min=100)
         sending = asyncio.create_task(outcomes(g, 5))
         route = {"route": "/v1/completions", "status": "429"}
@@ -134,12 +156,34 @@ async def test_concurrency(tmp_path: Path) -> None:
         refused = refusals(await sending)
         assert [error.code for error in refused] == ["rate_limit_exceeded"] * 3
         assert {error.response.headers["retry-after"] for error in refused} == {"1"}
-        (raw,) = await outcomes(g, 1)
-        assert raw.choices
+        for _ in range(3):  # one after another: none finds the last one's place taken
+            (raw,) = await outcomes(g, 1)
+            assert raw.choices
         # the refused ones gave everything back
+        async with asyncio.timeout(5):
+            while await left(g, limit=1000) != 1000 - 5 * USED:
+                await asyncio.sleep(0.005)
         raw = await g.openai.completions.with_raw_response.create(model=BACKBONE, prompt=PROMPT, max_tokens=7)
-        assert raw.headers["x-ratelimit-remaining-tokens"] == str(1000 - 3 * USED - 10)
-        assert raw.headers["x-ratelimit-remaining-requests"] == "96"
+        assert raw.headers["x-ratelimit-remaining-tokens"] == str(1000 - 5 * USED - 10)
+        assert raw.headers["x-ratelimit-remaining-requests"] == "94"
+
+
+async def test_two_gateways_that_count_in_the_database_share_the_places(tmp_path: Path, url: str) -> None:
+    backend = FakeBackend(hold=asyncio.Event())
+    options: dict[str, Any] = {"clock": Clock(), "url": url, "counted_in": "database"}
+    async with gateway(tmp_path, backend, **options) as g, gateway(tmp_path, backend, **options) as other:
+        other.use(g.limited(max_concurrency=3))
+        sending = [asyncio.create_task(outcomes(one, 6)) for one in (g, other)]
+        route = {"route": "/v1/completions", "status": "429"}
+
+        def answered() -> float:
+            return sum(one.sample("deltamux_requests_total", **route) for one in (g, other))
+
+        await until(lambda: len(backend.open_calls) + answered() == 12)
+        assert len(backend.calls) == 3
+        assert backend.hold is not None
+        backend.hold.set()
+        assert sum(len(refusals(found)) for found in await asyncio.gather(*sending)) == 9
 
 
 class Waiting:
@@ -230,7 +274,10 @@ async def test_what_was_not_used_comes_back(tmp_path: Path, script: Any, spent: 
         assert int(after.headers["x-ratelimit-remaining-tokens"]) == 1000 - spent - 4
 
 
-async def test_a_caller_who_leaves_before_the_first_token_pays_for_its_prompt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted_in", ["process", "database"])
+async def test_a_caller_who_leaves_before_the_first_token_pays_for_its_prompt(
+    tmp_path: Path, counted_in: str
+) -> None:
     started = asyncio.Event()
 
     class Slow(FakeBackend):
@@ -239,12 +286,15 @@ async def test_a_caller_who_leaves_before_the_first_token_pays_for_its_prompt(tm
             await asyncio.Event().wait()
             yield ()
 
-    async with gateway(tmp_path, Slow(), clock=Clock()) as g:
+    async with gateway(tmp_path, Slow(), clock=Clock(), counted_in=counted_in) as g:
         g.limited(tokens_per_min=1000, max_concurrency=1)
         body = {"model": BACKBONE, "prompt": PROMPT, "max_tokens": 50}
         sending = asyncio.create_task(post_and_leave(g, body, started))
         await sending
         g.backend.generate = FakeBackend().generate  # type: ignore[method-assign]
+        async with asyncio.timeout(5):  # all but the prompt comes back
+            while await left(g, limit=1000) != 1000 - 3:
+                await asyncio.sleep(0.005)
         after = await g.http.post("/v1/completions", json={**body, "max_tokens": 1})
         assert after.status_code == 200  # its place is free again
         assert int(after.headers["x-ratelimit-remaining-tokens"]) == 1000 - 3 - 4
