@@ -89,7 +89,7 @@ class Grants:
             return sorted((row.owner, row.adapter) for row in tx.execute(query))
 
 
-def _of(owner: str, adapter: str) -> Select[tuple[str]]:
+def _of(owner: str, adapter: str) -> Select[str]:
     return select(grants.c.grantee).where(grants.c.owner == owner, grants.c.adapter == adapter)
 
 
