@@ -13,7 +13,7 @@ from serving.http.adapters import adapters_router
 from serving.http.admin import admin_router
 from serving.http.bodies import json_route
 from serving.http.edge import Edge
-from serving.http.errors import install_handlers
+from serving.http.errors import DOCUMENTED, install_handlers
 from serving.http.generation import generation_router
 from serving.http.grants import grants_router
 from serving.http.models import models_router
@@ -69,7 +69,10 @@ def create_admin_app(*, tenancy: Tenancy, settings: Settings, metrics: GatewayMe
 def _application(metrics: GatewayMetrics) -> FastAPI:
     # no redirects: a path that is not a route is answered in the envelope
     app = FastAPI(
-        title="deltamux", summary="Many PEFT deltas over one frozen backbone", redirect_slashes=False
+        title="deltamux",
+        summary="Many PEFT deltas over one frozen backbone",
+        redirect_slashes=False,
+        responses=DOCUMENTED,
     )
     app.add_middleware(Edge, metrics=metrics)
     install_handlers(app)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -180,6 +181,20 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Pauses:
+    """Makes the SDK's pauses instant and notes them; `clock` moves by them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, clock: Clock | None = None) -> None:
+        self.lengths: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            self.lengths.append(seconds)
+            if clock is not None:
+                clock.now += seconds
+
+        monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
 
 
 @dataclass

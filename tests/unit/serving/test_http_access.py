@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import product
@@ -29,7 +30,7 @@ from serving.metrics import GatewayMetrics
 from serving.tenancy.keys import make_key
 from serving.tenancy.principal import Scope
 from serving.tenancy.tenancy import Tenancy
-from tests.unit.serving.http_support import BACKBONE, Gateway, gateway, listening, pair
+from tests.unit.serving.http_support import BACKBONE, Gateway, gateway, listening, pair, until
 from tests.unit.serving.test_http_errors import assert_envelope
 
 WRONG = "dmx_0123456789abcdef_" + "0" * 64
@@ -261,6 +262,49 @@ async def test_rotation_over_http(g: Gateway) -> None:
         g.use(key["key"])
         statuses.append((await g.http.get("/v1/models")).status_code)
     assert statuses == [200, 401, 200]
+
+
+async def test_keys_rotate_under_load_without_a_failed_request_and_end_at_once_in_every_gateway(
+    tmp_path: Path, url: str
+) -> None:
+    async with gateway(tmp_path, url=url) as g, gateway(tmp_path, url=url) as other:
+        g.use(g.key("default", Scope.ADMIN))
+        body = {"tenant": "default", "scopes": ["infer"]}
+        made = (await g.http.post("/v1/admin/keys", json=body)).json()
+        keys = [made["key"]] * 8
+        statuses: Counter[int] = Counter()
+        loaded = True
+
+        async def ask(one: Gateway, key: str) -> int:
+            body, headers = {"model": BACKBONE, "prompt": [1]}, {"authorization": f"Bearer {key}"}
+            return (await one.http.post("/v1/completions", json=body, headers=headers)).status_code
+
+        async def client(number: int) -> None:
+            while loaded:
+                statuses[await ask((g, other)[number % 2], keys[number])] += 1
+
+        async with asyncio.TaskGroup() as clients:
+            for number in range(len(keys)):
+                clients.create_task(client(number))
+            for _ in range(3):
+                path = f"/v1/admin/keys/{made['id']}/rotate"
+                made = (await g.http.post(path, json={"overlap_s": 60})).json()
+                for number in range(len(keys)):  # its users change over one after another
+                    keys[number] = made["key"]
+                    before = statuses.total()
+                    while statuses.total() < before + 4:
+                        await asyncio.sleep(0.001)
+            loaded = False
+        assert set(statuses) == {200}
+        assert statuses.total() > 90
+
+        waiting = other.backend.hold = asyncio.Event()
+        begun = asyncio.create_task(ask(other, made["key"]))
+        await until(lambda: bool(other.backend.open_calls))
+        assert (await g.http.delete(f"/v1/admin/keys/{made['id']}")).status_code == 200
+        assert [await ask(one, made["key"]) for one in (other, g)] == [401, 401]  # from the next request on
+        waiting.set()
+        assert await begun == 200  # what had begun ends as it began
 
 
 async def test_a_disabled_tenants_keys_are_refused(g: Gateway) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -20,7 +21,16 @@ from adapters.registry import Registry
 from serving.core import FailureEvent
 from serving.http.errors import ANSWERS, INTERNAL_MESSAGE, reply_to
 from serving.http.schemas import AliasBody, ChatBody, CompletionBody
-from tests.unit.serving.http_support import BACKBONE, FakeBackend, Gateway, gateway, tokens
+from tests.unit.serving.http_support import (
+    BACKBONE,
+    FakeBackend,
+    Gateway,
+    Pauses,
+    gateway,
+    listening,
+    tokens,
+    until,
+)
 
 USER = {"role": "user", "content": "hi"}
 CANARY = "canary-7f3a"
@@ -96,6 +106,75 @@ async def test_headers_that_steer_the_sdks_retries(
     async with gateway(tmp_path, backend) as g:
         reply = await g.http.post("/v1/completions", json={"model": BACKBONE, "prompt": "hi"})
         assert reply.headers[header] == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "pauses"),
+    [
+        ("InvalidRequest", []),
+        ("PayloadTooLarge", []),
+        ("Unauthenticated", []),
+        ("Forbidden", []),
+        ("NotFound", []),
+        ("Conflict", []),
+        ("QuotaExceeded", []),
+        ("Overloaded", [1.0, 1.0]),
+        ("RateLimited", [1.0, 1.0]),
+        ("Unavailable", [1.0, 1.0]),
+        ("RegistryUnavailable", [1.0, 1.0]),
+        (
+            "DeltamuxError",
+            [pytest.approx(0.45, abs=0.1), pytest.approx(0.9, abs=0.2)],
+        ),  # the SDK's own choice
+    ],
+)
+async def test_what_the_sdk_repeats_and_when(
+    tmp_path: Path, kind: str, pauses: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = Pauses(monkeypatch)
+    backend = FakeBackend(script=lambda call: [(FailureEvent(error=ErrorInfo(kind, "m")),)])
+    async with gateway(tmp_path, backend) as g:
+        sdk = g.openai.with_options(max_retries=2)
+        for stream in (False, True):
+            with pytest.raises(openai.APIStatusError):
+                await sdk.completions.create(model=BACKBONE, prompt="hi", stream=stream)
+            assert slept.lengths == pauses
+            assert len(backend.calls) == 1 + len(pauses)
+            slept.lengths.clear()
+            backend.calls.clear()
+
+
+async def test_the_sdks_retry_of_what_was_only_momentary_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = Pauses(monkeypatch)
+    failures = [FailureEvent(error=ErrorInfo(kind, "m")) for kind in ("Unavailable", "Overloaded")]
+    backend = FakeBackend(script=lambda call: [(failures.pop(),)] if failures else tokens(call))
+    async with gateway(tmp_path, backend) as g:
+        answer = await g.openai.with_options(max_retries=2).completions.create(model=BACKBONE, prompt="hi")
+        assert answer.choices[0].text == "Hello, world"
+        assert slept.lengths == [1.0, 1.0]
+
+
+async def test_a_client_that_runs_out_of_time_frees_its_request(tmp_path: Path) -> None:
+    backend = FakeBackend(hold=asyncio.Event())
+    async with gateway(tmp_path, backend) as g, listening(g.app) as (host, port):
+        sdk = openai.AsyncOpenAI(api_key="x", base_url=f"http://{host}:{port}/v1", timeout=0.3, max_retries=1)
+        async with sdk:
+            with pytest.raises(openai.APITimeoutError):
+                await sdk.completions.create(model=BACKBONE, prompt="hi")
+        await until(lambda: not backend.open_calls)
+        assert len(backend.calls) == 2  # both attempts reached the server, and both are over there too
+        await until(lambda: g.sample("deltamux_usage_requests_total", outcome="cancelled") == 2)
+
+
+async def test_the_description_has_the_statuses_that_are_sent(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        paths = (await g.http.get("/openapi.json")).json()["paths"]
+        documented = {status for item in paths.values() for op in item.values() for status in op["responses"]}
+        assert {"4XX", "5XX"} < documented
+        assert not documented & {"408", "422"}
+        assert not {answer.status for answer in ANSWERS.values()} & {408, 422}
 
 
 COMPLETION_FAULTS: list[tuple[dict[str, Any], str]] = [

@@ -22,6 +22,7 @@ from tests.unit.serving.http_support import (
     Clock,
     FakeBackend,
     Gateway,
+    Pauses,
     gateway,
     tokens,
     until,
@@ -186,31 +187,18 @@ async def test_two_gateways_that_count_in_the_database_share_the_places(tmp_path
         assert sum(len(refusals(found)) for found in await asyncio.gather(*sending)) == 9
 
 
-class Waiting:
-    """Makes the SDK's pauses instant and notes them."""
-
-    def __init__(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pauses: list[float] = []
-
-        async def sleep(seconds: float) -> None:
-            self.pauses.append(seconds)
-            clock.now += seconds
-
-        monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
-
-
 async def test_the_sdk_waits_as_long_as_it_is_told_and_then_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    waiting = Waiting(clock, monkeypatch)
+    pauses = Pauses(monkeypatch, clock)
     async with gateway(tmp_path, clock=clock) as g:
         g.limited(tokens_per_min=60)
         sdk = g.openai.with_options(max_retries=1)
         for _ in range(2):
             made = await sdk.completions.create(model=BACKBONE, prompt=PROMPT, max_tokens=57)
             assert made.choices
-        assert waiting.pauses == [
+        assert pauses.lengths == [
             pytest.approx(6.0, abs=0.002)
         ]  # 60 - 6 are left, 60 are needed, 1 comes a second
 
@@ -219,7 +207,7 @@ async def test_the_sdk_does_not_repeat_what_can_never_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    waiting = Waiting(clock, monkeypatch)
+    pauses = Pauses(monkeypatch, clock)
     async with gateway(tmp_path, clock=clock) as g:
         g.limited(tokens_per_min=9)
         with pytest.raises(openai.RateLimitError) as refused:
@@ -228,7 +216,7 @@ async def test_the_sdk_does_not_repeat_what_can_never_pass(
             )
         assert (refused.value.code, refused.value.param) == ("insufficient_quota", "max_tokens")
         assert refused.value.response.headers["x-should-retry"] == "false"
-        assert waiting.pauses == []
+        assert pauses.lengths == []
         assert g.sample("deltamux_requests_total", route="/v1/completions", status="429") == 1
 
 
