@@ -284,6 +284,9 @@ def planted(server: ServerProcess) -> dict[str, str]:
     assert any(name.startswith("replica_deltamux_gateway") for name in names)
     assert SECRETS
     contents = {file: file.read_bytes() for file in files if file.is_file()}
+    assert any(
+        b"private" in content for content in contents.values()
+    )  # a delta's name: what is there is found
     return {
         str(file): secret
         for file, content in contents.items()
