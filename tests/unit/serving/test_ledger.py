@@ -300,6 +300,7 @@ def on_page(page: str) -> Counter[str]:
     return Counter({name: int(float(value)) for name, value in found})
 
 
+@pytest.mark.parametrize("url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
 async def test_rows_equal_the_counters_of_a_gateway_that_was_killed_and_of_the_next(
     tmp_path: Path, url: str, database: Database
 ) -> None:

@@ -130,6 +130,11 @@ def test_a_wrong_key_with_a_known_id_and_checksum_is_refused_like_an_unknown_one
     assert len(messages) == 1
 
 
+def test_a_key_that_makes_keys_can_not_be_narrowed(tenancy: Tenancy) -> None:
+    with pytest.raises(InvalidRequest, match="reaches every delta"):
+        tenancy.keys.create("default", [Scope.INFER, Scope.ADMIN], adapters=["a-*"], actor="test")
+
+
 def test_a_key_ends(tenancy: Tenancy, clock: Clock) -> None:
     _, made = tenancy.keys.create("default", [Scope.INFER], lifetime_s=60, actor="test")
     clock.now += 59.9
