@@ -37,9 +37,11 @@ CANARY = "canary-5d1f-prompt"
 def guarded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     settings = {"DELTAMUX_SERVER__ADMIN_PORT": "0", "DELTAMUX_LIMITS__COUNTED_IN": "database"}
     made = ServerProcess(world.backbone, tmp_path_factory.mktemp("home"), settings)
-    made.start()
-    yield made
-    made.kill_all()
+    try:
+        made.start()
+        yield made
+    finally:  # also where it did not get ready in time
+        made.kill_all()
 
 
 class Callers:
