@@ -312,7 +312,7 @@ def test_no_secret_is_in_a_log_after_a_replica_was_killed_with_them_at_work(
                 "max_tokens": LONG,
                 "extra_body": {"ignore_eos": True},
             }
-            streams = [await client.completions.create(**body, stream=True) for _ in range(6)]
+            streams = [await client.completions.create(**body, stream=True) for _ in range(12)]
             whole = [asyncio.create_task(client.completions.create(**body)) for _ in range(6)]
             for stream in streams:
                 await anext(aiter(stream))
@@ -385,6 +385,7 @@ def test_requests_of_a_killed_gateway_are_in_the_ledger_and_their_places_free(
     with callers.administration() as http:  # needs no gateway
         assert http.get("/v1/admin/tenants").status_code == 200
     wait_for(answers, timeout_s=60)
+    free_at = max(time.monotonic(), killed_at + LEASE_S)
     after = {row["outcome"]: row["requests"] for row in callers.usage(group_by="outcome", tenant="globex")}
     assert after["crashed"] == 3
 
@@ -396,7 +397,7 @@ def test_requests_of_a_killed_gateway_are_in_the_ledger_and_their_places_free(
                 return False
 
     wait_for(passes, timeout_s=30)
-    assert time.monotonic() - killed_at < LEASE_S + 15
+    assert time.monotonic() < free_at + 10
 
     def agree() -> bool:  # what the killed one had counted, and what its successor has
         with callers.http("admin") as http:
