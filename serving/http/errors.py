@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from adapters import errors
@@ -72,6 +73,29 @@ _VALIDATION_CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing
 _MAX_PROBLEMS_SHOWN = 5
 _MAX_PARAM_CHARS = 80
 _FIELD = re.compile(r"\w[\w.:/@-]*")
+
+
+class ErrorBody(BaseModel):
+    """What an error says. `problems`: of an upload that was refused, each one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    problems: list[str] | None = None
+
+
+class ErrorEnvelope(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorBody
+
+
+DOCUMENTED: dict[int | str, JsonObject] = {
+    "4XX": {"model": ErrorEnvelope, "description": "The request is refused; `code` says why."},
+    "5XX": {"model": ErrorEnvelope, "description": "The server can't answer it at present."},
+}
+"""Errors as `/openapi.json` has them, in the place of the framework's 422, which is never sent."""
 
 
 @dataclass(frozen=True, slots=True)
