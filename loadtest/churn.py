@@ -338,9 +338,10 @@ class Soak:
             adapter.latest.acknowledge(time.monotonic())
             adapter.versions.append(canonical.digest)
             self.tally.changes["uploads"] += 1
-        elif reply.status_code == 503 and self._after_kill(started):
+        elif reply.status_code == 429 or (reply.status_code == 503 and self._after_kill(started)):
+            # no room for the admission probe beside what is in use, or nobody to run it
             adapter.latest.refuse()
-            self.tally.changes["uploads refused after a kill"] += 1
+            self.tally.changes["uploads refused"] += 1
         else:
             self.tally.problem(
                 f"upload of {adapter.owner}/{adapter.name}: {reply.status_code} {reply.text[:200]}"

@@ -52,8 +52,8 @@ TIMEOUT_S = 900.0
 
 def engine_settings(backbone: Backbone, args: argparse.Namespace) -> Engine:
     """Rows for half of what is in flight and a half more, and memory for them and for `room` deltas of mean size."""
-    head = head_of(backbone)
-    sizes = [placed_bytes(delta_of_any_method(backbone, head, i), backbone) for i in range(HEAD_EVERY)]
+    head, count = head_of(backbone), min(args.deltas, HEAD_EVERY)
+    sizes = [placed_bytes(delta_of_any_method(backbone, head, i), backbone) for i in range(count)]
     rows = max(2, args.in_flight * 3 // 4 // (REPLICAS if args.server == "ray" else 1))
     memory = rows * slot_bytes(backbone) + max(*sizes, args.room * sum(sizes) // len(sizes))
     return Engine(

@@ -94,7 +94,7 @@ def signed_delta(backbone: Backbone, head: Tensor, index: int) -> Delta:
 
 
 def _push(head: Tensor, index: int) -> Tensor:
-    row = head[signature_of(index)]
+    row: Tensor = head[signature_of(index)]
     return STRENGTH * row / row.norm()
 
 
