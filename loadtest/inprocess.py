@@ -101,6 +101,7 @@ class InProcess:
         *,
         logprobs: int | None = None,
         arrived: float | None = None,
+        tenant: str = "default",
     ) -> str:
         """Queue one greedy request that ends after `output_tokens`; returns its id."""
         request_id = str(next(self._ids))
@@ -114,6 +115,7 @@ class InProcess:
                 prompt_token_ids=tuple(prompt),
                 sampling=sampling,
                 adapter_digest=digest,
+                tenant=tenant,
             )
         )
         return request_id

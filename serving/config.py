@@ -101,6 +101,8 @@ class Engine(_Group):
     """Wait after which a request goes before all others, whatever its tenant, class or delta."""
     max_lead_tokens: int = Field(default=1024, ge=0)
     """How far ahead of others, in weighted tokens, a tenant may get because its delta is on the device already."""
+    headroom: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the batch that a tenant with more than its own share leaves free while others are active; 0: none."""
     prefix_cache: Literal["tenant", "shared", "off"] = "tenant"
     """Whose computed prompts a new one may reuse: its tenant's, anybody's (which timing can reveal), or nobody's."""
     memory_bytes: int | None = Field(default=None, ge=1)

@@ -123,6 +123,11 @@ class Scheduler:
         self._arrivals = count()
         self._awaited: Counter[str | None] = Counter()
 
+    @property
+    def num_free(self) -> int:
+        """See `waiting.Batch`."""
+        return self.kv.num_free_slots
+
     # -- the step -----------------------------------------------------------------------------------------------
 
     def schedule(self) -> tuple[list[ScheduledRow], list[Failed]]:
@@ -155,7 +160,7 @@ class Scheduler:
         comes in, and the delta with the fewest requests takes no more of them, so that it drains.
         """
         crowded, closed = False, None
-        for seq in self.queue.candidates(now_s):
+        for seq in self.queue.candidates(now_s, self):
             if step.budget == 0:
                 return
             digest = seq.request.adapter_digest
@@ -180,7 +185,7 @@ class Scheduler:
     def _admit(self, seq: Sequence, step: _Step, now_s: float) -> _Outcome:
         """Try to admit `seq`, in the place of running requests that should yield to it if need be."""
         while True:
-            outcome = self._try_admit(seq, now_s) if self.kv.has_free_slot else _Outcome.FULL
+            outcome = self._try_admit(seq, now_s) if self.kv.num_free_slots else _Outcome.FULL
             if outcome is not _Outcome.FULL:
                 return outcome
             yielding = [

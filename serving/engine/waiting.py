@@ -13,6 +13,17 @@ LOOK_AHEAD = 16
 """Requests that one step looks at without admitting them: its cost does not grow with the queue."""
 
 
+class Batch(Protocol):
+    """The running requests, and how many more there could be."""
+
+    running: list[Sequence]
+
+    @property
+    def num_free(self) -> int:
+        """Free places."""
+        ...
+
+
 class WaitingQueue(Protocol):
     """An order among waiting requests."""
 
@@ -32,8 +43,11 @@ class WaitingQueue(Protocol):
         """Let go of a request that is admitted or ended."""
         ...
 
-    def candidates(self, now_s: float) -> Iterator[Sequence]:
-        """Whom to admit next, each request once; the caller may remove what it was given, and charge, meanwhile."""
+    def candidates(self, now_s: float, batch: Batch | None = None) -> Iterator[Sequence]:
+        """Whom to admit next, each request once; the caller may remove what it was given, and charge, meanwhile.
+
+        `batch`: what runs, as it is at each moment; without one there is room for everybody.
+        """
         ...
 
     def charge(self, seq: Sequence, cost: float) -> None:
@@ -77,7 +91,7 @@ class FirstComeQueue:
         del self._line[seq]
         self._returned.discard(seq)
 
-    def candidates(self, now_s: float) -> Iterator[Sequence]:  # noqa: ARG002  (the protocol's)
+    def candidates(self, now_s: float, batch: Batch | None = None) -> Iterator[Sequence]:  # noqa: ARG002  (the protocol's)
         """See `WaitingQueue`."""
         passed = 0
         while passed < LOOK_AHEAD and (seq := next(islice(self._line, passed, None), None)) is not None:
@@ -101,8 +115,3 @@ class FirstComeQueue:
                 break
             found.append(seq)
         return found
-
-    def overdue(self, arrived_before_s: float) -> list[Sequence]:
-        """The oldest of those that came before then, oldest first; those that ran already have their own age."""
-        first = islice(self._line, len(self._returned) + LOOK_AHEAD)
-        return sorted((seq for seq in first if seq.arrival_s < arrived_before_s), key=lambda seq: seq.order)
