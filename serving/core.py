@@ -108,7 +108,8 @@ class GenerateCall:
 
     `prompt`: text, token ids, or chat messages. `adapter_digest` is a content digest, resolved by the gateway; it is
     BASE for the bare backbone. `adapter_name` labels metrics and errors only. `tenant` is who asks, `weight` its
-    share against other tenants' (1: an ordinary one), as the gateway's operator set them.
+    share against other tenants' (1: an ordinary one), as the gateway's operator set them. `max_wait_s`: how long it is
+    worth waiting for a place; a call that would wait longer is refused at once.
     """
 
     request_id: str
@@ -119,11 +120,12 @@ class GenerateCall:
     tenant: str = "default"
     weight: float = 1.0
     service_class: ServiceClass = ServiceClass.STANDARD
+    max_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A tokenised request as the engine admits it. `tenant`, `weight`, `service_class`: as in `GenerateCall`."""
+    """A tokenised request as the engine admits it. `tenant` and what follows it: as in `GenerateCall`."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -132,6 +134,7 @@ class Request:
     tenant: str = "default"
     weight: float = 1.0
     service_class: ServiceClass = ServiceClass.STANDARD
+    max_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

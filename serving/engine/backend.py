@@ -178,6 +178,7 @@ class LocalBackend:
             tenant=call.tenant,
             weight=call.weight,
             service_class=call.service_class,
+            max_wait_s=call.max_wait_s,
         )
 
     async def admit(self, digest: str) -> AdmissionProof | ErrorInfo:

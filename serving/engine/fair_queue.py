@@ -102,6 +102,20 @@ class FairQueue:
         self._by_age.add(seq)
         self._enter(seq, seq.arrival_s)[seq] = None
 
+    def num_ahead(self, seq: Sequence) -> float:
+        """See `WaitingQueue`. Those of its tenant and class, and what the others get meanwhile by their weights."""
+        request = seq.request
+        lines = {name: line for name, line in self._lines.items() if line.queues}
+        waiting = lines.get(request.service_class, _Line()).queues
+        own = len(waiting.get(request.tenant, ()))
+        weights = sum(
+            next(iter(q)).request.weight for tenant, q in waiting.items() if tenant != request.tenant
+        )
+        classes = sum(CLASS_WEIGHTS[name] for name in lines if name is not request.service_class)
+        own_class = CLASS_WEIGHTS[request.service_class]
+        ahead = own * (weights + request.weight) / request.weight * (classes + own_class) / own_class
+        return min(ahead, float(len(self)))
+
     def put_back(self, seq: Sequence) -> None:
         """See `WaitingQueue`. It comes back with the counter it has: being preempted is no pause."""
         self._by_age.put_back(seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
@@ -11,6 +12,40 @@ from serving.engine.sequence import Sequence
 
 LOOK_AHEAD = 16
 """Requests that one step looks at without admitting them: its cost does not grow with the queue."""
+
+
+RATE_MEMORY_S = 60.0
+"""Over how many seconds, in which requests waited, the rate of their admission is counted."""
+
+LEAST_ADMITTED = 8.0
+"""Admissions in that time below which the rate is not known."""
+
+
+class AdmissionRate:
+    """How many waiting requests are admitted in a second, so how long a new one will wait.
+
+    Only time in which requests wait counts, so a pause is not taken for slowness; older time counts less and less.
+    """
+
+    def __init__(self) -> None:
+        self._waited_s = 0.0
+        self._admitted = 0.0
+        self._waiting_since_s: float | None = None
+
+    def note(self, now_s: float, num_admitted: int, num_waiting: int) -> None:
+        """One step has admitted so many and left so many."""
+        if self._waiting_since_s is not None:
+            passed_s = now_s - self._waiting_since_s
+            kept = math.exp(-passed_s / RATE_MEMORY_S)
+            self._waited_s = self._waited_s * kept + passed_s
+            self._admitted = self._admitted * kept + num_admitted
+        self._waiting_since_s = now_s if num_waiting else None
+
+    def wait_s(self, num_ahead: float) -> float:
+        """Seconds until `num_ahead` waiting requests are admitted; 0 while the rate is not known."""
+        if self._admitted < LEAST_ADMITTED:
+            return 0.0
+        return num_ahead * self._waited_s / self._admitted
 
 
 class Batch(Protocol):
@@ -33,6 +68,10 @@ class WaitingQueue(Protocol):
 
     def add(self, seq: Sequence) -> None:
         """Take in a new request."""
+        ...
+
+    def num_ahead(self, seq: Sequence) -> float:
+        """About how many of those that wait will be admitted before `seq`, which is not among them yet."""
         ...
 
     def put_back(self, seq: Sequence) -> None:
@@ -79,6 +118,10 @@ class FirstComeQueue:
     def add(self, seq: Sequence) -> None:
         """See `WaitingQueue`."""
         self._line[seq] = None
+
+    def num_ahead(self, seq: Sequence) -> float:  # noqa: ARG002
+        """See `WaitingQueue`."""
+        return float(len(self._line))
 
     def put_back(self, seq: Sequence) -> None:
         """See `WaitingQueue`."""
