@@ -25,8 +25,8 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
     if args.server == "local" and args.kills:
         parser.error("--kills: --server local has no replicas")
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="deltamux-isolation-") as root:
+    with _ended_in_order(), tempfile.TemporaryDirectory(prefix="deltamux-isolation-") as root:
         tally = asyncio.run(soak(Path(root), args))
     publish(
         f"isolation of {args.tenants} tenants, {args.deltas} deltas, room for {args.room}, {args.size} float32",
@@ -163,6 +163,16 @@ def main(argv: Sequence[str]) -> None:
         sys.stderr.write(f"{problem}\n")
     if tally.problems or tally.wrong:
         sys.exit(1)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have SIGTERM unwind the block: by itself it would leave the server behind."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _record(tally: Tally, args: argparse.Namespace) -> Record:
