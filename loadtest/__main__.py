@@ -16,6 +16,8 @@ COMMANDS = {
     "scale": ("loadtest.scale", "1 to 10,000 registered deltas: resolve, list, generate"),
     "pooling": ("loadtest.pooling", "ten tasks of one encoder against PEFT, one by one and in processes"),
     "soak": ("loadtest.soak", "churn over residency with deltas that sign every token"),
+    "isolation": ("loadtest.isolation", "tenants over one server, every token signed, replicas killed"),
+    "abuse": ("loadtest.abuse", "one tenant at ten times its share: what the others wait, by policy"),
     "http": ("loadtest.http", "any OpenAI-compatible server, streaming"),
     "report": ("loadtest.page", "one HTML page of tables and plots from result files"),
 }  # fmt: skip

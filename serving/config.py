@@ -98,13 +98,15 @@ class Engine(_Group):
     max_queue: int = Field(default=256, ge=0)
     """Requests that may wait for a place in the batch; one more is answered 429."""
     max_queue_s: float = Field(default=120.0, gt=0)
-    """Longest wait for a place in the batch; a request that waited longer is answered 429."""
+    """Longest wait for a place in the batch; a request that would wait longer, or has, is answered 429."""
     scheduling: Literal["fair", "first_come"] = "fair"
     """Whom to admit next: by service received per tenant, weight and class, or in order of arrival."""
     max_wait_s: float = Field(default=2.0, gt=0)
-    """Wait after which a request goes before all others, whatever its tenant, class or delta."""
+    """Wait after which a tenant of which nothing was admitted has a turn before all others, whatever its class."""
     max_lead_tokens: int = Field(default=1024, ge=0)
     """How far ahead of others, in weighted tokens, a tenant may get because its delta is on the device already."""
+    headroom: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the batch that a tenant with more than its own share leaves free while others are active; 0: none."""
     prefix_cache: Literal["tenant", "shared", "off"] = "tenant"
     """Whose computed prompts a new one may reuse: its tenant's, anybody's (which timing can reveal), or nobody's."""
     memory_bytes: int | None = Field(default=None, ge=1)

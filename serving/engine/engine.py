@@ -114,6 +114,7 @@ class Engine:
             policy = FairQueue(
                 max_wait_s=settings.max_wait_s,
                 max_lead=settings.max_lead_tokens,
+                num_kept=int(settings.headroom * settings.max_num_seqs),
                 is_resident=lambda seq: (
                     seq.request.adapter_digest is None or self.deltas.is_resident(seq.request.adapter_digest)
                 ),

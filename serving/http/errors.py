@@ -55,7 +55,7 @@ ANSWERS: Mapping[type[errors.DeltamuxError], Answer] = {
     errors.NotFound: Answer(404, INVALID_REQUEST_TYPE, "not_found"),
     # the SDK repeats every 409 unless told otherwise; a lost compare-and-swap stays lost
     errors.Conflict: Answer(409, INVALID_REQUEST_TYPE, "conflict", {"x-should-retry": "false"}),
-    errors.Overloaded: Answer(429, "rate_limit_error", "rate_limit_exceeded", _RETRY_SOON),
+    errors.Overloaded: Answer(429, "rate_limit_error", "rate_limit_exceeded"),
     errors.RateLimited: Answer(429, "rate_limit_error", "rate_limit_exceeded", {"x-should-retry": "true"}),
     errors.QuotaExceeded: Answer(
         429, "insufficient_quota", "insufficient_quota", {"x-should-retry": "false"}
@@ -128,7 +128,9 @@ def reply_to(error: BaseException) -> ErrorReply:
     if isinstance(error, errors.InvalidDelta):
         body["error"]["problems"] = list(error.problems)
     headers = dict(answer.headers)
-    if isinstance(error, errors.RateLimited):  # the SDK prefers the milliseconds
+    if isinstance(error, errors.Overloaded) and not isinstance(
+        error, errors.QuotaExceeded
+    ):  # the SDK prefers the milliseconds
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
         headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
     return ErrorReply(answer.status, body, headers)

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from adapters.errors import RegistryUnavailable
+from adapters.errors import Overloaded, RegistryUnavailable
 from serving.core import FailureEvent, GenerateCall
 from serving.tenancy.buckets import Kind, Share
 from tests.unit.serving.http_support import (
@@ -425,3 +425,21 @@ async def test_a_request_that_waits_too_long_for_its_turn_is_told_to_return(
         assert reply.headers["retry-after"] == "1"
         alone = await g.http.post("/v1/completions", json={**body, "n": 1})
         assert alone.status_code == 200
+
+
+async def test_a_request_that_would_wait_in_vain_is_told_when_to_return_and_costs_nothing(
+    tmp_path: Path,
+) -> None:
+    def refuse(call: GenerateCall) -> Batches:
+        assert call.max_wait_s == 5.0
+        return [(FailureEvent(error=Overloaded("Full.", retry_after_s=2.3).info()),)]
+
+    async with gateway(tmp_path, FakeBackend(script=refuse), clock=Clock(), max_wait_s=5.0) as g:
+        g.limited(tokens_per_min=100)
+        with pytest.raises(openai.RateLimitError) as refused:
+            await g.openai.completions.create(model=BACKBONE, prompt=PROMPT, max_tokens=7)
+        headers = refused.value.response.headers
+        assert (headers["retry-after"], headers["retry-after-ms"]) == ("3", "2300")
+        assert refused.value.code == "rate_limit_exceeded"
+        await asyncio.sleep(0)
+        assert await left(g, limit=100) == 100
