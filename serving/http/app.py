@@ -16,6 +16,7 @@ from serving.http.errors import install_handlers
 from serving.http.generation import generation_router
 from serving.http.grants import grants_router
 from serving.http.models import models_router
+from serving.http.openapi import DescribedApp
 from serving.http.operations import operations_router
 from serving.http.services import Services
 from serving.http.usage import usage_router
@@ -37,7 +38,7 @@ def create_app(
         backend=backend, registry=registry, store=store, tenancy=tenancy, settings=settings, metrics=metrics
     )
     # no redirects: a path that is not a route is answered in the envelope
-    app = FastAPI(
+    app = DescribedApp(
         title="deltamux", summary="Many PEFT deltas over one frozen backbone", redirect_slashes=False
     )
     app.add_middleware(Edge, metrics=metrics)

@@ -340,6 +340,22 @@ async def test_routes_answer_in_the_envelope(tmp_path: Path, method: str, path: 
             assert reply.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [
+        ("/v1/adapters/x", "DELETE, GET"),
+        ("/v1/admin/keys", "GET, POST"),
+        ("/v1/models/a/b", "GET"),
+        ("/health/live", "GET"),
+    ],
+)
+async def test_a_405_names_every_method_that_its_path_takes(tmp_path: Path, path: str, allow: str) -> None:
+    async with gateway(tmp_path) as g:
+        reply = await g.http.request("PATCH", path)
+        assert_envelope(reply, 405)
+        assert reply.headers["allow"] == allow
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_unhandled_error_is_a_fixed_text(
     tmp_path: Path, stream: bool, caplog: pytest.LogCaptureFixture
