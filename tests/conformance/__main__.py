@@ -33,7 +33,8 @@ from schemathesis.engine import events
 from schemathesis.engine.recorder import ScenarioRecorder
 
 from serving.http.openapi import EXAMPLES
-from tests.conformance.server import CALLER, Server, make_backbone, running
+from tests.conformance.server import CALLER, CONTEXT, Server, running
+from tests.unit.serving.engine_gateway import make_backbone
 from tests.unit.serving.http_support import BACKBONE
 
 PHASES = ("examples", "coverage", "fuzzing", "stateful")
@@ -149,7 +150,7 @@ def run(
     report: Callable[[int], None] = lambda _: None,
 ) -> Tally:
     """Rounds, each with a server of its own, until there were so many calls. Raises Broken."""
-    tally, backbone = Tally(), make_backbone()
+    tally, backbone = Tally(), make_backbone(CONTEXT)
     num_examples = min(calls // 60, 100)
     while (done := tally.calls.total()) < calls:
         with (

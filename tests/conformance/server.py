@@ -14,26 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapters.canonical import to_canonical
-from adapters.store import LocalBlobStore
-from serving.config import Engine as EngineSettings
-from serving.engine.backend import LocalBackend
 from serving.http.openapi import EXAMPLES
-from serving.model.backbone import Backbone, adopt_backbone
+from serving.model.backbone import Backbone
 from serving.tenancy.principal import Scope
-from tests.integration.world import byte_tokenizer, redraw
-from tests.unit.serving.engine.engine_support import low_rank
-from tests.unit.serving.http_support import BACKBONE, gateway, listening
+from tests.unit.serving.engine_gateway import Files, engine_gateway, upload_of
+from tests.unit.serving.http_support import listening
 
 CONTEXT = 64
 """Tokens. A chat without `max_tokens` fills it, and there are thousands of them."""
 NUM_CONTENTS = 8
 CALLER = "suite"
 """The tenant that calls."""
-
-Files = list[tuple[str, tuple[str, bytes]]]
 
 
 @dataclass(frozen=True)
@@ -67,36 +59,6 @@ class Server:
             return text
 
 
-def make_backbone() -> Backbone:
-    """A random Llama that serves text and chat, of the shape that `low_rank` deltas are for."""
-    tokenizer = byte_tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=CONTEXT,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-    )
-    redraw(model, 0.2)
-    return adopt_backbone(model.eval(), name=BACKBONE, tokenizer=tokenizer, device="cpu", dtype="float32")
-
-
-def make_uploads(backbone: Backbone) -> tuple[Files, ...]:
-    """Canonical pairs as the parts of a multipart body."""
-    made = []
-    for seed in range(NUM_CONTENTS):
-        pair = to_canonical(low_rank(backbone, seed))
-        files = {"manifest.json": pair.manifest, "tensors.safetensors": pair.tensors}
-        made.append([("file", (name, data)) for name, data in files.items()])
-    return tuple(made)
-
-
 @contextmanager
 def running(home: Path, backbone: Backbone) -> Iterator[Server]:
     """Serve below `home` until the end of the block."""
@@ -118,23 +80,19 @@ class _Serving:
 
     async def serve(self) -> None:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
-        store = LocalBlobStore(self._home / "blobs")
-        backend = LocalBackend(self._backbone, store, EngineSettings(max_num_seqs=8))
-        backend.start()
         try:
             async with (
-                gateway(self._home, backend, max_open_uploads=4) as made,  # type: ignore[arg-type]
+                engine_gateway(self._home, self._backbone, max_open_uploads=4) as made,
                 listening(made.app) as (host, port),
             ):
                 other = str(EXAMPLES["tenant"])
                 key, _ = made.key(CALLER, *Scope), made.key(other)
                 key_id, other_key_id = (made.tenancy.keys.list(tenant)[0].id for tenant in (CALLER, other))
-                uploads = make_uploads(self._backbone)
+                uploads = tuple(upload_of(self._backbone, seed) for seed in range(NUM_CONTENTS))
                 self._server = Server(f"http://{host}:{port}", key, key_id, other_key_id, uploads)
                 self._started.set()
                 await self._ended.wait()
         finally:
-            backend.stop()
             self._started.set()
 
     def wait(self) -> Server:
