@@ -16,6 +16,7 @@ COMMANDS = {
     "scale": ("loadtest.scale", "1 to 10,000 registered deltas: resolve, list, generate"),
     "soak": ("loadtest.soak", "churn over residency with deltas that sign every token"),
     "isolation": ("loadtest.isolation", "tenants over one server, every token signed, replicas killed"),
+    "upload": ("loadtest.upload", "streams' gaps while deltas are uploaded, against without"),
     "http": ("loadtest.http", "any OpenAI-compatible server, streaming"),
     "report": ("loadtest.page", "one HTML page of tables and plots from result files"),
 }  # fmt: skip

@@ -22,6 +22,7 @@ from adapters.errors import (
     from_info,
 )
 from adapters.formats import read_upload
+from adapters.formats.bounded import check_bounds
 from adapters.names import check_name
 from adapters.normal_form import Delta
 from adapters.registry import VersionRecord
@@ -177,6 +178,7 @@ class Uploads:
 
 
 def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical]:
+    check_bounds(parts.files)
     spec = BackboneSpec.from_json(spec_json)
     delta = read_upload(parts.files, spec, backbone_digest=parts.backbone_digest)
     canonical = to_canonical(delta)

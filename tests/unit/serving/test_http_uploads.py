@@ -463,3 +463,16 @@ async def test_a_failed_upload_spares_what_can_still_be_undeleted(tmp_path: Path
         assert (await g.push()).status_code == 429
         assert (await g.http.post("/v1/adapters/delta/versions/1/undelete")).status_code == 200
         assert list(g.store.iter_digests()) == [digest()]
+
+
+async def test_a_header_that_is_dear_to_parse_never_reaches_the_parser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = b'{"a":[' + b",".join([b"[]"] * 340_000) + b"]}"
+    monkeypatch.setattr("adapters.formats.files.read_json", None)
+    async with gateway(tmp_path) as g:
+        files = [("file", ("tensors.safetensors", len(header).to_bytes(8, "little") + header))]
+        refused = await g.http.put("/v1/adapters/delta/versions", files=[*pair()[:1], *files])
+        assert refused.status_code == 413
+        assert refused.json()["error"]["code"] == "payload_too_large"
+        assert left(g) == (set(), [], [])
