@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
 from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
@@ -30,7 +31,7 @@ from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 
 log = logging.getLogger(__name__)
 
-PROBE_TOKENS = 16
+PROBE_TOKENS = 8
 """Length of the fixed random prompt on which a delta's effect is measured."""
 
 
@@ -66,6 +67,7 @@ class DeltaManager:
         self._placing: dict[str, _Placing] = {}
         self._failed: dict[str, DeltamuxError] = {}
         self._releasing: set[str] = set()
+        self._bare_probe: Tensor | None = None
 
     def try_lease(self, digest: str) -> PlacedDelta | NotYet:
         """See `DeltaLeases`. Raises the load's own error, or Overloaded for a delta larger than the whole budget."""
@@ -240,31 +242,23 @@ class DeltaManager:
         )
 
     def _effect(self, placed: PlacedDelta) -> tuple[float, float]:
-        """(max |logit change|, max |bare logit|) on the probe prompt, bare row and delta row in one batch.
+        """(max |logit change|, max |bare logit|) on the probe prompt.
 
-        Raises InvalidDelta for a delta that changes nothing or overflows.
+        Decoding rows wait meanwhile, so the bare logits are computed once, in a forward of the same shape, in which
+        the backbone gives the same bits. Raises InvalidDelta for a delta that changes nothing or overflows.
         """
-        backbone, prefix = self.runner.backbone, placed.prefix_len
         draw = torch.Generator().manual_seed(0)
-        row = torch.randint(0, backbone.spec.vocab_size, (PROBE_TOKENS,), generator=draw)
-        for weights in (w for ops in placed.modules.values() for w in ops.embeddings):
+        row = torch.randint(0, self.runner.backbone.spec.vocab_size, (PROBE_TOKENS,), generator=draw)
+        replaced = [w for ops in placed.modules.values() for w in ops.embeddings]
+        for weights in replaced:
             row[::2] = weights.ids.cpu()[torch.arange(PROBE_TOKENS // 2) % len(weights.ids)]
-        cache = backbone.new_cache(2, prefix + PROBE_TOKENS)
-        if placed.prefix is not None:
-            cache.write_prefix(1, placed.prefix)
-        segments = [DeltaSegment(PROBE_TOKENS, 2 * PROBE_TOKENS, placed)]
-        programs = compile_programs(
-            len(backbone.spec.modules), backbone.kernels, segments, segments, backbone.logit_modules
-        )
-        spans = [RowSpan(0, PROBE_TOKENS, 0, 0), RowSpan(PROBE_TOKENS, 2 * PROBE_TOKENS, 1, prefix)]
-        positions = torch.arange(PROBE_TOKENS)
-        logits = backbone.forward(
-            torch.cat([row, row]).to(backbone.device),
-            torch.cat([positions, positions + placed.position_offset]).to(backbone.device),
-            ForwardContext(programs, cache.plan(spans)),
-            torch.arange(2 * PROBE_TOKENS, device=backbone.device),
-        )
-        bare, changed = torch.split(logits, PROBE_TOKENS)
+        if replaced:
+            bare = self._probe(row, None)
+        else:
+            if self._bare_probe is None:
+                self._bare_probe = self._probe(row, None)
+            bare = self._bare_probe
+        changed = self._probe(row, placed)
         if not torch.isfinite(changed).all():
             raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
         effect = float((changed - bare).abs().max())
@@ -276,6 +270,24 @@ class DeltaManager:
                 remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
             )
         return effect, float(bare.abs().max())
+
+    def _probe(self, row: Tensor, placed: PlacedDelta | None) -> Tensor:
+        """Logits [PROBE_TOKENS, vocabulary] of a row with a delta, or bare."""
+        backbone = self.runner.backbone
+        prefix, offset = (placed.prefix_len, placed.position_offset) if placed else (0, 0)
+        cache = backbone.new_cache(1, prefix + PROBE_TOKENS)
+        if placed is not None and placed.prefix is not None:
+            cache.write_prefix(0, placed.prefix)
+        segments = [DeltaSegment(0, PROBE_TOKENS, placed)] if placed else []
+        programs = compile_programs(
+            len(backbone.spec.modules), backbone.kernels, segments, segments, backbone.logit_modules
+        )
+        return backbone.forward(
+            row.to(backbone.device),
+            (torch.arange(PROBE_TOKENS) + offset).to(backbone.device),
+            ForwardContext(programs, cache.plan([RowSpan(0, PROBE_TOKENS, 0, prefix)])),
+            torch.arange(PROBE_TOKENS, device=backbone.device),
+        )
 
     def start_release(self, digest: str) -> None:
         """Admit no new request to `digest`."""
