@@ -2,9 +2,9 @@
 
 `deltamux serve` with one replica over a random backbone. Each round has one batch of --streams streams over --deltas
 LoRAs alone, and one while another process uploads LoRAs, the next as soon as one is answered, each with content that
-the server has not seen. A gap is the time between two pieces of a stream, which hold one token or more; counted
-are those that begin when every stream has its first piece. The budget: p99
-of the gaps within 1.5 times of that without uploads. Exit status 1 where it is missed.
+the server has not seen. A gap is the time between two pieces of a stream, which hold one token or more; those count
+that begin when every stream has its first piece. The budget: p99 of the gaps within 1.5 times of that without uploads.
+Exit status 1 where it is missed.
 
 Duration: about half a minute to start, then rounds + 1 times two batches of streams.
 """
