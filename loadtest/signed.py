@@ -94,8 +94,9 @@ def signed_delta(backbone: Backbone, head: Tensor, index: int) -> Delta:
 
 
 def _push(head: Tensor, index: int) -> Tensor:
-    row: Tensor = head[signature_of(index)]
-    return STRENGTH * row / row.norm()
+    row = head[signature_of(index)]
+    push: Tensor = STRENGTH * row / row.norm()
+    return push
 
 
 def _signing_op(backbone: Backbone, head: Tensor, index: int) -> Op:
