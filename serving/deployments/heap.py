@@ -8,8 +8,8 @@ import gc
 def settle() -> None:
     """Take all that is alive now out of the reach of garbage collections. Call it once, when everything is loaded.
 
-    The libraries' 350,000 objects make a full collection hold the interpreter's lock for 0.1 s on an idle core and 0.35
-    s on a busy one, at which every stream of the process stands still; afterwards it takes microseconds.
+    The libraries' 350,000 objects make a full collection hold the interpreter's lock for 0.35 s (measured on a busy
+    core), during which every stream of the process stands still; afterwards it takes microseconds.
     """
     gc.collect()
     gc.freeze()
