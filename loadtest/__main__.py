@@ -18,6 +18,7 @@ COMMANDS = {
     "soak": ("loadtest.soak", "churn over residency with deltas that sign every token"),
     "isolation": ("loadtest.isolation", "tenants over one server, every token signed, replicas killed"),
     "abuse": ("loadtest.abuse", "one tenant at ten times its share: what the others wait, by policy"),
+    "upload": ("loadtest.upload", "streams' gaps while deltas are uploaded, against without"),
     "http": ("loadtest.http", "any OpenAI-compatible server, streaming"),
     "report": ("loadtest.page", "one HTML page of tables and plots from result files"),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
 from serving.config import Settings
+from serving.deployments.heap import settle
 from serving.deployments.logs import write_to_serves_file
 
 _LOCK = "gateway.lock"
@@ -61,7 +62,7 @@ class Gateway:
             keep_days=self._settings.ledger.keep_days,
             abandoned_after_s=timeout_s + ABANDONED_AFTER_S,  # they can't be a living gateway's any more
         )
-        return create_app(
+        app = create_app(
             backend=RayBackend(self._backbone, timeout_s=timeout_s),
             registry=registry,
             store=store,
@@ -69,6 +70,8 @@ class Gateway:
             settings=self._settings,
             metrics=metrics,
         )
+        settle()
+        return app
 
 
 def _share_store(root: Path) -> tuple[int, bool]:

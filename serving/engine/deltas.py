@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from adapters.errors import DeltamuxError, Overloaded, StoreError
 from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
-from serving.engine.effect import activations, measure_effect
+from serving.engine.effect import Prober
 from serving.engine.runner import Runner
 from serving.engine.scheduler import NotYet
 from serving.memory.budget import MemoryBudget
@@ -67,6 +67,7 @@ class DeltaManager:
         self._placing: dict[str, _Placing] = {}
         self._failed: dict[str, DeltamuxError] = {}
         self._releasing: set[str] = set()
+        self._prober = Prober(runner.backbone)
 
     def try_lease(self, digest: str) -> PlacedDelta | NotYet:
         """See `DeltaLeases`. Raises the load's own error, or Overloaded for a delta larger than the whole budget."""
@@ -198,7 +199,7 @@ class DeltaManager:
         """
 
         def prove(placed: PlacedDelta, load_s: float) -> AdmissionProof:
-            effect, scale = measure_effect(placed, self.runner.backbone)
+            effect, scale = self._prober.effect(placed)
             return AdmissionProof(
                 effect=effect,
                 reference_scale=scale,
@@ -211,7 +212,7 @@ class DeltaManager:
 
     def find_activations(self, delta: Delta, digest: str, found: Future[bytes]) -> None:
         """Place `delta` if need be, and tell `found` which neurons it activates; see `activations`."""
-        self._probe(delta, digest, _Probe(lambda placed, _: activations(self.runner.backbone, placed), found))
+        self._probe(delta, digest, _Probe(lambda placed, _: self._prober.activations(placed), found))
 
     def _probe(self, delta: Delta, digest: str, probe: _Probe) -> None:
         try:

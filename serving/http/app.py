@@ -15,10 +15,11 @@ from serving.http.aliases import aliases_router
 from serving.http.bodies import json_route
 from serving.http.contents import contents_router
 from serving.http.edge import Edge
-from serving.http.errors import DOCUMENTED, install_handlers
+from serving.http.errors import install_handlers
 from serving.http.generation import generation_router
 from serving.http.grants import grants_router
 from serving.http.models import models_router
+from serving.http.openapi import DescribedApp
 from serving.http.operations import operations_router
 from serving.http.pooling import pooling_router
 from serving.http.services import Services
@@ -78,11 +79,10 @@ def create_admin_app(*, tenancy: Tenancy, settings: Settings, metrics: GatewayMe
 
 def _application(metrics: GatewayMetrics) -> FastAPI:
     # no redirects: a path that is not a route is answered in the envelope
-    app = FastAPI(
+    app = DescribedApp(
         title="deltamux",
         summary="Many PEFT deltas over one frozen backbone",
         redirect_slashes=False,
-        responses=DOCUMENTED,
     )
     app.add_middleware(Edge, metrics=metrics)
     install_handlers(app)

@@ -13,8 +13,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from adapters import errors
 
@@ -75,29 +76,6 @@ _MAX_PARAM_CHARS = 80
 _FIELD = re.compile(r"\w[\w.:/@-]*")
 
 
-class ErrorBody(BaseModel):
-    """What an error says. `problems`: of an upload that was refused, each one."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-    problems: list[str] | None = None
-
-
-class ErrorEnvelope(BaseModel):
-    """The body of every answer that is an error."""
-
-    error: ErrorBody
-
-
-DOCUMENTED: dict[int | str, JsonObject] = {
-    "4XX": {"model": ErrorEnvelope, "description": "The request is refused; `code` says why."},
-    "5XX": {"model": ErrorEnvelope, "description": "The server can't answer it at present."},
-}
-"""Errors as `/openapi.json` has them, in the place of the framework's 422, which is never sent."""
-
-
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
     """A finished error: what to send, and how."""
@@ -148,14 +126,17 @@ def install_handlers(app: FastAPI) -> None:
     async def ours(_: Request, error: Exception) -> JSONResponse:
         return reply_to(error).response()
 
-    async def framework(_: Request, error: Exception) -> JSONResponse:
+    async def framework(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException), type(error)
+        headers = error.headers
+        if error.status_code == 405:  # the router names the methods of the first route of this path only
+            headers = {"allow": ", ".join(sorted(_methods(app, request.scope["path"])))}
         code = _HTTP_CODES.get(error.status_code, "http_error")
         message = _HTTP_MESSAGES.get(error.status_code, str(error.detail))
         body = _envelope(message, INVALID_REQUEST_TYPE, None, code)
         # A 413 leaves the connection open: closed under a body that is still being sent, most clients (httpx, and
         # so the SDK) report the reset and never read the answer. The server drops what still comes.
-        return JSONResponse(body, error.status_code, error.headers)
+        return JSONResponse(body, error.status_code, headers)
 
     async def validation(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), type(error)
@@ -164,6 +145,16 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(errors.DeltamuxError, ours)
     app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(RequestValidationError, validation)
+
+
+def _methods(app: FastAPI, path: str) -> set[str]:
+    """Every method that some route of `app` takes at `path`."""
+    return {
+        method
+        for route in iter_route_contexts(app.routes)
+        if route.path is not None and compile_path(route.path)[0].match(path)
+        for method in route.methods or ()
+    }
 
 
 def _envelope(message: str, kind: str, param: str | None, code: str) -> JsonObject:

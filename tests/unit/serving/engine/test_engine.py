@@ -18,12 +18,14 @@ from adapters.normal_form import (
     Delta,
     Head,
     LinearMap,
+    LowRank,
     Op,
     Rows,
     Site,
     WeightDelta,
 )
 from serving.core import FinishReason, PromptEvent, TokenEvent
+from serving.engine.deltas import PROBE_TOKENS
 from serving.model.backbone import Backbone, adopt_backbone
 from serving.model.placement import place
 from tests.cases import tiny_backbone
@@ -176,6 +178,41 @@ def test_admission_measures_the_effect_and_refuses_a_delta_without_one(backbone:
         result_of(bench.engine.admit(bad, "inf"), bench)
     assert "inf" not in bench.engine.deltas.residency
     bench.assert_nothing_held("d")
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        Affine(site=Site("v.out", 0), scale=torch.ones(16), shift=torch.zeros(16)),
+        LinearMap(site=Site("q.out", 0), blocks=torch.eye(4).repeat(1, 8, 1, 1)),
+        LowRank(read=Site("o.out", 1), write=Site("o.out", 1), A=torch.randn(4, 32), B=torch.zeros(32, 4)),
+    ],
+    ids=["scale and shift", "map", "bottleneck"],
+)
+def test_the_bare_row_of_the_probe_has_the_same_bits_as_one_with_an_idle_delta(
+    backbone: Backbone, op: Op
+) -> None:
+    bench = Bench(backbone, {})
+    idle = Delta(method="LORA", ops=(op,), backbone_digest=backbone.spec.digest)
+    with pytest.raises(InvalidDelta, match="no effect"):
+        result_of(bench.engine.admit(idle, "idle"), bench)
+
+
+def test_an_admission_costs_the_other_rows_one_forward_of_the_probe(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    forward = type(backbone).forward
+
+    def counted(self: Backbone, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(len(tokens))
+        return forward(self, tokens, *args)
+
+    monkeypatch.setattr(type(backbone), "forward", counted)
+    bench = Bench(backbone, {})
+    for seed in (1, 2, 3):
+        assert result_of(bench.engine.admit(low_rank(backbone, seed), f"d{seed}"), bench).effect > 0.05
+    assert seen == [PROBE_TOKENS] * 4
 
 
 def test_the_probe_uses_the_tokens_that_a_delta_replaces(backbone: Backbone) -> None:
