@@ -434,7 +434,7 @@ async def test_a_request_that_would_wait_in_vain_is_told_when_to_return_and_cost
         assert call.max_wait_s == 5.0
         return [(FailureEvent(error=Overloaded("Full.", retry_after_s=2.3).info()),)]
 
-    async with gateway(tmp_path, FakeBackend(script=refuse), clock=Clock(), max_wait_s=5.0) as g:
+    async with gateway(tmp_path, FakeBackend(script=refuse), clock=Clock(), first_token_timeout_s=5.0) as g:
         g.limited(tokens_per_min=100)
         with pytest.raises(openai.RateLimitError) as refused:
             await g.openai.completions.create(model=BACKBONE, prompt=PROMPT, max_tokens=7)
