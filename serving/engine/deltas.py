@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
+from adapters.normal_form import Delta, VirtualTokens
 from serving.core import AdmissionProof
 from serving.engine.runner import Runner
 from serving.engine.scheduler import NotYet
@@ -25,7 +25,7 @@ from serving.memory.residency import Residency
 from serving.metrics import EngineMetrics
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
-from serving.model.placement import place
+from serving.model.placement import max_device_bytes, place
 from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class DeltaManager:
 
         Virtual tokens need a forward pass, which the engine thread alone may run: such a delta is there at once.
         """
-        needed, capacity = self._device_bytes(delta), self.residency.budget.capacity_bytes
+        needed, capacity = max_device_bytes(delta, self.runner.backbone), self.residency.budget.capacity_bytes
         if needed > capacity:
             raise Overloaded(
                 f"The delta needs {needed} bytes of device memory, the budget is {capacity}.",
@@ -175,20 +175,6 @@ class DeltaManager:
         self._forget(digest)
         self._metrics.adapter_evictions.inc()
         self._report()
-
-    def _device_bytes(self, delta: Delta) -> int:
-        """What `place` will take: fp32 weights, and keys and values in the backbone's dtype."""
-        spec, width = self.runner.backbone.spec, self.runner.backbone.dtype.itemsize
-        prefixes = [op for op in delta.ops if isinstance(op, VirtualTokens) or _is_joint(op)]
-        entries = delta.num_virtual_tokens * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
-        in_prefixes = sum(t.numel() for i, _, t in delta.tensors() if delta.ops[i] in prefixes)
-        # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
-        doubled = sum(
-            t.numel()
-            for i, name, t in delta.tensors()
-            if name == "ids" or isinstance(delta.ops[i], LinearMap | WeightDelta | AttnPrefix)
-        )
-        return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
 
     def admit(self, delta: Delta, digest: str, proof: Future[AdmissionProof]) -> None:
         """Place `delta`, measure what it does, and tell `proof`.
@@ -317,7 +303,3 @@ def _load_error(error: BaseException, digest: str) -> DeltamuxError:
         return error
     log.error("delta %s can't be loaded", digest[:12], exc_info=error)
     return StoreError("The delta can't be loaded.", param="model", remedy="Upload it again.")
-
-
-def _is_joint(op: Op) -> bool:
-    return isinstance(op, AttnPrefix) and op.merge == "joint"

@@ -21,8 +21,10 @@ from adapters.normal_form import (
     Head,
     LinearMap,
     LowRank,
+    Op,
     Rows,
     Site,
+    VirtualTokens,
     WeightDelta,
 )
 from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
@@ -38,6 +40,7 @@ from serving.model.place_matrices import (
 )
 from serving.model.place_prefix import base_parameter, place_prefix, place_prompt
 from serving.model.programs import PlacedDelta
+from serving.model.weight_block import WeightBlock, padded_bytes, whole_pages
 
 
 def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
@@ -53,7 +56,7 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
                 f" {backbone.spec.digest[:12]}, which this server runs."
             ]
         )
-    placer = _Placer(backbone)
+    placer = _Placer(backbone, _weight_bytes(delta, backbone))
     for op in delta.ops:
         if isinstance(op, LowRank):
             placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
@@ -72,6 +75,39 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
     return placed
+
+
+def max_device_bytes(delta: Delta, backbone: Backbone) -> int:
+    """The most that `place` takes: fp32 weights, and keys and values in the backbone's dtype."""
+    spec, entries = backbone.spec, 0
+    if any(isinstance(op, VirtualTokens) or _is_joint(op) for op in delta.ops):
+        entries = delta.num_virtual_tokens * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
+    return whole_pages(_weight_bytes(delta, backbone)) + entries * backbone.dtype.itemsize
+
+
+def _weight_bytes(delta: Delta, backbone: Backbone) -> int:
+    """Bytes of a block that has room for all but keys and values, whatever the folds make of them."""
+    total, shared = 0, set()
+    for index, name, tensor in delta.tensors():
+        op = delta.ops[index]
+        if isinstance(op, VirtualTokens) or _is_joint(op):
+            continue
+        joins = isinstance(op, LowRank) and len(backbone.spec.writer[op.write][0].writes) > 1 and name != "A"
+        if isinstance(op, LowRank | LinearMap) and not joins:  # copied once, however many ops share it
+            if id(tensor) in shared:
+                continue
+            shared.add(id(tensor))
+        doubled = (
+            name in {"ids", "indices", "order", "reflections"}  # int64; a pair of factors
+            or isinstance(op, Affine | AttnPrefix)  # scale and shift; projections
+            or (isinstance(op, WeightDelta) and op.layout == "circulant")  # spectra
+        )
+        total += padded_bytes((8 if doubled else 4) * tensor.numel())
+    return total
+
+
+def _is_joint(op: Op) -> bool:
+    return isinstance(op, AttnPrefix) and op.merge == "joint"
 
 
 def _placed(delta: Delta, digest: str, modules: Mapping[int, PlacedModule], placer: _Placer) -> PlacedDelta:
@@ -118,9 +154,12 @@ def _general_modules(modules: Mapping[int, PlacedModule], backbone: Backbone) ->
 
 
 class _Placer:
-    """Collects the ops of one delta by module and copies their tensors, shared ones once."""
+    """Collects the ops of one delta by module and copies their tensors, shared ones once.
 
-    def __init__(self, backbone: Backbone) -> None:
+    On CPU into one block of `weight_bytes`, those of a module side by side.
+    """
+
+    def __init__(self, backbone: Backbone, weight_bytes: int) -> None:
         self.backbone = backbone
         self.spec = backbone.spec
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
@@ -130,7 +169,7 @@ class _Placer:
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
         self.invoked: set[int] = set()  # ids of the weights that act only from the invocation on
-        self.device_bytes = 0
+        self._block = WeightBlock(weight_bytes) if backbone.device.type == "cpu" else None
         self._copies: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
     def to_device(
@@ -140,18 +179,28 @@ class _Placer:
         key = (id(tensor), dtype, transpose)
         if key not in self._copies:
             source = tensor.t() if transpose else tensor
-            copy = source.to(self.backbone.device, dtype, copy=True).contiguous()
+            if self._block is not None:
+                copy = self._block.take(source.shape, dtype).copy_(source)
+            else:
+                copy = source.to(self.backbone.device, dtype, copy=True).contiguous()
             self._copies[key] = (tensor, copy)  # the source too: a freed tensor's id comes back
-            self.device_bytes += copy.nbytes
         return self._copies[key][1]
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of memory that the copies take."""
+        if self._block is not None:
+            return self._block.taken_bytes
+        return sum(copy.nbytes for _, copy in self._copies.values())
+
     def modules(self) -> dict[int, PlacedModule]:
+        """What was collected, each kind placed in the order in which the modules run."""
         placed: dict[int, PlacedModule] = defaultdict(PlacedModule)
-        for path, ops in self.low_ranks.items():
+        for path, ops in sorted(self.low_ranks.items(), key=lambda item: self.index[item[0]]):
             module = self.spec.by_path[path]
             for op, part in _join_fused(ops, module):
                 self._place_low_rank(placed[self.index[path]], op, part, module)
-        for (site, side), affines in self.affines.items():
+        for (site, side), affines in sorted(self.affines.items(), key=lambda item: self._writer(item[0][0])):
             module, part = self.spec.writer[site]
             target = placed[self.index[module.path]]
             if side == "input":
@@ -160,7 +209,7 @@ class _Placer:
                 target.inputs.append(self._affine(scale, shift, 0, module.shape.d_in))
             else:
                 self._place_output_affines(target, affines, module, part)
-        for matrix in self.matrices:
+        for matrix in sorted(self.matrices, key=lambda op: self._writer(op.site)):
             module, part = self.spec.writer[matrix.site]
             self._place_matrix(placed[self.index[module.path]], matrix, part, module)
         for prompt in self.prompts:
@@ -169,6 +218,9 @@ class _Placer:
                 place_prompt(prompt, self.backbone, self.to_device)
             )
         return dict(placed)
+
+    def _writer(self, site: Site) -> int:
+        return self.index[self.spec.writer[site][0].path]
 
     def _place_matrix(
         self, target: PlacedModule, op: LinearMap | WeightDelta | Rows | Head, part: Slice, module: ModuleSpec

@@ -17,6 +17,7 @@ from serving.engine import deltas as deltas_module
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from serving.engine.runner import RowLogits
 from serving.model.backbone import Backbone
+from serving.model.weight_block import whole_pages
 from tests.unit.serving.engine.engine_support import BLOCK_BYTES, Bench, low_rank, prompt_tuning, tiny
 
 PROMPT = [(5 * i + i * i) % 97 for i in range(3 * BLOCK_TOKENS + 7)]
@@ -310,7 +311,7 @@ def test_unloading_waits_for_a_delta_that_is_being_placed(
     assert not freed.done()
     gate.set()
     bench.run(until=lambda: freed.done() and not bench.engine._live)
-    assert freed.result() == deltas["lora"].size_bytes
+    assert freed.result() == whole_pages(deltas["lora"].size_bytes)
     assert bench.terminal("cold").finish_reason == FinishReason.ERROR
     assert bench.engine.budget.used_by("deltas") == 0
 
