@@ -26,7 +26,8 @@ from serving.memory.residency import Residency
 from serving.metrics import EngineMetrics
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
-from serving.model.placement import max_device_bytes, place
+from serving.model.placed_size import max_device_bytes
+from serving.model.placement import place
 from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 
 log = logging.getLogger(__name__)

@@ -76,6 +76,7 @@ class EncodedDelta:
     after: EncodedPhase
     taps: frozenset[int]
     weights: tuple[Tensor, ...]
+    num_weights: int
 
 
 class CpuRows:
@@ -116,7 +117,9 @@ class CpuRows:
                 *(_low_rank(w, ADD_FROM_OUTPUT, weights) for w in ops.sequential),
             ]
         read = frozenset(taps[site] for ops in modules.values() for site, _ in ops.remote)
-        return EncodedDelta(_phase(before), _phase(after), read, tuple(weights))
+        return EncodedDelta(
+            _phase(before), _phase(after), read, tuple(weights), sum(t.numel() for t in weights)
+        )
 
     def bind(self, segments: Sequence[FusedSegment]) -> CpuBatch:
         """See `FusedRows`."""
@@ -130,7 +133,9 @@ class CpuBatch:
         self._run = kernels.run
         self._threads = torch.get_num_threads()
         if self._threads > 1:
-            segments = [piece for segment in segments for piece in _pieces(segment)]
+            # largest first: threads take them in this order, and who comes last should have little left
+            ordered = sorted(segments, key=lambda segment: segment.encoded.num_weights, reverse=True)
+            segments = [piece for segment in ordered for piece in _pieces(segment)]
         encoded: list[EncodedDelta] = [segment.encoded for segment in segments]
         self._encoded = encoded
         self._before = _table(segments, [delta.before for delta in encoded])

@@ -103,7 +103,7 @@ Ahead beginning(const Op& op) {
   }
 }
 
-// What is read after rows [0, r) of `rows` of `size` floats each, or `after` them all.
+// What is read when row r of `rows`, of `size` floats each, is next; `after` where there is none left.
 Ahead following(const float* base, int32_t r, int32_t rows, int64_t size, Ahead after) {
   return r < rows ? Ahead{base + r * size, std::min(GROUP, rows - r) * size} : after;
 }
@@ -196,11 +196,17 @@ void low_rank(const Op& op, const Rows& y, const Rows& x, int32_t count, std::ve
   }
 }
 
-void affine(const Op& op, const Rows& y, int32_t count) {
-  const int32_t columns = op.stop - op.start;
+void affine(const Op& op, const Rows& y, int32_t count, Ahead after) {
+  const int64_t columns = op.stop - op.start;
   for (int32_t t = 0; t < count; ++t) {
     float* out = y.row(t) + op.start;
-    for (int32_t c = 0; c < columns; ++c) {
+    const int64_t rest = each_vector<GROUP>(columns, t == 0 ? after : Ahead{}, [&](int64_t c) {
+      Vector v = load_vector(out + c);
+      if (op.a) v *= load_vector(op.a + c);
+      if (op.b) v += load_vector(op.b + c);
+      store_vector(out + c, v);
+    });
+    for (int64_t c = rest; c < columns; ++c) {
       const float scaled = op.a ? out[c] * op.a[c] : out[c];
       out[c] = op.b ? scaled + op.b[c] : scaled;
     }
@@ -309,7 +315,7 @@ void run_segment(const Segment& segment, int32_t module, const Matrix& y, const 
         low_rank(*op, out, Rows(taps[op->tap], segment.start, segment.stop), count, scratch, then);
         break;
       case ADD_FROM_OUTPUT: low_rank(*op, out, out, count, scratch, then); break;
-      case AFFINE: affine(*op, out, count); break;
+      case AFFINE: affine(*op, out, count, then); break;
       case BLOCKS: blocks(*op, out, count, scratch); break;
     }
   }

@@ -21,10 +21,8 @@ from adapters.normal_form import (
     Head,
     LinearMap,
     LowRank,
-    Op,
     Rows,
     Site,
-    VirtualTokens,
     WeightDelta,
 )
 from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
@@ -39,8 +37,9 @@ from serving.model.place_matrices import (
     place_weight_delta,
 )
 from serving.model.place_prefix import base_parameter, place_prefix, place_prompt
+from serving.model.placed_size import weight_bytes
 from serving.model.programs import PlacedDelta
-from serving.model.weight_block import WeightBlock, padded_bytes, whole_pages
+from serving.model.weight_block import WeightBlock
 
 
 def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
@@ -56,7 +55,7 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
                 f" {backbone.spec.digest[:12]}, which this server runs."
             ]
         )
-    placer = _Placer(backbone, _weight_bytes(delta, backbone))
+    placer = _Placer(backbone, weight_bytes(delta, backbone))
     for op in delta.ops:
         if isinstance(op, LowRank):
             placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
@@ -75,39 +74,6 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
     return placed
-
-
-def max_device_bytes(delta: Delta, backbone: Backbone) -> int:
-    """The most that `place` takes: fp32 weights, and keys and values in the backbone's dtype."""
-    spec, entries = backbone.spec, 0
-    if any(isinstance(op, VirtualTokens) or _is_joint(op) for op in delta.ops):
-        entries = delta.num_virtual_tokens * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
-    return whole_pages(_weight_bytes(delta, backbone)) + entries * backbone.dtype.itemsize
-
-
-def _weight_bytes(delta: Delta, backbone: Backbone) -> int:
-    """Bytes of a block that has room for all but keys and values, whatever the folds make of them."""
-    total, shared = 0, set()
-    for index, name, tensor in delta.tensors():
-        op = delta.ops[index]
-        if isinstance(op, VirtualTokens) or _is_joint(op):
-            continue
-        joins = isinstance(op, LowRank) and len(backbone.spec.writer[op.write][0].writes) > 1 and name != "A"
-        if isinstance(op, LowRank | LinearMap) and not joins:  # copied once, however many ops share it
-            if id(tensor) in shared:
-                continue
-            shared.add(id(tensor))
-        doubled = (
-            name in {"ids", "indices", "order", "reflections"}  # int64; a pair of factors
-            or isinstance(op, Affine | AttnPrefix)  # scale and shift; projections
-            or (isinstance(op, WeightDelta) and op.layout == "circulant")  # spectra
-        )
-        total += padded_bytes((8 if doubled else 4) * tensor.numel())
-    return total
-
-
-def _is_joint(op: Op) -> bool:
-    return isinstance(op, AttnPrefix) and op.merge == "joint"
 
 
 def _placed(delta: Delta, digest: str, modules: Mapping[int, PlacedModule], placer: _Placer) -> PlacedDelta:

@@ -25,7 +25,8 @@ from adapters.normal_form import (
 )
 from serving.core import FinishReason, PromptEvent, TokenEvent
 from serving.model.backbone import Backbone, adopt_backbone
-from serving.model.placement import max_device_bytes, place
+from serving.model.placed_size import max_device_bytes
+from serving.model.placement import place
 from serving.model.weight_block import whole_pages
 from tests.cases import tiny_backbone
 from tests.unit.serving.engine.engine_support import BLOCK_BYTES, Bench, low_rank, prompt_tuning, tiny

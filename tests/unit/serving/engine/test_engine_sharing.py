@@ -17,7 +17,7 @@ from serving.engine import deltas as deltas_module
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from serving.engine.runner import RowLogits
 from serving.model.backbone import Backbone
-from serving.model.placement import max_device_bytes
+from serving.model.placed_size import max_device_bytes
 from serving.model.weight_block import whole_pages
 from tests.unit.serving.engine.engine_support import BLOCK_BYTES, Bench, low_rank, prompt_tuning, tiny
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from adapters.normal_form import Delta, LowRank, Site
-from serving.model.placement import max_device_bytes, place
+from serving.model.placed_size import max_device_bytes
+from serving.model.placement import place
 from serving.model.weight_block import ALIGNMENT, HUGE_PAGE, WeightBlock, padded_bytes, whole_pages
 from tests.unit.serving.engine.engine_support import tiny
 
