@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -35,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     command = parser.parse_args(given[:1]).command
+    if (
+        command != "http"
+    ):  # threads wait as a replica's do, unless the caller says otherwise; read when torch is loaded
+        for name, value in import_module("serving.deployments.environment").WAITING_THREADS.items():
+            os.environ.setdefault(name, value)
     import_module(COMMANDS[command][0]).main(given[1:])
 
 

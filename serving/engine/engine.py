@@ -134,6 +134,7 @@ class Engine:
 
     def step(self) -> bool:
         """Run one batch. False when there was nothing to run."""
+        self.deltas.start_step()
         self._serve_inbox()
         rows, failed = self.scheduler.schedule()
         for seq, error in failed:
