@@ -35,6 +35,9 @@ READERS: Mapping[str | None, Reader] = {
     "reft": read_reft,
 }
 
+TOP = "config."
+"""Path of the outermost config in messages."""
+
 REFUSED: Mapping[str, str] = {
     "mtl_lora": "multi-task LoRA takes the task with each request. Train one LoRA for each task",
     "prompt_tuning": "AdapterHub puts its prompts behind the norm of an encoder's embeddings, which is not served, and "
@@ -75,7 +78,7 @@ def read_adapterhub(
         release=release(top["version"]) or (0, 0),
         model_class=top["model_class"] or "",
     )
-    part = _read(nested, "config.", stored)
+    part = _read(nested, TOP, stored)
     if part is None:
         return None
     method, ops = part
@@ -86,13 +89,13 @@ def read_adapterhub(
 
 def _read(nested: Mapping[str, Any], path: str, stored: Stored) -> Part | None:
     architecture = nested.get("architecture")
-    if architecture == "union":
+    if architecture == "union" and path == TOP:  # the library looks for methods in the outermost one only
         return _read_union(nested, path, stored)
     reader = READERS.get(architecture) if architecture is None or isinstance(architecture, str) else None
     if reader is None:
         why = (
             REFUSED.get(architecture, "supported: lora, prefix_tuning, reft, union, and none for bottlenecks")
-            if (isinstance(architecture, str))
+            if isinstance(architecture, str)
             else "expected a string or null"
         )
         stored.problems.add(

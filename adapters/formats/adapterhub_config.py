@@ -167,7 +167,7 @@ BOTTLENECK: Mapping[str, Rule] = {
 }
 
 PHM: Mapping[str, Rule] = {
-    "phm_dim": Rule(is_int(1, 1 << 10), "a positive integer", used=True, default=4),
+    "phm_dim": Rule(is_int(1, 64), "1 to 64", used=True, default=4),
     "phm_rank": Rule(is_int(1, 1 << 20), "a positive integer", used=True, default=1),
     "phm_bias": _switch(default=True),
     "factorized_phm_W": _switch(default=True),

@@ -5,8 +5,8 @@ Format: `adapters` 1.3.0. Keys `invertible_adapters.{n}.{F,G}.{0,2}.{weight,bias
     a' = a + F(b);  b' = b + G(a');  e' = [a', b']      F(x) = W2 f(W0 x + b0) + b2, likewise G
 
 at the embeddings that enter the first layer. The inverse, b = b' - G(a') and then a = a' - F(b), runs before the
-language model head only in the library's own model classes (`…AdapterModel`). Source: `NICECouplingBlock` there; Dinh
-et al. "NICE" section 3; Pfeiffer et al. "MAD-X" section 3.3.
+language model head only in the library's own model classes (`…AdapterModel`); what encoders answer needs none. Source:
+`NICECouplingBlock` there; Dinh et al. "NICE" section 3; Pfeiffer et al. "MAD-X" section 3.3.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read_invertible(raw: Mapping[str, Any], path: str, stored: Stored) -> Iterat
         )
 
     yield from (step(entrance, factors, 1.0) for factors in steps)
-    if stored.model_class.endswith(UNDOES):
+    if stored.model_class.endswith(UNDOES) and stored.spec.kind == "decoder":
         yield from (step(Site("final"), factors, -1.0) for factors in reversed(steps))
 
 

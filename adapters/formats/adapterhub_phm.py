@@ -67,9 +67,9 @@ class Phm:
         rule = self._rule(stem, stored)
         if bias is None or weights is None or rule is None:
             return None
-        expanded = sum(torch.kron(rule[k], weights[k]) for k in range(m))
-        assert isinstance(expanded, Tensor)
-        return expanded.t().contiguous().float(), bias.get("b")
+        # [in, out] of the sum of Kronecker products, transposed
+        expanded = torch.einsum("kab,kij->bjai", rule, weights).reshape(d_out, d_in)
+        return expanded.float(), bias.get("b")
 
     def _weights(self, stem: str, side: Side, rows: int, columns: int, stored: Stored) -> Tensor | None:
         m, q = self.config["phm_dim"], self.config["phm_rank"]

@@ -262,6 +262,7 @@ def test_copies_of_a_prefix_must_agree() -> None:
         ("llama", "seq_bn_inv", "inv_adapter_reduction_factor", 0, "a positive number"),
         ("llama", "mam", "configs", [], "a list of 1 to 16 objects"),
         ("llama", "mam", "configs", [{"architecture": "fusion"}], "config.configs[0].architecture"),
+        ("llama", "mam", "configs", [{"architecture": "union", "configs": []}], "'union' is not served"),
     ],
 )
 def test_configs_are_refused_by_key(family: Family, name: str, key: str, value: object, said: str) -> None:
