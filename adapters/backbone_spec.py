@@ -11,6 +11,7 @@ from typing import Any, Literal
 from adapters.normal_form import Site
 
 ModuleKind = Literal["linear", "conv1d", "norm", "embedding", "layer"]
+BackboneKind = Literal["decoder", "encoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class BackboneSpec:
     served exactly. Widths: H `num_kv_heads`, D `head_dim`.
     `tied_embeddings`: the head's weight is the embedding. `sees_queries`: the engine runs the attention and sees its
     queries; `free_positions`: position ids are given to the forward, not counted by it. Both depend on the layout that
-    serves the backbone.
+    serves the backbone. `kind`: a decoder sees what came before and generates; an encoder sees whole rows, at once.
+    `first_position`: the position id of a row's first token.
     """
 
     name: str
@@ -69,6 +71,8 @@ class BackboneSpec:
     tied_embeddings: bool = False
     sees_queries: bool = True
     free_positions: bool = True
+    kind: BackboneKind = "decoder"
+    first_position: int = 0
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleSpec]:
@@ -79,6 +83,14 @@ class BackboneSpec:
     def writer(self) -> Mapping[Site, tuple[ModuleSpec, Slice]]:
         """The module and output columns that produce each site's value."""
         return {part.site: (module, part) for module in self.modules for part in module.writes}
+
+    def norm_around(self, write: Site, read: Site) -> ModuleSpec | None:
+        """The norm that reads `write` and puts out `read`, if there is one."""
+        module, part = self.writer.get(read, (None, None))
+        whole = (
+            module is not None and part is not None and module.shape.kind == "norm" and module.read == write
+        )
+        return module if whole else None
 
     @cached_property
     def site_width(self) -> Mapping[Site, int]:

@@ -3,7 +3,8 @@
 Tensors are named by the sha256 of their content, so equal tensors are stored once and the bytes do not depend on
 op order or on names in the upload. The manifest lists the ops with tensor names in place of tensors.
 Format: manifest `{"format": "deltamux/1", "method", "task", "backbone_digest", "position_offset", "labels",
-"lineage", "typology", "ops": [{"kind", ...}]}`, keys sorted, UTF-8, no whitespace.
+"lineage", "typology", "ops": [{"kind", ...}], "head"}`, keys sorted, UTF-8, no whitespace; `head` only where there is
+one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
-    FromInvocation,
     Head,
     LinearMap,
     LowRank,
@@ -35,6 +35,8 @@ from adapters.normal_form import (
     VirtualTokens,
     WeightDelta,
 )
+from adapters.positions import FirstTokens, FromInvocation, LastTokens, Positions
+from adapters.tasks import HeadSpec
 from adapters.tensor_files import bytes_of, file_head, pieces, views_of_file
 
 FORMAT = "deltamux/1"
@@ -74,6 +76,13 @@ def digest_of(manifest: bytes, tensors: bytes | bytearray) -> str:
     total = _digest_of_head(manifest, len(tensors))
     total.update(tensors)
     return total.hexdigest()
+
+
+def digest_of_files(manifest: Path, tensors: Path) -> str:
+    """`digest_of` of two files; the tensors are read piece by piece."""
+    total = _digest_of_head(manifest.read_bytes(), tensors.stat().st_size)
+    with tensors.open("rb") as file:
+        return hashlib.file_digest(file, lambda: total).hexdigest()
 
 
 def _digest_of_head(manifest: bytes, num_tensor_bytes: int) -> hashlib._Hash:
@@ -131,7 +140,7 @@ def _manifest(delta: Delta, stored: dict[str, Tensor], between: Callable[[], Non
         "lineage": dict(delta.lineage),
         "typology": typology(delta) | {"num_parameters": sum(tensor.numel() for tensor in stored.values())},
         "ops": ops,
-    }
+    } | ({} if delta.head is None else {"head": _head_to_json(delta.head)})
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -162,6 +171,7 @@ def delta_of(manifest: bytes, stored: Mapping[str, Tensor]) -> Delta:
             task=str(raw["task"]),
             backbone_digest=str(raw["backbone_digest"]),
             position_offset=int(raw["position_offset"]),
+            head=_head_from_json(raw.get("head")),
             labels=_string_map(raw["labels"]),
             lineage=_string_map(raw["lineage"]),
             ops=tuple(_op_from_json(item, stored) for item in raw["ops"]),
@@ -222,6 +232,8 @@ def _op_to_json(op: Op, stored: dict[str, Tensor], between: Callable[[], None]) 
             item[spec.name] = str(value)
         elif isinstance(value, FromInvocation):
             item[spec.name] = {"from_invocation": list(value.tokens)}
+        elif isinstance(value, FirstTokens | LastTokens):
+            item[spec.name] = {_COUNTED[type(value)]: value.count}
         elif value is not None:
             item[spec.name] = value
     return item
@@ -244,16 +256,49 @@ def _op_from_json(item: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Op:
             values[spec.name] = stored[value]
         elif declared == "Site":
             values[spec.name] = Site.parse(value)
-        elif "FromInvocation" in declared:
-            ((name, tokens),) = value.items()
-            if name != "from_invocation" or not isinstance(tokens, list):
-                raise ValueError(f"{spec.name}, expected a from_invocation list")
-            values[spec.name] = FromInvocation(tuple(tokens))
+        elif "Positions" in declared:
+            values[spec.name] = _positions_from_json(spec.name, value)
         else:
             values[spec.name] = value
     if unknown := set(item) - {spec.name for spec in fields(cls)} - {"kind"}:
         raise ValueError(f"unknown keys {sorted(unknown)} in a {kind.value} op")
     return cls(**values)
+
+
+_COUNTED: Mapping[type[FirstTokens | LastTokens], str] = {
+    FirstTokens: "first_tokens",
+    LastTokens: "last_tokens",
+}
+
+
+def _positions_from_json(field: str, item: Mapping[str, Any]) -> Positions:
+    ((name, value),) = item.items()
+    if (
+        name == "from_invocation"
+        and isinstance(value, list)
+        and all(isinstance(token, int) for token in value)
+    ):
+        return FromInvocation(tuple(value))
+    for cls, counted in _COUNTED.items():
+        if name == counted and type(value) is int:
+            return cls(value)
+    raise ValueError(f"{field}, expected a from_invocation list, or a number of first_tokens or last_tokens")
+
+
+def _head_to_json(head: HeadSpec) -> dict[str, Any]:
+    """What differs from the defaults, so that a field that is added later changes no digest."""
+    given = {spec.name: (getattr(head, spec.name), spec.default) for spec in fields(HeadSpec)}
+    found = {name: value for name, (value, default) in given.items() if value != default}
+    return found | ({"labels": list(head.labels)} if head.labels else {})
+
+
+def _head_from_json(raw: object) -> HeadSpec | None:
+    if raw is None:
+        return None
+    known = {spec.name for spec in fields(HeadSpec)}
+    if not isinstance(raw, dict) or not set(raw) <= known or not isinstance(raw.get("labels", []), list):
+        raise ValueError(f"head, expected an object with {', '.join(sorted(known))}")
+    return HeadSpec(**raw | {"labels": tuple(raw.get("labels", []))})
 
 
 def _content_name(tensor: Tensor) -> str:

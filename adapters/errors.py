@@ -4,6 +4,7 @@
     ├── InvalidRequest            the caller's input is wrong; nothing was done
     │   ├── InvalidReference      a model reference does not parse
     │   ├── ContextLengthExceeded prompt + max_tokens do not fit the backbone
+    │   ├── InvalidSignature      an upload that is unsigned where it must be, or signed wrongly
     │   ├── InvalidDelta          an upload that can't be served exactly; lists every problem
     │   └── PayloadTooLarge       a body or file over its limit
     ├── Unauthenticated           no key, or one that is not valid
@@ -27,18 +28,19 @@ They cross process borders as `ErrorInfo`, never as pickled exceptions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorInfo:
-    """An error as plain values: class name, message, field, remedy and, for uploads, every problem."""
+    """An error as plain values: class name, message, field, remedy; every problem of an upload; when to try again."""
 
     kind: str
     message: str
     param: str | None = None
     remedy: str | None = None
     problems: tuple[str, ...] = ()
+    retry_after_s: float | None = None
 
 
 class DeltamuxError(Exception):
@@ -88,6 +90,10 @@ class InvalidDelta(InvalidRequest):
         return ErrorInfo(type(self).__name__, self.message, self.param, self.remedy, self.problems)
 
 
+class InvalidSignature(InvalidRequest):
+    """An upload that is not signed though its tenant demands it, or whose signature is not a signer's."""
+
+
 class PayloadTooLarge(InvalidRequest):
     """A body, file or header is over its limit."""
 
@@ -117,11 +123,7 @@ class InProgress(Conflict):
 
 
 class Overloaded(DeltamuxError):
-    """A bounded queue or budget is full; the same request may pass later."""
-
-
-class RateLimited(Overloaded):
-    """The tenant has used its share for now. `retry_after_s`: when the same request would pass."""
+    """A bounded queue or budget is full; the same request may pass after `retry_after_s`."""
 
     def __init__(
         self,
@@ -133,6 +135,13 @@ class RateLimited(Overloaded):
     ) -> None:
         super().__init__(message, param=param, remedy=remedy)
         self.retry_after_s = retry_after_s
+
+    def info(self) -> ErrorInfo:
+        return replace(super().info(), retry_after_s=self.retry_after_s)
+
+
+class RateLimited(Overloaded):
+    """The tenant has used its share for now."""
 
 
 class QuotaExceeded(Overloaded):
@@ -167,4 +176,6 @@ def from_info(info: ErrorInfo) -> DeltamuxError:
     kind = _tree(DeltamuxError)[info.kind]
     if issubclass(kind, InvalidDelta):
         return kind(info.problems, param=info.param, remedy=info.remedy)
+    if issubclass(kind, Overloaded) and info.retry_after_s is not None:
+        return kind(info.message, retry_after_s=info.retry_after_s, param=info.param, remedy=info.remedy)
     return kind(info.message, param=info.param, remedy=info.remedy)

@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from adapters.normal_form import Head, Layout, LinearMap, Rows, WeightDelta
+from adapters.normal_form import SCORES, Head, Layout, LinearMap, Rows, WeightDelta
 from adapters.op_checks import LINEAR_KINDS, OpChecker, width_of
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -109,13 +109,11 @@ def rows(checker: OpChecker, op: Rows) -> None:
     if op.site.name not in ROWS_KINDS:
         checker.add("rows are replaced only at embed and logits.")
         return
-    target = checker.target(op.site, ROWS_KINDS[op.site.name])
-    if target is not None and target[0].shape.has_bias:
-        checker.add("the module has a bias, which replaced rows would lose.")
+    checker.target(op.site, ROWS_KINDS[op.site.name])
     count = _size(op.rows, 0)
     if count < 1:
         checker.add("rows: expected at least one.")
-    checker.tensor("rows", op.rows, (count, checker.spec.hidden_size))
+    checker.tensor("rows", op.rows, (count, checker.spec.modules[0].shape.d_out))
     if not _indices(checker, "ids", op.ids, (count,)) or count < 1:
         return
     if not (int(op.ids.min()) >= 0 and int(op.ids.max()) < checker.spec.vocab_size):
@@ -125,15 +123,20 @@ def rows(checker: OpChecker, op: Rows) -> None:
 
 
 def head(checker: OpChecker, op: Head) -> None:
-    """Check one Head."""
+    """Check one Head at `logits`; the stages of a task head are checked together (`head_checks`)."""
+    if op.site == SCORES:
+        return
     if op.site.name != "logits":
-        checker.add("a head is executed only at logits.")
+        checker.add("a head is executed only at logits and scores.")
         return
     target = checker.target(op.site, LINEAR_KINDS)
     width = width_of(target)
     checker.tensor("weight", op.weight, (width, None if target is None else target[0].shape.d_in))
     if op.bias is not None:
         checker.tensor("bias", op.bias, (width,))
+    for name in ("activation", "norm_weight", "norm_bias", "norm_eps", "class_means", "precision"):
+        if getattr(op, name) is not None:
+            checker.add(f"{name}: belongs to a stage of a task head, at scores.")
 
 
 def _indices(checker: OpChecker, name: str, tensor: object, expected: tuple[int | None, ...]) -> bool:

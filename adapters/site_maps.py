@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from adapters.backbone_spec import BackboneSpec, ModuleShape, ModuleSpec, Slice
+from adapters.backbone_spec import BackboneKind, BackboneSpec, ModuleShape, ModuleSpec, Slice
 from adapters.errors import BackboneRefused
 from adapters.normal_form import Site
 from adapters.site_maps_early import EARLY_MAPS, EARLY_REQUIRED, falcon_kv_heads
+from adapters.site_maps_encoders import ENCODER_MAPS, ENCODER_REQUIRED, first_position
 from adapters.site_rows import Config, Required, Row, SiteMap
 
 # Rows that many architectures share.
@@ -55,6 +56,7 @@ _FOUR_NORMS = (
 
 SITE_MAPS: Mapping[str, SiteMap] = {
     **EARLY_MAPS,
+    **ENCODER_MAPS,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -83,6 +85,7 @@ SITE_MAPS: Mapping[str, SiteMap] = {
     ),
     "gpt2": (
         Row("transformer.wte", None, ("embed",)),
+        Row("transformer.drop", "embed.sum", ("embed.post",)),
         Row("transformer.h.*", "attn.r", ("layer.out",)),
         Row("transformer.h.*.ln_1", "attn.r", ("attn.x",)),
         Row("transformer.h.*.attn.c_attn", "attn.x", ("q.out", "k.out", "v.out")),
@@ -125,6 +128,7 @@ SITE_MAPS: Mapping[str, SiteMap] = {
 
 REQUIRED: Mapping[str, Mapping[str, Required]] = {
     **EARLY_REQUIRED,
+    **ENCODER_REQUIRED,
     "opt": {"do_layer_norm_before": Required(True, "its norms then follow the blocks")},
 }
 """Config values that a map is written for."""
@@ -141,12 +145,25 @@ UNBOUNDED_POSITIONS = 2048
 COMMON_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 """Attributes that transformers configs have under these names, whatever the architecture's own spelling."""
 
-ONCE = frozenset({"embed", "final.pre", "final", "logits"})
+ONCE = frozenset(
+    {
+        "embed",
+        "embed.sum",
+        "embed.post",
+        "embed.wide",
+        "final.pre",
+        "final",
+        "logits",
+        "mlm.x",
+        "pooled.x",
+        "pooled",
+    }
+)
 
 
 def build_spec(
     config: Config,
-    shape_of: Callable[[str], ModuleShape],
+    shape_of: Callable[[str], ModuleShape | None],
     *,
     name: str,
     digest: str,
@@ -155,7 +172,7 @@ def build_spec(
     """The spec of one backbone from its transformers config and its modules' shapes.
 
     `config` has `COMMON_NAMES` beside the architecture's own keys. `shape_of(path)` describes the live module at
-    `path`. Raises BackboneRefused where no site map fits.
+    `path`, None where there is none. Raises BackboneRefused where no site map fits.
     """
     model_type = config["model_type"]
     rows = SITE_MAPS.get(model_type)
@@ -170,10 +187,19 @@ def build_spec(
     head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
     num_kv_heads = KV_HEADS.get(model_type, _kv_heads)(config)
     modules: list[ModuleSpec] = []
+    kind: BackboneKind = "encoder" if model_type in ENCODER_MAPS else "decoder"
     for row in rows if isinstance(rows, tuple) else rows(config):
         for layer in range(num_layers) if "*" in row.path else (-1,):
             path = row.path.replace("*", str(layer))
             shape = shape_of(path)
+            if shape is None and row.optional:
+                continue
+            if shape is None:
+                raise BackboneRefused(
+                    f"The backbone has no module {path!r}, which its site map names.",
+                    param="backbone",
+                    remedy="This variant of the architecture is not served yet.",
+                )
             sizes = _part_sizes(row.writes, shape.d_out, num_heads * head_dim, num_kv_heads * head_dim)
             start, parts = 0, []
             for site_name, size in zip(row.writes, sizes, strict=True):
@@ -182,7 +208,7 @@ def build_spec(
             read = None if row.read is None else _site(row.read, layer)
             modules.append(ModuleSpec(path, read, tuple(parts), shape))
     embed = modules[0].shape
-    if embed.d_out != config["hidden_size"]:
+    if embed.d_out != config["hidden_size"] and kind == "decoder":
         raise BackboneRefused(
             f"{model_type} with token embeddings of width {embed.d_out} in a model of width {config['hidden_size']} is "
             "not served.",
@@ -199,9 +225,11 @@ def build_spec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=_max_positions(config),
+        max_positions=_max_positions(config) - first_position(config),
         modules=tuple(modules),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
+        kind=kind,
+        first_position=first_position(config),
     )
 
 

@@ -12,11 +12,15 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One module: path template, the site it reads (None: token ids), the sites it writes."""
+    """One module: path template, the site it reads (None: token ids), the sites it writes.
+
+    `optional`: not every model of the architecture has it.
+    """
 
     path: str
     read: str | None
     writes: tuple[str, ...]
+    optional: bool = False
 
 
 SiteMap = tuple[Row, ...] | Callable[[Config], tuple[Row, ...]]

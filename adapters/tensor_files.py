@@ -56,6 +56,13 @@ class MappedFile:
         self.buffer.madvise(mmap.MADV_DONTNEED)
 
 
+def let_go_of(files: Mapping[str, bytes | MappedFile]) -> None:
+    """Take the pages of every mapped one out of this process."""
+    for file in files.values():
+        if isinstance(file, MappedFile):
+            file.let_go()
+
+
 def views(buffer: bytearray | mmap.mmap, header: Mapping[str, Any], start: int) -> dict[str, Tensor]:
     """The tensors that `header` lists in `buffer`, whose data begins at `start`; nothing is copied.
 

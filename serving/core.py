@@ -6,12 +6,14 @@ Generate: `http` builds a `GenerateCall` -> the backend tokenises it into a `Req
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from adapters.errors import ErrorInfo, InvalidRequest
+from adapters.tasks import ProblemType, Task
 
 BASE = None
 """The adapter digest of a request that runs on the bare backbone."""
@@ -85,6 +87,43 @@ class SamplingParams:
             )
 
 
+ROUTES: Mapping[Task, str] = {
+    Task.CAUSAL_LM: "/v1/completions",
+    Task.SEQUENCE_CLASSIFICATION: "/v1/classify",
+    Task.TOKEN_CLASSIFICATION: "/v1/token_classify",
+    Task.QUESTION_ANSWERING: "/v1/question_answer",
+    Task.EMBEDDING: "/v1/embeddings",
+    Task.FILL_MASK: "/v1/fill_mask",
+}
+"""Where each task is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingParams:
+    """What is asked of a prompt in place of generated tokens: the answer of a task head.
+
+    `text_pair`: a second text that the tokenizer joins to the prompt. `truncate_prompt_tokens`: cut the prompt to so
+    many tokens, -1 for as many as fit, None to refuse what does not fit. `dimensions`: of an embedding, its first so
+    many, normalised again. `num_labels`: how many the head must have. `top_k`: choices for each mask; `targets`: the
+    tokens, as text, that may be chosen. Raises InvalidRequest naming the field that is out of range.
+    """
+
+    task: Task
+    text_pair: str | None = None
+    truncate_prompt_tokens: int | None = None
+    dimensions: int | None = None
+    num_labels: int | None = None
+    top_k: int = 1
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            _within("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 1 << 20)
+        if self.dimensions is not None:
+            _within("dimensions", self.dimensions, 1, 1 << 20)
+        _within("top_k", self.top_k, 1, 100)
+
+
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also false for NaN
         raise InvalidRequest(
@@ -104,34 +143,56 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
-    """What the gateway asks of a backend: one prompt, one delta, one stream of tokens.
+    """What the gateway asks of a backend: one prompt, one delta, one stream of tokens, or with `pooling` one answer.
 
     `prompt`: text, token ids, or chat messages. `adapter_digest` is a content digest, resolved by the gateway; it is
     BASE for the bare backbone. `adapter_name` labels metrics and errors only. `tenant` is who asks, `weight` its
-    share against other tenants' (1: an ordinary one), as the gateway's operator set them.
+    share against other tenants' (1: an ordinary one), as the gateway's operator set them. `max_wait_s`: how long it is
+    worth waiting for a place; a call that would wait longer is refused at once.
     """
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
-    sampling: SamplingParams
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter_digest: str | None = BASE
     adapter_name: str = ""
     tenant: str = "default"
     weight: float = 1.0
     service_class: ServiceClass = ServiceClass.STANDARD
+    pooling: PoolingParams | None = None
+    max_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A tokenised request as the engine admits it. `tenant`, `weight`, `service_class`: as in `GenerateCall`."""
+    """A tokenised request as the engine admits it. The other fields are those of `GenerateCall`.
+
+    `token_types`: which part each token belongs to, where an encoder tells them apart. `masks`: the places that
+    FILL_MASK asks for; `targets`: the token ids that may be chosen there, empty for all.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter_digest: str | None = BASE
     tenant: str = "default"
     weight: float = 1.0
     service_class: ServiceClass = ServiceClass.STANDARD
+    max_wait_s: float | None = None
+    pooling: PoolingParams | None = None
+    token_types: tuple[int, ...] = ()
+    masks: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+
+    @property
+    def task(self) -> Task:
+        """What is asked."""
+        return Task.CAUSAL_LM if self.pooling is None else self.pooling.task
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens to generate at most, None for as many as fit."""
+        return self.sampling.max_tokens if self.pooling is None else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +225,52 @@ class PromptEvent:
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token that may stand at a mask, and its probability; `text` is its own decoding, empty until detokenised."""
+
+    token_id: int
+    probability: float
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """What a task head made of one prompt.
+
+    `values` are `shape` fp32 numbers in the machine's order: [d] an embedding, [C] the scores of an input, [T, C]
+    those of its tokens. `probs`: the same of probabilities, where the scores are logits. `ood`: see
+    `PlacedHead.out_of_distribution`. Of a prompt that was text, one entry a token: `offsets` of its characters, and
+    `words`, the index of the word that it belongs to, None for special tokens; `sequences`: 1 for those of the
+    second text of a pair. `masks`: per mask its choices, the likeliest first.
+    """
+
+    values: bytes
+    shape: tuple[int, ...]
+    labels: tuple[str, ...] = ()
+    problem_type: ProblemType | None = None
+    probs: bytes | None = None
+    ood: Mapping[str, float] = field(default_factory=dict)
+    offsets: tuple[tuple[int, int], ...] = ()
+    words: tuple[int | None, ...] = ()
+    sequences: tuple[int | None, ...] = ()
+    masks: tuple[tuple[Choice, ...], ...] = ()
+
+    def numbers(self) -> list[float]:
+        """`values`, row after row."""
+        return array("f", self.values).tolist()
+
+    def probabilities(self) -> list[float] | None:
+        """`probs`, row after row."""
+        return None if self.probs is None else array("f", self.probs).tolist()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
     """New tokens of one request. `finish_reason` is set on the last event and only there.
 
-    `text` is what became printable with these tokens; it can be empty while a character is incomplete.
+    `text` is what became printable with these tokens; it can be empty while a character is incomplete. `pooled` is the
+    whole answer to a request with `pooling`, in its only event of this kind.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -176,6 +278,7 @@ class TokenEvent:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: ErrorInfo | None = None
+    pooled: Pooled | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +309,8 @@ class AdmissionProof:
     """What the backend measured when it placed a delta for the first time.
 
     `effect`: max absolute logit change on the probe tokens against the bare row, above 0: a delta without one is not
-    admitted. Sizes in bytes, times in seconds.
+    admitted. For a task head, of its scores; for one that stands alone, how far they are apart. Sizes in bytes, times
+    in seconds.
     """
 
     effect: float
@@ -251,6 +355,13 @@ class Backend(Protocol):
 
     async def admit(self, digest: str) -> AdmissionProof | ErrorInfo:
         """Place a stored delta, measure its effect, and say what was measured or why it is refused."""
+        ...
+
+    async def activations(self, digest: str) -> bytes | ErrorInfo:
+        """One bit per neuron of every feed-forward layer: whether a stored delta activates it on fixed tokens.
+
+        Empty where the backbone's feed-forward layers have no neurons that can be told apart (experts).
+        """
         ...
 
     async def release(self, digest: str) -> int:

@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from transformers import (
+    BertConfig,
     BloomConfig,
     CodeGenConfig,
+    DistilBertConfig,
+    ElectraConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -22,6 +25,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    ModernBertConfig,
     MptConfig,
     OPTConfig,
     Phi3Config,
@@ -29,6 +33,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    RobertaConfig,
     Starcoder2Config,
 )
 
@@ -57,6 +62,9 @@ Family = Literal[
 ]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
+Encoder = Literal["bert", "roberta", "electra", "distilbert", "modernbert"]
+ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
+
 PADDED: frozenset[Family] = frozenset({"bloom", "falcon", "falcon_mq", "gptj", "gpt_neo", "codegen", "mpt"})
 """Families whose own code attends."""
 
@@ -83,7 +91,32 @@ _GPT: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-CONFIGS: dict[Family, PreTrainedConfig] = {
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+}
+
+CONFIGS: dict[Family | Encoder, PreTrainedConfig] = {
+    "bert": BertConfig(**_ENCODER),
+    "roberta": RobertaConfig(**_ENCODER, pad_token_id=1),
+    "electra": ElectraConfig(**_ENCODER, embedding_size=16),
+    "distilbert": DistilBertConfig(
+        dim=32, n_layers=3, n_heads=4, hidden_dim=64, vocab_size=97, max_position_embeddings=128
+    ),
+    "modernbert": ModernBertConfig(
+        **_ENCODER,
+        local_attention=6,
+        global_attn_every_n_layers=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    ),
     "llama": LlamaConfig(**{**_GATED, "pad_token_id": None}),
     "gpt2": GPT2Config(**_GPT),
     "qwen2": Qwen2Config(**_GATED, use_sliding_window=True, sliding_window=7, max_window_layers=1),

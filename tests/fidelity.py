@@ -42,12 +42,12 @@ from tests.contract.exactness import (
     UNROUNDED,
     Expected,
     Method,
-    bare_logits,
+    bare_outputs,
     base_model,
     bottleneck_logits,
     converted,
     expected,
-    peft_logits,
+    peft_outputs,
     rms,
     rows_for,
     served,
@@ -55,13 +55,15 @@ from tests.contract.exactness import (
     worst,
 )
 from tests.contract.forced import Row, run
-from tests.families import FAMILIES, Family
+from tests.families import ENCODERS, FAMILIES, Encoder, Family
 from tests.method_table import METHODS
 
 Status = Literal["inside", "outside", "impossible", "failed"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCHES = ("alone", "mixed", "shuffled")
-COLUMNS = tuple((batch, phase) for batch in BATCHES for phase in ("prefill", "decode", "chunked"))
+PHASES = ("prefill", "decode", "chunked")
+COLUMNS = tuple((batch, phase) for batch in BATCHES for phase in PHASES)
+ALL_FAMILIES: tuple[Family | Encoder, ...] = (*FAMILIES, *ENCODERS)
 CHUNKS = {"whole": 1 << 30, "chunked": 4}
 BF16_EXPERTS = "rounded, a mixture of experts is not one function: a token near a tie goes to another expert"
 
@@ -94,21 +96,31 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0].strip()}"
 
 
-def candidates(family: Family, wanted: Sequence[str]) -> list[Case | Bottleneck]:
+def columns_of(family: Family | Encoder) -> tuple[tuple[str, str], ...]:
+    """(batch, phase) of a family's cells: an encoder sees rows whole."""
+    return tuple((b, p) for b, p in COLUMNS if p == PHASES[0] or family not in ENCODERS)
+
+
+def candidates(family: Family | Encoder, wanted: Sequence[str]) -> list[Case | Bottleneck]:
     """All methods whose names contain one of `wanted`; all of them if it is empty."""
-    found: list[Case | Bottleneck] = [*(row.case(family) for row in METHODS), *BOTTLENECKS]
+    bottlenecks = () if family in ENCODERS else BOTTLENECKS  # their formula is that of decoders
+    found: list[Case | Bottleneck] = [*(row.case(family) for row in METHODS), *bottlenecks]
     return [c for c in found if not wanted or any(part in c.name for part in wanted)]
 
 
 def prepare(
-    source: Case | Bottleneck, family: Family, dtype: torch.dtype, backbone: Backbone, directory: Path
+    source: Case | Bottleneck,
+    family: Family | Encoder,
+    dtype: torch.dtype,
+    backbone: Backbone,
+    directory: Path,
 ) -> Method:
     """Trained, saved, read and placed. Raises Blocked where PEFT or our reader refuses."""
     if isinstance(source, Bottleneck):
         source.save(directory, family, backbone.model)
         tolerance, reference = "T1", partial(bottleneck_logits, source, directory, family, dtype)
     else:
-        tolerance, reference = source.tolerance, partial(peft_logits, source, directory, dtype)
+        tolerance, reference = source.tolerance, partial(peft_outputs, source, directory, dtype)
         try:
             source.save(directory, base_model(family, dtype).float())
         except Exception as error:
@@ -122,7 +134,9 @@ def prepare(
     return Method(source.name, tolerance, reference, delta)
 
 
-def read_or_convert(directory: Path, family: Family, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
+def read_or_convert(
+    directory: Path, family: Family | Encoder, dtype: torch.dtype, backbone: Backbone
+) -> PlacedDelta:
     """The delta as an upload, or as `deltamux convert` makes one of it. Raises InvalidDelta with both reasons."""
     try:
         return served(directory, backbone)
@@ -133,7 +147,7 @@ def read_or_convert(directory: Path, family: Family, dtype: torch.dtype, backbon
             raise InvalidDelta([f"{refusal.problems[0]} Not convertible: {error.problems[0]}"]) from error
 
 
-def reference_of(method: Method, family: Family, dtype: torch.dtype, rows: list[Row]) -> Expected:
+def reference_of(method: Method, family: Family | Encoder, dtype: torch.dtype, rows: list[Row]) -> Expected:
     """What the rows must be. Raises Blocked where PEFT can't compute it, or the delta changes nothing."""
     prompts = [row.tokens for row in rows]
     try:
@@ -143,7 +157,7 @@ def reference_of(method: Method, family: Family, dtype: torch.dtype, rows: list[
     if not all(bool(logits.isfinite().all()) for logits in target.logits):
         raise Blocked("failed", "the reference's logits are not finite")
     if method.delta is not None:
-        bare = bare_logits(family, dtype, torch.float32, prompts)
+        bare = bare_outputs(family, dtype, torch.float32, prompts)
         changed = max(float((r - b).abs().max()) for r, b in zip(target.logits, bare, strict=True))
         if not changed > EFFECT:
             raise Blocked("failed", f"the delta changes no logit by more than {changed:.1e}")
@@ -158,12 +172,14 @@ def relative_errors(rows: list[Row], target: Expected) -> tuple[float, float]:
 
 
 def measured_columns(
-    runner: Runner, methods: list[Method], targets: dict[str, Expected]
+    runner: Runner, family: Family | Encoder, methods: list[Method], targets: dict[str, Expected]
 ) -> Iterator[tuple[str, str, str, float]]:
     """(method, batch, phase, relative error) of every method that has a target."""
     for batch in BATCHES:
         for size, chunk in CHUNKS.items():
-            rows = [mine for mine in rows_for(methods, chunk) if mine[0].name in targets]
+            if size != "whole" and family in ENCODERS:
+                continue
+            rows = [mine for mine in rows_for(methods, chunk, family=family) if mine[0].name in targets]
             order = shuffled(rows) if batch == "shuffled" else [row for mine in rows for row in mine]
             for group in [[row] for row in order] if batch == "alone" else [order]:
                 run(runner, group)
@@ -171,12 +187,13 @@ def measured_columns(
                 prefill, decode = relative_errors(mine, targets[mine[0].name])
                 if size == "whole":
                     yield mine[0].name, batch, "prefill", prefill
-                    yield mine[0].name, batch, "decode", decode
+                    if family not in ENCODERS:
+                        yield mine[0].name, batch, "decode", decode
                 else:
                     yield mine[0].name, batch, "chunked", max(prefill, decode)
 
 
-def measure(family: Family, label: str, wanted: Sequence[str], directory: Path) -> list[Cell]:
+def measure(family: Family | Encoder, label: str, wanted: Sequence[str], directory: Path) -> list[Cell]:
     """All cells of one family in one dtype."""
     dtype, sources = DTYPES[label], candidates(family, wanted)
     blocked: dict[str, Blocked] = {}
@@ -186,20 +203,20 @@ def measure(family: Family, label: str, wanted: Sequence[str], directory: Path) 
     else:
         served_dtype = str(dtype).removeprefix("torch.")
         backbone = adopt_backbone(base_model(family, dtype), name="tiny", device="cpu", dtype=served_dtype)
-        methods = [Method(BARE, "T1", partial(bare_logits, family, dtype), None)]
+        methods = [Method(BARE, "T1", partial(bare_outputs, family, dtype), None)]
         for source in sources:
             try:
                 methods.append(prepare(source, family, dtype, backbone, directory / source.name))
             except Blocked as why:
                 blocked[source.name] = why
         targets: dict[str, Expected] = {}
-        for method, rows in zip(methods, rows_for(methods), strict=True):
+        for method, rows in zip(methods, rows_for(methods, family=family), strict=True):
             try:
                 targets[method.name] = reference_of(method, family, dtype, rows)
             except Blocked as why:
                 blocked[method.name] = why
         runner = Runner(backbone, num_slots=len(methods) * PROMPTS, max_len=64)
-        relative = list(measured_columns(runner, methods, targets))
+        relative = list(measured_columns(runner, family, methods, targets))
     return [
         *(
             Cell(family, label, name, batch, phase, "inside" if value <= 1.0 else "outside", value)
@@ -208,12 +225,12 @@ def measure(family: Family, label: str, wanted: Sequence[str], directory: Path) 
         *(
             Cell(family, label, name, batch, phase, why.status, None, why.reason)
             for name, why in blocked.items()
-            for batch, phase in COLUMNS
+            for batch, phase in columns_of(family)
         ),
     ]
 
 
-def measure_or_fail(task: tuple[Family, str, tuple[str, ...]]) -> list[Cell]:
+def measure_or_fail(task: tuple[Family | Encoder, str, tuple[str, ...]]) -> list[Cell]:
     """The cells of one family and dtype; if the engine breaks, all of them failed, and the matrix goes on."""
     family, label, wanted = task
     torch.set_num_threads(1)
@@ -224,21 +241,24 @@ def measure_or_fail(task: tuple[Family, str, tuple[str, ...]]) -> list[Cell]:
             names = (BARE, *(source.name for source in candidates(family, wanted)))
             reason = first_line(error)
             return [
-                Cell(family, label, n, *column, "failed", None, reason) for n in names for column in COLUMNS
+                Cell(family, label, n, *column, "failed", None, reason)
+                for n in names
+                for column in columns_of(family)
             ]
 
 
 def print_table(cells: list[Cell]) -> None:
     """One family in one dtype: a line per method."""
     print(f"\n{cells[0].family} {cells[0].dtype}: largest error over the limit")
-    print(f"{'method':26}" + "".join(f"{f'{batch} {phase}':>16}" for batch, phase in COLUMNS))
+    columns = [column for column in COLUMNS if any((c.batch, c.phase) == column for c in cells)]
+    print(f"{'method':26}" + "".join(f"{f'{batch} {phase}':>16}" for batch, phase in columns))
     for name, group in groupby(sorted(cells, key=lambda cell: cell.method), key=lambda cell: cell.method):
         by_column = {(cell.batch, cell.phase): cell for cell in group}
         first = by_column[COLUMNS[0]]
         if first.relative is None:
             print(f"{name:26}{first.status}: {first.reason[:150]}")
         else:
-            print(f"{name:26}" + "".join(f"{by_column[column].relative:16.3f}" for column in COLUMNS))
+            print(f"{name:26}" + "".join(f"{by_column[column].relative:16.3f}" for column in columns))
 
 
 def print_summary(cells: list[Cell]) -> None:
@@ -266,7 +286,9 @@ def print_summary(cells: list[Cell]) -> None:
     )
 
 
-def measure_all(tasks: Sequence[tuple[Family, str, tuple[str, ...]]], jobs: int) -> Iterable[list[Cell]]:
+def measure_all(
+    tasks: Sequence[tuple[Family | Encoder, str, tuple[str, ...]]], jobs: int
+) -> Iterable[list[Cell]]:
     """The cells of each task in order, from `jobs` processes."""
     if min(jobs, len(tasks)) == 1:
         yield from map(measure_or_fail, tasks)
@@ -282,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--report", action="store_true", help="print every family's table, not only the summary"
     )
     parser.add_argument("--json", type=Path, help="write every cell here")
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--family", nargs="+", choices=ALL_FAMILIES, default=ALL_FAMILIES)
     parser.add_argument("--method", nargs="+", default=[], metavar="SUBSTRING")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument(

@@ -60,7 +60,7 @@ from peft import (
 )
 
 from tests.cases import Case, Tolerance
-from tests.families import Family
+from tests.families import ENCODERS, Encoder, Family
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,19 @@ _GATED = Targets(("q_proj", "v_proj"), ("down_proj",), _TWO_NORMS)  # square, na
 _EXPERTS = Targets(("q_proj", "v_proj"), (), _TWO_NORMS)
 _SANDWICHED = Targets(("q_proj", "v_proj"), ("down_proj",), _FOUR_NORMS)
 
-TARGETS: Mapping[Family, Targets] = {
+_BERT = Targets(("query", "value"), ("output.dense",), ("attention.output.LayerNorm", "embeddings.LayerNorm"))
+
+TARGETS: Mapping[Family | Encoder, Targets] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "electra": _BERT,
+    "distilbert": Targets(
+        ("q_lin", "v_lin"),
+        ("lin2",),
+        ("sa_layer_norm", "output_layer_norm"),
+        {"token_dim": 32, "num_layers": 3, "num_attention_heads": 4},
+    ),
+    "modernbert": Targets(("Wqkv",), ("mlp.Wo",), ("mlp_norm", "final_norm")),
     "llama": _GATED,
     "gpt2": Targets(("c_attn",), ("mlp.c_proj",), ("ln_1", "ln_2", "ln_f")),  # fused, and Conv1D
     "qwen2": _GATED,
@@ -129,12 +141,19 @@ class MethodRow:
     sigma: float = 0.4
     forward: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def case(self, family: Family) -> Case:
-        """This method on `family`."""
+    def case(self, family: Family | Encoder) -> Case:
+        """This method on `family`; on an encoder it learns to make better states."""
+
+        def config() -> PeftConfig:
+            made = self.config(TARGETS[family])
+            if family in ENCODERS:
+                made.task_type = TaskType.FEATURE_EXTRACTION
+            return made
+
         return Case(
             self.name,
             family,
-            lambda: self.config(TARGETS[family]),
+            config,
             self.tolerance,
             forward=self.forward,
             sigma=self.sigma,

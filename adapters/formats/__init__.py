@@ -5,6 +5,8 @@
 | adapter_config.json, adapter_model.safetensors | PEFT |
 | adapter_config.json, adapter.safetensors | AdapterHub |
 | manifest.json, tensors.safetensors | canonical |
+
+Beside the first two: `head.json` and `ood.safetensors`, which say more of a task head (`head_file`).
 """
 
 from __future__ import annotations
@@ -13,15 +15,25 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from adapters.backbone_spec import BackboneSpec
 from adapters.errors import InvalidDelta
 from adapters.formats.adapterhub import read_adapterhub
 from adapters.formats.canonical_pair import MAX_MANIFEST_BYTES, read_pair
 from adapters.formats.files import CONVERT, MAX_CONFIG_BYTES, Upload, read_json, read_safetensors
+from adapters.formats.head_file import (
+    HEAD_FILE,
+    STATISTICS_FILE,
+    HeadFile,
+    read_head_file,
+    with_head_file,
+    with_statistics,
+)
 from adapters.formats.peft import read_peft
 from adapters.formats.problems import Problems, quoted
 from adapters.normal_form import Delta
-from adapters.tensor_files import MappedFile
+from adapters.tensor_files import MappedFile, let_go_of
 from adapters.validate import check
 
 Reader = Callable[[Upload, BackboneSpec, str | None, Problems], Delta | None]
@@ -44,7 +56,8 @@ FORMATS: tuple[Format, ...] = (
     Format("canonical", "manifest.json", "tensors.safetensors", read_pair, MAX_MANIFEST_BYTES),
 )
 
-READ = frozenset(name for form in FORMATS for name in (form.config, form.tensors))
+BESIDE = frozenset({HEAD_FILE, STATISTICS_FILE})
+READ = frozenset(name for form in FORMATS for name in (form.config, form.tensors)) | BESIDE
 IGNORED = frozenset({"README.md"})
 
 _HEAD = "a prediction head replaces the backbone's own, which is not served yet. Save with `with_head=False`."
@@ -62,7 +75,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 def detect(names: Collection[str]) -> Format:
     """The format that a set of file names makes up. Raises InvalidDelta naming each file that does not belong."""
     problems = Problems()
-    given = set(names) - IGNORED
+    given = set(names) - IGNORED - (BESIDE if "manifest.json" not in names else frozenset())
     for name in sorted(given - READ):
         problems.add(f"{quoted(name)}: {_why_refused(name)}", param="file")
     whole = [form for form in FORMATS if {form.config, form.tensors} <= given]
@@ -94,15 +107,31 @@ def read_upload(
     written, stored = files[form.config], files[form.tensors]
     config = read_json(form.config, written, problems, max_bytes=form.max_config_bytes)
     tensors = read_safetensors(form.tensors, stored, problems)
+    said, statistics = _beside(files, problems)
     delta = None
     if config is not None and tensors is not None:
-        delta = form.read(Upload(written[:], config, tensors), spec, backbone_digest, problems)
+        task = None if said is None else said.task
+        delta = form.read(Upload(written[:], config, tensors, task), spec, backbone_digest, problems)
+    if delta is not None and said is not None:
+        delta = with_head_file(delta, said, problems)
+    if delta is not None and statistics is not None:
+        delta = with_statistics(delta, statistics, problems)
     if delta is not None and (delta.ops or not problems.texts):
-        between = stored.let_go if isinstance(stored, MappedFile) else _nothing
-        problems.extend(check(delta, spec, between=between))
+        problems.extend(check(delta, spec, between=lambda: let_go_of(files)))
     problems.raise_if_any()
     assert delta is not None, form.name
     return delta
+
+
+def _beside(
+    files: Mapping[str, bytes | MappedFile], problems: Problems
+) -> tuple[HeadFile | None, dict[str, Tensor] | None]:
+    said = statistics = None
+    if HEAD_FILE in files and (raw := read_json(HEAD_FILE, files[HEAD_FILE], problems)) is not None:
+        said = read_head_file(raw, problems)
+    if STATISTICS_FILE in files:
+        statistics = read_safetensors(STATISTICS_FILE, files[STATISTICS_FILE], problems)
+    return said, statistics
 
 
 def read_directory(path: str | Path, spec: BackboneSpec, *, backbone_digest: str | None = None) -> Delta:
@@ -118,10 +147,6 @@ def read_directory(path: str | Path, spec: BackboneSpec, *, backbone_digest: str
     has_tensors = any(form.tensors in files for form in FORMATS)
     unread = {name for name in present if name in REFUSED and not (has_tensors and name.endswith(PICKLED))}
     return read_upload(files | dict.fromkeys(unread, b""), spec, backbone_digest=backbone_digest)
-
-
-def _nothing() -> None:
-    """What is to be done between two tensors in memory."""
 
 
 def _why_refused(name: str) -> str:

@@ -38,7 +38,7 @@ def read_pair(
     """The delta of a canonical pair, or None where it can't be read; what is wrong is added to `problems`."""
     raw = upload.config
     before = len(problems.texts)
-    for key in raw.keys() - KEYS.keys():
+    for key in raw.keys() - KEYS.keys() - {"head"}:  # a delta without a task head has none
         problems.add(f"manifest.json: the key {quoted(key)} is not known in this format.")
     for key, kind in KEYS.items():
         if type(raw.get(key)) is not kind:

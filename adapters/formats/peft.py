@@ -19,8 +19,10 @@ from adapters.formats.peft_adaption_prompt import read_adaption_prompt
 from adapters.formats.peft_beft import read_beft
 from adapters.formats.peft_delora import read_delora
 from adapters.formats.peft_gralora import read_gralora
+from adapters.formats.peft_head import pooled_as_trained, split_head, task_of
 from adapters.formats.peft_hra import read_hra
 from adapters.formats.peft_ia3 import read_ia3
+from adapters.formats.peft_keys import under_body
 from adapters.formats.peft_ln_tuning import read_ln_tuning
 from adapters.formats.peft_loha import read_loha
 from adapters.formats.peft_lora import read_lora
@@ -111,6 +113,16 @@ def read_peft(
         backbone_digest,
         problems,
     )
-    ops = reader(config, upload.tensors, spec, problems)
-    delta = Delta(method=method, ops=ops, backbone_digest=spec.digest, lineage={"format": "peft", **lineage})
+    task = task_of(config, upload.task, spec, problems)
+    split = split_head(config, under_body(upload.tensors, spec), task, spec, problems)
+    ops = reader(split.config, split.tensors, spec, problems) + split.stages
+    head = pooled_as_trained(split.spec, ops, spec)
+    delta = Delta(
+        method=method,
+        ops=ops,
+        task=task.value,
+        head=head,
+        backbone_digest=spec.digest,
+        lineage={"format": "peft", **lineage},
+    )
     return replace(delta, position_offset=delta.num_virtual_tokens)

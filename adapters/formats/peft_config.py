@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from adapters.formats.head_recipes import TASKS
 from adapters.formats.problems import quoted
 from adapters.formats.schema import (
     BOOLEAN,
@@ -27,8 +28,6 @@ from adapters.formats.schema import (
 
 MAX_RANK = 4096
 MANY = 1 << 30
-
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 # init_lora_weights that subtract from the base what they put into the adapter. (eva, orthogonal and mica choose the
 # adapter's start only; MiCA's frozen B is stored like any other.)
@@ -66,8 +65,8 @@ def _explain_init(value: object) -> str | None:
 
 
 def _explain_task(value: object) -> str | None:
-    if value in TASK_TYPES:
-        return f"'{value}' is not served yet, expected CAUSAL_LM or null: it trains a head or pools hidden states."
+    if value == "SEQ_2_SEQ_LM":
+        return f"'{value}' is not served yet: it adapts a model with an encoder and a decoder."
     return None
 
 
@@ -92,7 +91,11 @@ COMMON: Mapping[str, Rule] = {
     "peft_type": TEXT,  # the reader table has looked at it
     "base_model_name_or_path": TEXT,  # so has the base check
     "revision": TEXT,
-    "task_type": Rule(lambda value: value in (None, "CAUSAL_LM"), "CAUSAL_LM or null", explain=_explain_task),
+    "task_type": Rule(
+        lambda value: value is None or (isinstance(value, str) and value in TASKS),
+        f"{', '.join(TASKS)} or null",
+        explain=_explain_task,
+    ),
     "auto_mapping": OBJECT,
     "peft_version": TEXT,
     "inference_mode": BOOLEAN,

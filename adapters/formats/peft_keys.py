@@ -28,6 +28,23 @@ REFUSED_PARTS: Mapping[str, str] = {
 }
 
 
+def under_body(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
+    """The tensors of an adapter with the backbone's body in their keys, as in models with a head.
+
+    Adapters that were trained on the body alone leave its name out: `encoder.layer.0…` for `bert.encoder.layer.0…`.
+    """
+    body = spec.modules[0].path.partition(".")[0]
+    inside = {module.path.split(".")[1] for module in spec.modules if module.path.startswith(f"{body}.")}
+    tops = {module.path.partition(".")[0] for module in spec.modules}
+    found = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PREFIX)
+        top = path.partition(".")[0]
+        bare = key.startswith(PREFIX) and top in inside and top not in tops
+        found[f"{PREFIX}{body}.{path}" if bare else key] = tensor
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
     """A tensor and its key in the file."""

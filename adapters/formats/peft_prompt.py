@@ -29,6 +29,9 @@ from adapters.normal_form import AttnPrefix, Op, Rows, VirtualTokens
 KEY = "prompt_embeddings"
 
 
+IGNORES_PREFIX = frozenset({"distilbert", "modernbert"})
+"""Encoders whose forward takes no past keys and values: under PEFT a prefix changes nothing there."""
+
 TASK_COLUMNS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"
 
 
@@ -42,6 +45,12 @@ def _read_prefix(
 ) -> tuple[Op, ...]:
     """One AttnPrefix per layer; what does not fit is added to `problems`."""
     config = check_config(raw, rules, problems)
+    if spec.model_type in IGNORES_PREFIX:
+        problems.add(
+            f"adapter_config.json: peft_type: {spec.model_type} takes no past keys and values, so under PEFT this "
+            "prefix changes nothing. Use prompt tuning.",
+            param="peft_type",
+        )
     kv_width = spec.num_kv_heads * spec.head_dim
     _check_sizes(
         config,

@@ -1,4 +1,4 @@
-"""The tables of access: tenants, their keys, grants between them, and the audit log.
+"""The tables of access: tenants, their keys, limits, usage, grants between them, and the audit log.
 
 They are in the registry's database because a mutation and its line of the audit log are one transaction. Times are
 Unix seconds.
@@ -38,6 +38,7 @@ tenants = Table(
     Column("max_adapters", Integer),
     Column("max_versions", Integer),
     Column("max_files", Integer),
+    Column("signatures_required_at", Float),  # null: unsigned uploads are taken too
     CheckConstraint("service_class IN ('realtime', 'standard', 'batch')", name="ck_tenants_service_class"),
 )
 
@@ -52,6 +53,17 @@ api_keys = Table(
     Column("adapters", JSON, nullable=False),  # globs; an empty list is every delta of the tenant
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
+    Column("revoked_at", Float),
+)
+
+signers = Table(
+    "signers",
+    metadata,
+    Column("tenant", String(63), ForeignKey("tenants.name"), primary_key=True),
+    Column("id", String(16), primary_key=True),  # begins the sha256 of the public key
+    Column("public_key", String(64), nullable=False),
+    Column("label", String(200), nullable=False),
+    Column("created_at", Float, nullable=False),
     Column("revoked_at", Float),
 )
 
@@ -118,4 +130,14 @@ usage = Table(
         "outcome IN ('open', 'completed', 'cancelled', 'failed', 'crashed')", name="ck_usage_outcome"
     ),
     Index("ix_usage_tenant_hour", "tenant", "hour"),
+    Index("ix_usage_hour", "hour"),
+)
+
+places = Table(
+    "places",
+    metadata,
+    Column("id", String(64), primary_key=True),  # of a request in progress
+    Column("tenant", String(63), ForeignKey("tenants.name"), nullable=False),
+    Column("expires_at", Float, nullable=False),  # put off for as long as its gateway lives
+    Index("ix_places_tenant", "tenant"),
 )

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 from adapters.errors import Unavailable
 from serving.cli.client import Client, JsonObject
@@ -102,17 +101,10 @@ def _send_part(client: Client, upload_id: str, data: bytes) -> None:
 
 def _parts(path: Path, part_bytes: int) -> Iterator[bytes]:
     with path.open("rb") as file:
-        yield from _blocks(file, part_bytes)
+        while data := file.read(part_bytes):
+            yield data
 
 
 def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
     with path.open("rb") as file:
-        for block in _blocks(file, 1 << 20):
-            total.update(block)
-    return total.hexdigest()
-
-
-def _blocks(file: IO[bytes], size: int) -> Iterator[bytes]:
-    while data := file.read(size):
-        yield data
+        return hashlib.file_digest(file, "sha256").hexdigest()

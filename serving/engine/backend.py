@@ -6,20 +6,19 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
-from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry
-from transformers import PreTrainedTokenizerBase
 
 from adapters.canonical import digest_of, from_canonical
 from adapters.errors import DeltamuxError, ErrorInfo, InvalidRequest, StoreError
 from adapters.normal_form import Delta
 from adapters.store import BlobStore
+from adapters.tasks import Task
 from serving.config import Engine as EngineSettings
 from serving.core import (
     AdmissionProof,
     BackboneInfo,
-    ChatMessage,
     Event,
     FailureEvent,
     GenerateCall,
@@ -28,6 +27,7 @@ from serving.core import (
     TokenEvent,
 )
 from serving.engine.engine import Engine
+from serving.engine.tokenise import Tokens, masks_of, targets_of, tokenise
 from serving.metrics import EngineMetrics, families
 from serving.model.backbone import Backbone
 
@@ -105,7 +105,7 @@ class LocalBackend:
     async def generate(self, call: GenerateCall) -> AsyncGenerator[tuple[Event, ...], None]:
         """See `Backend`."""
         try:
-            request = await asyncio.to_thread(self._tokenise, call)
+            request, tokens = await asyncio.to_thread(self._tokenise, call)
             if request.request_id in self._queues:
                 raise InvalidRequest("request_id is in use.", param="request_id", remedy="Send a unique one.")
             events: asyncio.Queue[Event] = asyncio.Queue()
@@ -127,7 +127,7 @@ class LocalBackend:
                 if first and refusal is not None:  # it ended before it began
                     batch = (FailureEvent(error=refusal),)
                 first = False
-                yield batch
+                yield batch if call.pooling is None else tuple(self._in_text(e, tokens) for e in batch)
         finally:
             del self._queues[request.request_id]
             if not ended:
@@ -142,49 +142,59 @@ class LocalBackend:
             batch.append(events.get_nowait())
         return tuple(batch)
 
-    def _tokenise(self, call: GenerateCall) -> Request:
-        """Prompt to token ids. Raises InvalidRequest for what the tokenizer or the vocabulary can't take."""
-        tokenizer, vocab_size = self.backbone.tokenizer, self.backbone.spec.vocab_size
-        prompt = call.prompt
-        if isinstance(prompt, str):
-            ids = tuple(_need(tokenizer)(prompt)["input_ids"])
-        elif all(isinstance(token, int) for token in prompt):
-            ids = tuple(token for token in prompt if isinstance(token, int))
-        else:
-            if not getattr(tokenizer, "chat_template", None):
-                raise InvalidRequest(
-                    "This backbone has no chat template.", param="messages", remedy="Use /v1/completions."
-                )
-            turns = [{"role": m.role, "content": m.content} for m in prompt if isinstance(m, ChatMessage)]
-            try:
-                text = _need(tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            except TemplateError as error:  # templates refuse roles and orders that they do not know
-                raise InvalidRequest(
-                    f"The chat template refuses these messages: {error}", param="messages"
-                ) from None
-            ids = tuple(_need(tokenizer)(text, add_special_tokens=False)["input_ids"])
-        if not ids:
-            raise InvalidRequest("The prompt is empty.", param="prompt", remedy="Send at least one token.")
-        for field, tokens in (("prompt", ids), ("logit_bias", call.sampling.logit_bias)):
-            if outside := [token for token in tokens if not 0 <= token < vocab_size]:
-                raise InvalidRequest(
-                    f"{field}: token id {outside[0]} is outside the vocabulary of {vocab_size}.", param=field
-                )
-        return Request(
+    def _tokenise(self, call: GenerateCall) -> tuple[Request, Tokens]:
+        """The request that `call` is, and its tokens' places in the text. Raises InvalidRequest."""
+        spec = self.backbone.spec
+        tokens = tokenise(call, self.backbone.tokenizer, vocab_size=spec.vocab_size, room=self.engine.max_len)
+        request = Request(
             request_id=call.request_id,
-            prompt_token_ids=ids,
+            prompt_token_ids=tokens.ids,
             sampling=call.sampling,
             adapter_digest=call.adapter_digest,
             tenant=call.tenant,
             weight=call.weight,
             service_class=call.service_class,
+            pooling=call.pooling,
+            token_types=tokens.types if spec.kind == "encoder" and any(tokens.types) else (),
+            max_wait_s=call.max_wait_s,
         )
+        if call.pooling is not None and call.pooling.task is Task.FILL_MASK:
+            tokenizer = self.backbone.tokenizer
+            masks, targets = masks_of(tokens, tokenizer), targets_of(call.pooling, tokenizer)
+            request = replace(request, masks=masks, targets=targets)
+        return request, tokens
+
+    def _in_text(self, event: Event, tokens: Tokens) -> Event:
+        """`event`, an answer with its tokens' places in the text that was asked about, and its choices as text."""
+        if not isinstance(event, TokenEvent) or event.pooled is None:
+            return event
+        decode = getattr(self.backbone.tokenizer, "decode", lambda _: "")
+        masks = tuple(
+            tuple(replace(choice, text=decode([choice.token_id])) for choice in mask)
+            for mask in event.pooled.masks
+        )
+        pooled = replace(
+            event.pooled,
+            masks=masks,
+            offsets=tokens.offsets,
+            words=tokens.words,
+            sequences=tokens.sequences,
+        )
+        return replace(event, pooled=pooled)
 
     async def admit(self, digest: str) -> AdmissionProof | ErrorInfo:
         """See `Backend`."""
         try:
             delta = await asyncio.wrap_future(self.engine.deltas.host.request(digest))
             return await asyncio.wrap_future(self.engine.admit(delta, digest))
+        except DeltamuxError as error:
+            return error.info()
+
+    async def activations(self, digest: str) -> bytes | ErrorInfo:
+        """See `Backend`."""
+        try:
+            delta = await asyncio.wrap_future(self.engine.deltas.host.request(digest))
+            return await asyncio.wrap_future(self.engine.find_activations(delta, digest))
         except DeltamuxError as error:
             return error.info()
 
@@ -199,12 +209,6 @@ class LocalBackend:
     async def heartbeat_age_s(self) -> float:
         """See `Backend`."""
         return self.engine.heartbeat_age_s
-
-
-def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise InvalidRequest("This backbone has no tokenizer.", param="prompt", remedy="Send token ids.")
-    return tokenizer
 
 
 def _is_terminal(event: Event) -> bool:

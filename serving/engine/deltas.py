@@ -1,7 +1,8 @@
 """Deltas as the engine sees them: host cache, placement and leases in one place.
 
 A lease is granted from device memory. A digest that is not there is loaded by the host cache's threads; when it has
-arrived and there is room, another thread places it, and the engine thread only takes it over between two steps.
+arrived and there is room, another thread places it, and the engine thread only takes it over between two steps. A delta
+that is small beside the backbone is placed between two steps: waiting for a thread would cost it a whole step.
 """
 
 from __future__ import annotations
@@ -10,35 +11,42 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-
-from adapters.errors import DeltamuxError, InvalidDelta, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
+from adapters.errors import DeltamuxError, Overloaded, StoreError
+from adapters.normal_form import Affine, AttnPrefix, Delta, LinearMap, LowRank, Op, VirtualTokens
 from serving.core import AdmissionProof
+from serving.engine.effect import Prober
 from serving.engine.runner import Runner
 from serving.engine.scheduler import NotYet
 from serving.memory.budget import MemoryBudget
 from serving.memory.host_cache import HostCache
 from serving.memory.residency import Residency
 from serving.metrics import EngineMetrics
-from serving.model.context import ForwardContext
-from serving.model.kv_cache import RowSpan
+from serving.model.placed_size import max_device_bytes
 from serving.model.placement import place
-from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
+from serving.model.programs import PlacedDelta
 
 log = logging.getLogger(__name__)
 
-PROBE_TOKENS = 16
-"""Length of the fixed random prompt on which a delta's effect is measured."""
+
+class _Probe(NamedTuple):
+    """Something to measure on a delta in device memory, and who waits for it; `measure` is told the load's seconds."""
+
+    measure: Callable[[PlacedDelta, float], Any]
+    answer: Future[Any]
+
+
+AT_ONCE_SHARE = 1 / 64
+"""Bytes of deltas that are placed between two steps, as a share of the backbone's, all of which a step reads: a few
+percent of a step's time. On CPU the other rows lose no less to a thread that places them beside the step."""
 
 
 class _Placing(NamedTuple):
-    """A delta on its way to the device: room is reserved, `proofs` wait for its admission probe."""
+    """A delta on its way to the device: room is reserved, `probes` wait for it."""
 
     reserved_bytes: int
-    proofs: list[tuple[Delta, Future[AdmissionProof]]]
+    probes: list[_Probe]
 
 
 class DeltaManager:
@@ -66,6 +74,14 @@ class DeltaManager:
         self._placing: dict[str, _Placing] = {}
         self._failed: dict[str, DeltamuxError] = {}
         self._releasing: set[str] = set()
+        self._prober = Prober(runner.backbone)
+        self._at_once_bytes = 0
+
+    def start_step(self) -> None:
+        """A step begins: some deltas may be placed at once again."""
+        shapes = (module.shape for module in self.runner.backbone.spec.modules)
+        weights = sum(shape.d_in * shape.d_out for shape in shapes) * self.runner.backbone.dtype.itemsize
+        self._at_once_bytes = int(weights * AT_ONCE_SHARE)
 
     def try_lease(self, digest: str) -> PlacedDelta | NotYet:
         """See `DeltaLeases`. Raises the load's own error, or Overloaded for a delta larger than the whole budget."""
@@ -115,11 +131,11 @@ class DeltaManager:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _start_placing(self, delta: Delta, digest: str) -> bool:
-        """Reserve room and place `delta` on a thread of its own; False while what is in use leaves no room.
+        """Reserve room and place `delta`, on a thread of its own or at once; False while what is in use leaves no room.
 
         Virtual tokens need a forward pass, which the engine thread alone may run: such a delta is there at once.
         """
-        needed, capacity = self._device_bytes(delta), self.residency.budget.capacity_bytes
+        needed, capacity = max_device_bytes(delta, self.runner.backbone), self.residency.budget.capacity_bytes
         if needed > capacity:
             raise Overloaded(
                 f"The delta needs {needed} bytes of device memory, the budget is {capacity}.",
@@ -135,7 +151,9 @@ class DeltaManager:
             placed = place(delta, digest, self.runner.backbone)
             return placed, time.perf_counter() - started
 
-        if any(isinstance(op, VirtualTokens) for op in delta.ops):
+        copied = needed <= self._at_once_bytes and all(_is_copied(op) for op in delta.ops)
+        if copied or any(isinstance(op, VirtualTokens) for op in delta.ops):
+            self._at_once_bytes -= needed
             done: Future[tuple[PlacedDelta, float]] = Future()
             try:
                 done.set_result(work())
@@ -150,15 +168,15 @@ class DeltaManager:
         return True
 
     def _settle(self, digest: str, done: Future[tuple[PlacedDelta, float]]) -> None:
-        """Take over what was placed, and the seconds it took, or give the room back; answer who waits for the probe."""
-        reserved_bytes, proofs = self._placing.pop(digest)
+        """Take over what was placed, and the seconds it took, or give the room back; answer who waits for a probe."""
+        reserved_bytes, probes = self._placing.pop(digest)
         error = done.exception()
         if error is not None:
             self.residency.cancel(reserved_bytes)
             self._failed[digest] = _load_error(error, digest)
-            for _, proof in proofs:
-                proof.set_exception(self._failed[digest])
-            if proofs:  # they have been told
+            for probe in probes:
+                probe.answer.set_exception(self._failed[digest])
+            if probes:  # they have been told
                 del self._failed[digest]
             return
         placed, load_s = done.result()
@@ -168,57 +186,61 @@ class DeltaManager:
         self._metrics.adapter_load_seconds.observe(load_s)
         self._metrics.adapter_loads.inc()
         self._report()
-        for delta, proof in proofs:
-            self._prove(delta, digest, load_s, proof)
+        for probe in probes:
+            self._measure(digest, load_s, probe)
 
     def _evicted(self, digest: str) -> None:
         self._forget(digest)
         self._metrics.adapter_evictions.inc()
         self._report()
 
-    def _device_bytes(self, delta: Delta) -> int:
-        """What `place` will take: fp32 weights, and keys and values in the backbone's dtype."""
-        spec, width = self.runner.backbone.spec, self.runner.backbone.dtype.itemsize
-        prefixes = [op for op in delta.ops if isinstance(op, VirtualTokens) or _is_joint(op)]
-        entries = delta.num_virtual_tokens * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
-        in_prefixes = sum(t.numel() for i, _, t in delta.tensors() if delta.ops[i] in prefixes)
-        # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
-        doubled = sum(
-            t.numel()
-            for i, name, t in delta.tensors()
-            if name == "ids" or isinstance(delta.ops[i], LinearMap | WeightDelta | AttnPrefix)
-        )
-        return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
-
     def admit(self, delta: Delta, digest: str, proof: Future[AdmissionProof]) -> None:
         """Place `delta`, measure what it does, and tell `proof`.
 
         It gets InvalidDelta for one without effect, Overloaded while there is no room for it.
         """
+
+        def prove(placed: PlacedDelta, load_s: float) -> AdmissionProof:
+            effect, scale = self._prober.effect(placed)
+            return AdmissionProof(
+                effect=effect,
+                reference_scale=scale,
+                load_s=load_s,
+                host_bytes=delta.size_bytes,
+                device_bytes=placed.device_bytes,
+            )
+
+        self._probe(delta, digest, _Probe(prove, proof))
+
+    def find_activations(self, delta: Delta, digest: str, found: Future[bytes]) -> None:
+        """Place `delta` if need be, and tell `found` which neurons it activates; see `activations`."""
+        self._probe(delta, digest, _Probe(lambda placed, _: self._prober.activations(placed), found))
+
+    def _probe(self, delta: Delta, digest: str, probe: _Probe) -> None:
         try:
             if digest not in self.residency and digest not in self._placing:
-                self._admit_new(delta, digest)
+                self._place_for_probe(delta, digest)
         except DeltamuxError as error:
-            proof.set_exception(error)
+            probe.answer.set_exception(error)
             return
         if digest in self._placing:
-            self._placing[digest].proofs.append((delta, proof))
+            self._placing[digest].probes.append(probe)
         else:
-            self._prove(delta, digest, 0.0, proof)
+            self._measure(digest, 0.0, probe)
 
-    def _admit_new(self, delta: Delta, digest: str) -> None:
+    def _place_for_probe(self, delta: Delta, digest: str) -> None:
         if not self._start_placing(delta, digest):
             raise Overloaded(
                 "What is in use leaves no device memory for the admission probe.", remedy="Try again later."
             )
 
-    def _prove(self, delta: Delta, digest: str, load_s: float, proof: Future[AdmissionProof]) -> None:
-        """Answer `proof` with the effect of a resident delta; one that is refused leaves the device."""
+    def _measure(self, digest: str, load_s: float, probe: _Probe) -> None:
+        """Answer `probe` about a resident delta; one that is refused leaves the device."""
         try:
             placed = self.residency.lease(digest)
             assert placed is not None
             try:
-                effect, scale = self._effect(placed)
+                measured = probe.measure(placed, load_s)
             except DeltamuxError:
                 self.start_release(digest)
                 raise
@@ -227,55 +249,9 @@ class DeltaManager:
                 if self.residency.draining(digest):
                     self.finish_release(digest)
         except Exception as error:
-            proof.set_exception(error)
+            probe.answer.set_exception(error)
             return
-        proof.set_result(
-            AdmissionProof(
-                effect=effect,
-                reference_scale=scale,
-                load_s=load_s,
-                host_bytes=delta.size_bytes,
-                device_bytes=placed.device_bytes,
-            )
-        )
-
-    def _effect(self, placed: PlacedDelta) -> tuple[float, float]:
-        """(max |logit change|, max |bare logit|) on the probe prompt, bare row and delta row in one batch.
-
-        Raises InvalidDelta for a delta that changes nothing or overflows.
-        """
-        backbone, prefix = self.runner.backbone, placed.prefix_len
-        draw = torch.Generator().manual_seed(0)
-        row = torch.randint(0, backbone.spec.vocab_size, (PROBE_TOKENS,), generator=draw)
-        for weights in (w for ops in placed.modules.values() for w in ops.embeddings):
-            row[::2] = weights.ids.cpu()[torch.arange(PROBE_TOKENS // 2) % len(weights.ids)]
-        cache = backbone.new_cache(2, prefix + PROBE_TOKENS)
-        if placed.prefix is not None:
-            cache.write_prefix(1, placed.prefix)
-        segments = [DeltaSegment(PROBE_TOKENS, 2 * PROBE_TOKENS, placed)]
-        programs = compile_programs(
-            len(backbone.spec.modules), backbone.kernels, segments, segments, backbone.logit_modules
-        )
-        spans = [RowSpan(0, PROBE_TOKENS, 0, 0), RowSpan(PROBE_TOKENS, 2 * PROBE_TOKENS, 1, prefix)]
-        positions = torch.arange(PROBE_TOKENS)
-        logits = backbone.forward(
-            torch.cat([row, row]).to(backbone.device),
-            torch.cat([positions, positions + placed.position_offset]).to(backbone.device),
-            ForwardContext(programs, cache.plan(spans)),
-            torch.arange(2 * PROBE_TOKENS, device=backbone.device),
-        )
-        bare, changed = torch.split(logits, PROBE_TOKENS)
-        if not torch.isfinite(changed).all():
-            raise InvalidDelta(["The delta makes non-finite logits on the probe tokens."])
-        effect = float((changed - bare).abs().max())
-        if not effect > 0.0:  # also true for NaN
-            raise InvalidDelta(
-                [
-                    f"The delta has no effect: its logits equal the bare backbone's on {PROBE_TOKENS} probe tokens."
-                ],
-                remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
-            )
-        return effect, float(bare.abs().max())
+        probe.answer.set_result(measured)
 
     def start_release(self, digest: str) -> None:
         """Admit no new request to `digest`."""
@@ -319,5 +295,16 @@ def _load_error(error: BaseException, digest: str) -> DeltamuxError:
     return StoreError("The delta can't be loaded.", param="model", remedy="Upload it again.")
 
 
-def _is_joint(op: Op) -> bool:
-    return isinstance(op, AttnPrefix) and op.merge == "joint"
+def _is_copied(op: Op) -> bool:
+    """True where placing is no more than a copy: nothing is computed from the base weights, or from its own."""
+    match op:
+        case LowRank() | VirtualTokens():
+            return True
+        case Affine():
+            return not op.weight_normalized
+        case AttnPrefix():
+            return op.merge == "joint"
+        case LinearMap():
+            return op.reflections is None
+        case _:
+            return False

@@ -27,6 +27,7 @@ from serving.core import (
     Alternative,
     Event,
     FinishReason,
+    Pooled,
     PromptEvent,
     Request,
     TokenEvent,
@@ -38,11 +39,12 @@ from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
 from serving.engine.merging import CONSUMER as MERGED
 from serving.engine.merging import HotMerge
+from serving.engine.pooling import PoolState, advance
 from serving.engine.prefix_cache import PrefixKeys
-from serving.engine.runner import RowLogits, Runner
+from serving.engine.runner import RowOutput, Runner
 from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
 from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.sequence import Sequence, max_total_len
+from serving.engine.sequence import Sequence, max_total_len, refuse_unanswerable
 from serving.engine.waiting import FirstComeQueue, WaitingQueue
 from serving.memory.budget import AUTO_SHARE, MemoryBudget, auto_capacity
 from serving.memory.host_cache import HostCache
@@ -64,6 +66,7 @@ class RowState:
     text: TextStream | None
     prompt_logprobs: list[TokenLogprobs | None]
     announced: bool = False
+    pool: PoolState | None = None
 
 
 class Engine:
@@ -102,7 +105,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def _make_scheduler(self, settings: EngineSettings) -> Scheduler:
-        cache = self.runner.cache
+        cache, is_encoder = self.runner.cache, self.backbone.spec.kind == "encoder"
         kv = SlotKVManager(
             cache.num_slots, cache.max_len, entry_bytes=cache.entry_bytes, budget=self.budget, storage=cache
         )
@@ -111,6 +114,7 @@ class Engine:
             policy = FairQueue(
                 max_wait_s=settings.max_wait_s,
                 max_lead=settings.max_lead_tokens,
+                num_kept=int(settings.headroom * settings.max_num_seqs),
                 is_resident=lambda seq: (
                     seq.request.adapter_digest is None or self.deltas.is_resident(seq.request.adapter_digest)
                 ),
@@ -120,14 +124,17 @@ class Engine:
             max_queue=settings.max_queue,
             max_wait_s=settings.max_wait_s,
             max_queue_s=settings.max_queue_s,
+            whole_rows=is_encoder,
         )
-        keys = PrefixKeys(self.backbone.spec.digest, settings.prefix_cache)
-        return Scheduler(kv, self.deltas, policy, keys, limits=limits, clock=time.monotonic)
+        keys = PrefixKeys(self.backbone.spec.digest, "off" if is_encoder else settings.prefix_cache)
+        pad = getattr(self.backbone.model.config, "pad_token_id", None)
+        return Scheduler(kv, self.deltas, policy, keys, limits=limits, clock=time.monotonic, pad_token_id=pad)
 
     # -- the step loop ------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
         """Run one batch. False when there was nothing to run."""
+        self.deltas.start_step()
         self._serve_inbox()
         rows, failed = self.scheduler.schedule()
         for seq, error in failed:
@@ -137,27 +144,30 @@ class Engine:
             try:
                 outputs = self.runner.run(rows)
                 sampled = self._sample(outputs)
+                answers = advance(outputs)
             except Exception:  # whatever a kernel raises ends the requests of this batch, never the engine
                 log.exception("a step of %d rows failed", len(rows))
                 for seq, _ in rows:
                     self._fail(seq)
             else:
                 self._advance(outputs, sampled)
+                for seq, answer in answers.items():
+                    self._answer(seq, answer)
                 self.metrics.step_seconds.observe(time.perf_counter() - started)
         self._finish_releases()
         self._flush()
         return bool(rows)
 
-    def _sample(self, outputs: Seq[RowLogits]) -> dict[Sequence, Sampled]:
-        ready = [(row.seq, logits) for row, logits in outputs if row.samples]
+    def _sample(self, outputs: Seq[RowOutput]) -> dict[Sequence, Sampled]:
+        ready = [(row.seq, logits) for row, logits, _ in outputs if row.samples]
         if not ready:
             return {}
         last_RV = torch.cat([logits[-1:] for _, logits in ready])
         drawn = sample(last_RV, [seq.state.sampler for seq, _ in ready])
         return {seq: token for (seq, _), token in zip(ready, drawn, strict=True)}
 
-    def _advance(self, outputs: Seq[RowLogits], sampled: dict[Sequence, Sampled]) -> None:
-        for (seq, count), logits in outputs:
+    def _advance(self, outputs: Seq[RowOutput], sampled: dict[Sequence, Sampled]) -> None:
+        for (seq, count), logits, _ in outputs:
             self._collect_prompt_logprobs(seq, count, logits)
             seq.num_computed += count
             if seq in sampled:
@@ -195,6 +205,18 @@ class Engine:
             self._events.append((seq.request.request_id, event))
         else:
             self._end(seq, reason, event=event)
+
+    def _answer(self, seq: Sequence, answer: Pooled | InvalidRequest | None) -> None:
+        """End a request that its delta's head has answered."""
+        if answer is None:
+            self._fail(seq)
+            return
+        seq.answered = True
+        if isinstance(answer, InvalidRequest):
+            self._end(seq, FinishReason.ERROR, error=answer.info())
+            return
+        self._announce(seq)
+        self._end(seq, FinishReason.STOP, event=TokenEvent(pooled=answer, finish_reason=FinishReason.STOP))
 
     # -- what a request's first and last events carry -----------------------------------------------------------
 
@@ -267,7 +289,8 @@ class Engine:
         """Queue a request; its events arrive through `publish`. Raises ContextLengthExceeded, InvalidRequest."""
         if not 0 < request.weight < math.inf:
             raise InvalidRequest(f"weight: got {request.weight}, expected a share above 0.", param="weight")
-        max_total_len(len(request.prompt_token_ids), request.sampling.max_tokens, self.max_len)
+        refuse_unanswerable(request, self.backbone.spec)
+        max_total_len(len(request.prompt_token_ids), request.max_tokens, self.max_len)
         self._post(lambda: self._enqueue(request))
 
     def cancel(self, request_id: str) -> None:
@@ -279,6 +302,12 @@ class Engine:
         proof: Future[AdmissionProof] = Future()
         self._post(lambda: self.deltas.admit(delta, digest, proof))
         return proof
+
+    def find_activations(self, delta: Delta, digest: str) -> Future[bytes]:
+        """Find which neurons a delta activates on the probe tokens, between two steps."""
+        found: Future[bytes] = Future()
+        self._post(lambda: self.deltas.find_activations(delta, digest, found))
+        return found
 
     def release(self, digest: str) -> Future[int]:
         """Drain a delta's requests, free it; the future holds the device bytes freed."""
@@ -328,9 +357,11 @@ class Engine:
 
     def _enqueue(self, request: Request) -> None:
         text = None
-        if self._tokenizer is not None:
+        if self._tokenizer is not None and request.pooling is None:
             text = TextStream(self._tokenizer, request.prompt_token_ids, request.sampling.stop)
         state = RowState(SamplerState(request.sampling, request.prompt_token_ids), text, [None])
+        if request.pooling is not None:
+            state.pool = PoolState()
         seq = Sequence(request, list(request.prompt_token_ids), state)
         self._live[request.request_id] = seq
         try:

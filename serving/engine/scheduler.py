@@ -23,7 +23,7 @@ from serving.engine.fair_queue import CLASS_RANK
 from serving.engine.kv_manager import KVManager
 from serving.engine.prefix_cache import HashChain, PrefixKeys
 from serving.engine.sequence import LeasedDelta, ScheduledRow, Sequence, max_total_len
-from serving.engine.waiting import WaitingQueue
+from serving.engine.waiting import AdmissionRate, WaitingQueue
 
 OUTPUT_COST = 2.0
 """What a generated token is charged, in computed prompt tokens (S-LoRA's weights for the VTC)."""
@@ -65,24 +65,29 @@ class Failed(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused."""
+    """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused.
+
+    `whole_rows`: prompts are not computed in pieces; a step's last one may go beyond its tokens.
+    """
 
     max_num_batched_tokens: int
     max_queue: int
     max_wait_s: float
     max_queue_s: float
+    whole_rows: bool = False
 
 
 @dataclass(slots=True)
 class _Step:
-    """What one step runs, and the tokens that are left for more."""
+    """What one step runs, and the tokens that are left for more: fewer than none after a whole row."""
 
     budget: int
+    whole_rows: bool
     rows: dict[Sequence, int] = field(default_factory=dict)
 
     def run(self, seq: Sequence) -> None:
-        """Compute as much of `seq` as the budget allows."""
-        self.rows[seq] = min(seq.num_pending, self.budget)
+        """Compute as much of `seq` as the budget allows, or all of it."""
+        self.rows[seq] = seq.num_pending if self.whole_rows else min(seq.num_pending, self.budget)
         self.budget -= self.rows[seq]
 
     def drop(self, seq: Sequence) -> None:
@@ -100,7 +105,10 @@ class _Outcome(Enum):
 
 
 class Scheduler:
-    """Waiting and running requests, their slots and leases. `clock` gives seconds, as `Sequence.arrival_s` does."""
+    """Waiting and running requests, their slots and leases. `clock` gives seconds, as `Sequence.arrival_s` does.
+
+    `pad_token_id`: what the backbone's configuration calls a pad.
+    """
 
     def __init__(
         self,
@@ -111,6 +119,7 @@ class Scheduler:
         *,
         limits: SchedulerLimits,
         clock: Callable[[], float],
+        pad_token_id: int | None = None,
     ) -> None:
         self.kv = kv
         self.leases = leases
@@ -120,8 +129,16 @@ class Scheduler:
         self.num_preemptions = 0
         self._keys = keys
         self._clock = clock
+        self._pad_token_id = pad_token_id
         self._arrivals = count()
+        self._rate = AdmissionRate()
+        self._num_admitted = 0
         self._awaited: Counter[str | None] = Counter()
+
+    @property
+    def num_free(self) -> int:
+        """See `waiting.Batch`."""
+        return self.kv.num_free_slots
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -131,10 +148,12 @@ class Scheduler:
         failed = self._refuse_expired(now_s)
         for seq in self.running:
             self._publish(seq)
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = _Step(self.limits.max_num_batched_tokens, self.limits.whole_rows)
         self._continue_running(step)
         carried = list(step.rows)
+        self._num_admitted = 0
         self._admit_waiting(step, failed, now_s)
+        self._rate.note(now_s, self._num_admitted, len(self.queue))
         for seq in carried:
             self._charge(seq, step.rows.get(seq, 0))
         return [ScheduledRow(seq, num_tokens) for seq, num_tokens in step.rows.items()], failed
@@ -155,8 +174,8 @@ class Scheduler:
         comes in, and the delta with the fewest requests takes no more of them, so that it drains.
         """
         crowded, closed = False, None
-        for seq in self.queue.candidates(now_s):
-            if step.budget == 0:
+        for seq in self.queue.candidates(now_s, self):
+            if step.budget <= 0:
                 return
             digest = seq.request.adapter_digest
             if crowded and digest is not None and (digest == closed or not self.leases.is_resident(digest)):
@@ -180,7 +199,7 @@ class Scheduler:
     def _admit(self, seq: Sequence, step: _Step, now_s: float) -> _Outcome:
         """Try to admit `seq`, in the place of running requests that should yield to it if need be."""
         while True:
-            outcome = self._try_admit(seq, now_s) if self.kv.has_free_slot else _Outcome.FULL
+            outcome = self._try_admit(seq, now_s) if self.kv.num_free_slots else _Outcome.FULL
             if outcome is not _Outcome.FULL:
                 return outcome
             yielding = [
@@ -210,18 +229,19 @@ class Scheduler:
         request = seq.request
         prefix_len = 0 if delta is None else delta.prefix_len
         room = self.kv.max_entries(0 if delta is None else delta.device_bytes) - prefix_len
-        seq.max_len = max_total_len(seq.num_prompt, request.sampling.max_tokens, room)
+        room -= 0 if delta is None else delta.num_inserted
+        seq.max_len = max_total_len(seq.num_prompt, request.max_tokens, room)
+        seq.pool_for(delta, self._pad_token_id)
         if seq.chain is None and self._keys.enabled:
             root = self._keys.root(
                 tenant=request.tenant,
                 adapter_digest=request.adapter_digest,
                 prefix_len=prefix_len,
                 position_offset=0 if delta is None else delta.position_offset,
-                invoked_at=seq.invocation_of(delta),
+                cuts=seq.cuts_of(delta),
             )
             seq.chain = HashChain(root)
-        # logits of the whole prompt need the whole prompt computed
-        reused = None if seq.wants_prompt_logits else seq.chain
+        reused = None if seq.needs_whole_prompt else seq.chain
         if reused and not overdue and 2 * self.kv.will_be_cached(reused, seq.tokens) >= len(seq.tokens):
             return _Outcome.LATER
         opened = self.kv.open(reused, seq.tokens, prefix_len, headroom=len(self.running))
@@ -233,16 +253,18 @@ class Scheduler:
             seq.num_cached = opened.num_cached
         self._leave_queue(seq)
         self.running.append(seq)
+        self._num_admitted += 1
         return _Outcome.ADMITTED
 
     # -- requests come and go -----------------------------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """Queue `seq`. Raises Overloaded when the queue is full."""
+        """Queue `seq`. Raises Overloaded when the queue is full, or when it would wait longer than it may."""
         if len(self.queue) >= self.limits.max_queue:
             raise Overloaded(
                 f"{len(self.queue)} requests are waiting, which is the limit.", remedy="Try again later."
             )
+        self._refuse_in_vain(seq)
         seq.arrival_s, seq.order = self._clock(), next(self._arrivals)
         self.queue.add(seq)
         digest = seq.request.adapter_digest
@@ -292,6 +314,17 @@ class Scheduler:
         if not self._awaited[digest]:
             del self._awaited[digest]
 
+    def _refuse_in_vain(self, seq: Sequence) -> None:
+        """Raise Overloaded where `seq` would be refused later anyhow: its caller learns it now, and when to return."""
+        may_wait_s = min(self.limits.max_queue_s, seq.request.max_wait_s or math.inf)
+        will_wait_s = self._rate.wait_s(self.queue.num_ahead(seq))
+        if will_wait_s > may_wait_s:
+            raise Overloaded(
+                f"The request would wait {will_wait_s:.0f} s for a place; the limit is {may_wait_s:g} s.",
+                retry_after_s=will_wait_s - may_wait_s,
+                remedy="Try again later.",
+            )
+
     def _refuse_expired(self, now_s: float) -> list[Failed]:
         failed = []
         for seq in self.queue.expired(now_s - self.limits.max_queue_s):
@@ -310,7 +343,8 @@ class Scheduler:
         reached = min(seq.num_computed + num_tokens, seq.num_prompt)
         fresh = max(0, reached - max(seq.num_charged, seq.num_computed))
         seq.num_charged = max(seq.num_charged, reached)
-        self.queue.charge(seq, fresh + (OUTPUT_COST if num_tokens == seq.num_pending else 0.0))
+        generates = seq.request.pooling is None and num_tokens == seq.num_pending
+        self.queue.charge(seq, fresh + (OUTPUT_COST if generates else 0.0))
 
     def _is_overdue(self, seq: Sequence, now_s: float) -> bool:
         return now_s - seq.arrival_s > self.limits.max_wait_s

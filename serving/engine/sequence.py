@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from adapters.errors import ContextLengthExceeded
-from serving.core import Request
+from adapters.backbone_spec import BackboneSpec
+from adapters.errors import ContextLengthExceeded, InvalidRequest
+from adapters.normal_form import Site
+from adapters.positions import UNCUT, Cut, Positions, cuts
+from adapters.tasks import MEAN_EMBEDDING, HeadSpec, Task
+from serving.core import ROUTES, Request
 from serving.engine.prefix_cache import HashChain
 
 
@@ -21,10 +24,19 @@ class LeasedDelta(Protocol):
     def position_offset(self) -> int: ...
 
     @property
+    def num_inserted(self) -> int: ...
+
+    @property
     def device_bytes(self) -> int: ...
 
     @property
-    def invocation(self) -> tuple[int, ...]: ...
+    def positions(self) -> frozenset[Positions]: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def head_spec(self) -> HeadSpec | None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -34,8 +46,8 @@ class Sequence:
     `arrival_s` and `order`, the place among all arrivals, are set on arrival. `slot`, `delta`, `max_len` are set on
     admission, and `slot` is -1 outside the batch. `num_charged` tokens were charged to the tenant; `num_cached` is
     what the admission that led to the first token found in the prefix cache. `state` belongs to the engine (sampler,
-    detokenizer). `invoked_at`: index of the token from which on all of the delta acts; before it, only what needs no
-    invocation.
+    detokenizer). `cuts`: where the tokens begin on which other parts of the delta act. `pooled_tokens`: those of the
+    prompt whose final hidden states a task head reads; `answered` when it has.
     """
 
     request: Request
@@ -50,7 +62,9 @@ class Sequence:
     delta: LeasedDelta | None = None
     chain: HashChain | None = None
     max_len: int = 0
-    invoked_at: int = 0
+    cuts: tuple[Cut, ...] = UNCUT
+    pooled_tokens: range = range(0)
+    answered: bool = False
     wants_prompt_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,11 +73,40 @@ class Sequence:
     def admit(self, slot: int, delta: LeasedDelta | None) -> None:
         """Take a slot and a leased delta."""
         self.slot, self.delta = slot, delta
-        self.invoked_at = self.invocation_of(delta)
+        self.cuts = self.cuts_of(delta)
 
-    def invocation_of(self, delta: LeasedDelta | None) -> int:
-        """Where in the prompt `delta` would begin to act."""
-        return last_occurrence(() if delta is None else delta.invocation, self.request.prompt_token_ids)
+    def pool_for(self, delta: LeasedDelta | None, pad_token_id: int | None) -> None:
+        """Note which tokens the task head reads. `pad_token_id` is the backbone's.
+
+        Raises InvalidRequest where neither `delta` nor the bare backbone answers what is asked.
+        """
+        require_task(self.request, delta)
+        if self.request.pooling is None:
+            return
+        head = (None if delta is None else delta.head_spec) or MEAN_EMBEDDING
+        pad = pad_token_id if head.pad_token_id is None else head.pad_token_id
+        match head.pooling:
+            case "cls" | "first" | "pooler":
+                self.pooled_tokens = range(1)
+            case "last":
+                self.pooled_tokens = range(self.num_prompt - 1, self.num_prompt)
+            case "last_not_pad":
+                tokens = self.request.prompt_token_ids
+                last = next((at for at in reversed(range(len(tokens))) if tokens[at] != pad), 0)
+                self.pooled_tokens = range(last, last + 1)
+            case _:
+                self.pooled_tokens = range(self.num_prompt)
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """True where something is wanted of tokens before the last one, which therefore must all be computed."""
+        return self.wants_prompt_logits or bool(
+            self.pooled_tokens and self.pooled_tokens[0] < self.num_prompt - 1
+        )
+
+    def cuts_of(self, delta: LeasedDelta | None) -> tuple[Cut, ...]:
+        """Where other parts of `delta` would begin to act."""
+        return UNCUT if delta is None else cuts(delta.positions, self.request.prompt_token_ids)
 
     @property
     def num_prompt(self) -> int:
@@ -86,7 +129,7 @@ class Sequence:
 
         Until then the slot may hold numbers that are not finite, which nobody else may ever read.
         """
-        return self.num_generated > 0 and self.num_pending == 1
+        return self.answered or (self.num_generated > 0 and self.num_pending == 1)
 
     @property
     def prefix_len(self) -> int:
@@ -108,25 +151,86 @@ class ScheduledRow(NamedTuple):
     @property
     def samples(self) -> bool:
         """True when the step reaches the row's last token, so that its logits give the next one."""
-        return self.num_tokens == self.seq.num_pending
+        return self.num_tokens == self.seq.num_pending and self.seq.request.pooling is None
+
+    @property
+    def pooled(self) -> range:
+        """The tokens of this step whose final hidden states are wanted, counted from its first."""
+        first, wanted = self.seq.num_computed, self.seq.pooled_tokens
+        start, stop = max(wanted.start - first, 0), min(wanted.stop - first, self.num_tokens)
+        return range(start, max(start, stop))
 
 
-def last_occurrence(wanted: tuple[int, ...], tokens: tuple[int, ...]) -> int:
-    """Index at which `wanted` starts for the last time in `tokens`, 0 for an empty one; past all where it does not."""
-    if not wanted:
-        return 0
-    starts = range(len(tokens) - len(wanted), -1, -1)
-    return next((at for at in starts if tokens[at : at + len(wanted)] == wanted), sys.maxsize)
+WITHOUT_HEAD = frozenset({Task.EMBEDDING, Task.FILL_MASK})
+"""Tasks that need no head of the delta's own."""
+
+
+def require_task(request: Request, delta: LeasedDelta | None) -> None:
+    """Raises InvalidRequest unless `delta`, or the bare backbone, answers what is asked."""
+    given = Task.CAUSAL_LM if delta is None else delta.task
+    without_head = given is Task.CAUSAL_LM or given is Task.EMBEDDING
+    if request.task is not given and not (request.task in WITHOUT_HEAD and without_head):
+        if delta is None:
+            raise InvalidRequest(
+                f"The bare backbone has no head for {request.task.value}.",
+                param="model",
+                remedy="Name a delta that was trained for it.",
+            )
+        raise InvalidRequest(
+            f"The delta was trained for {given.value}, not for {request.task.value}.",
+            param="model",
+            remedy=f"Use {ROUTES[given]}.",
+        )
+    if (
+        request.pooling is None
+        or request.pooling.num_labels is None
+        or delta is None
+        or delta.head_spec is None
+    ):
+        return
+    if (got := len(delta.head_spec.labels)) != (wanted := request.pooling.num_labels):
+        raise InvalidRequest(
+            f"The delta's head has {got} labels, expected {wanted}.",
+            param="model",
+            remedy=f"Use {ROUTES[given]}.",
+        )
+
+
+def refuse_unanswerable(request: Request, spec: BackboneSpec) -> None:
+    """Raises InvalidRequest for what the backbone, whatever the delta, does not do or can't do exactly."""
+    if request.task is Task.FILL_MASK and (spec.kind == "decoder" or Site("logits") not in spec.writer):
+        raise InvalidRequest(
+            f"{spec.name} has no masked language model head.",
+            param="model",
+            remedy="Serve an encoder whose checkpoint has one.",
+        )
+    if spec.kind == "decoder":
+        return
+    if request.pooling is None:
+        raise InvalidRequest(
+            f"{spec.name} is an encoder and does not generate.",
+            param="model",
+            remedy=f"Use {ROUTES[Task.EMBEDDING]}, or a delta's own task.",
+        )
+    if spec.first_position and (pad := spec.first_position - 1) in request.prompt_token_ids:
+        raise InvalidRequest(
+            f"The prompt has the padding token, {pad}, which has no position of its own in {spec.model_type}.",
+            param="prompt",
+            remedy="Leave it out.",
+        )
 
 
 def max_total_len(num_prompt: int, max_tokens: int | None, room: int) -> int:
-    """Prompt and generated tokens that a request may reach. Raises ContextLengthExceeded when they do not fit."""
+    """Prompt and generated tokens that a request may reach. Raises ContextLengthExceeded when they do not fit.
+
+    `max_tokens` 0: nothing is generated, the prompt alone has to fit.
+    """
     wanted = num_prompt + (1 if max_tokens is None else max_tokens)
     if wanted > room:
+        generated = "" if max_tokens == 0 else f" and max_tokens is {max_tokens or 1}"
         raise ContextLengthExceeded(
-            f"The prompt has {num_prompt} tokens and max_tokens is {max_tokens or 1}; {room} fit"
-            " (virtual tokens of the delta deducted).",
+            f"The prompt has {num_prompt} tokens{generated}; {room} fit (virtual tokens of the delta deducted).",
             param="prompt" if num_prompt >= room else "max_tokens",
-            remedy="Shorten the prompt or lower max_tokens.",
+            remedy=f"Shorten the prompt or {'lower max_tokens' if generated else 'set truncate_prompt_tokens'}.",
         )
     return room if max_tokens is None else wanted

@@ -1,6 +1,7 @@
 """The wire models of what callers send: types and finiteness here, ranges in `SamplingParams`.
 
-Strict: no value changes its type, no field is ignored (except `user`), and an unknown one is refused by name.
+Strict: no value changes its type, no field is ignored, and an unknown one is refused by name. `user` is who the end
+user is: where an alias divides its requests, one user gets one version.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from serving.core import ChatMessage, SamplingParams
 MAX_REFERENCE_CHARS = 300
 
 
-def _shaped(description: str) -> WrapValidator:
+def shaped(description: str) -> WrapValidator:
     """One message for a field of several types, in place of one per type."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -55,9 +56,9 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_f
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Prompt = Annotated[
     str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)],
-    _shaped("a string, a list of token ids, a list of strings or a list of lists of token ids"),
+    shaped("a string, a list of token ids, a list of strings or a list of lists of token ids"),
 ]
-Stop = Annotated[str | Texts | None, _shaped("a string or a list of strings")]
+Stop = Annotated[str | Texts | None, shaped("a string or a list of strings")]
 Count = Annotated[int | None, Field(ge=0)]
 MaxTokens = Annotated[int | None, Field(ge=1)]
 
@@ -88,7 +89,7 @@ class GenerateBody(RequestBody, ABC):
     min_p: float | None = None
     seed: int | None = None
     stop: Stop = None
-    stop_token_ids: Annotated[TokenIds | None, _shaped("a list of token ids")] = None
+    stop_token_ids: Annotated[TokenIds | None, shaped("a list of token ids")] = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -207,7 +208,7 @@ class MessageBody(RequestBody):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        str | Annotated[list[TextPart], Field(fail_fast=True)], _shaped("a string or a list of text parts")
+        str | Annotated[list[TextPart], Field(fail_fast=True)], shaped("a string or a list of text parts")
     ]
 
     def message(self) -> ChatMessage:
@@ -254,14 +255,31 @@ class ChatBody(GenerateBody):
         return None
 
 
+_Revision = Annotated[int | None, Field(ge=0)]
+
+
 class AliasBody(RequestBody):
     """The body of `PUT /v1/adapters/{name}/aliases/{alias}`.
 
+    `canaries`: the percentage of the alias's requests that each of these other versions gets; none by default.
     `expected_revision`: the alias's revision that the caller has seen, 0 if it saw none; null moves it regardless.
     """
 
     version: int = Field(ge=1, lt=1_000_000_000)
-    expected_revision: int | None = Field(default=None, ge=0)
+    canaries: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], int] | None, Field(max_length=8)
+    ] = None
+    expected_revision: _Revision = None
+
+    def shares(self) -> dict[int, int]:
+        """Version -> percent."""
+        return {int(version): percent for version, percent in (self.canaries or {}).items()}
+
+
+class RollbackBody(RequestBody):
+    """The body of `POST /v1/adapters/{name}/aliases/{alias}/rollback`; `expected_revision` as in AliasBody."""
+
+    expected_revision: _Revision = None
 
 
 class FileUploadBody(RequestBody):

@@ -42,7 +42,7 @@ class Services:
         self.registry = registry
         self.store = store
         self.tenancy = tenancy
-        self.admission = Admission(tenancy.buckets, tenancy.ledger)
+        self.admission = Admission(tenancy.buckets, tenancy.places, tenancy.ledger)
         limits, gate = settings.limits, Access(tenancy).gate
         self.files = FileUploads(
             registry.uploads, spool, lifetime_s=limits.file_lifetime_s, linger_s=linger_s(settings)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from fastapi import Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
@@ -26,15 +27,17 @@ from adapters.errors import (
     from_info,
 )
 from adapters.formats import read_upload
+from adapters.formats.bounded import check_bounds
 from adapters.formats.canonical_pair import MAX_MANIFEST_BYTES
 from adapters.names import check_name
 from adapters.normal_form import Delta
 from adapters.registry import VersionRecord
-from adapters.tensor_files import MappedFile
+from adapters.tensor_files import MappedFile, let_go_of
+from adapters.typology import describe
 from serving.config import linger_s
 from serving.core import AdmissionProof
 from serving.http.errors import reply_to
-from serving.http.multipart import Parts, receive_parts
+from serving.http.multipart import MAX_LABEL_CHARS, MAX_LABELS, Parts, receive_parts
 from serving.http.services import Services
 from serving.http.threads import in_thread
 from serving.tenancy.principal import Principal
@@ -126,12 +129,12 @@ class Uploads:
         services = self._services
         info = await services.backbone()
         if not parts.file_ids:
-            delta, canonical = await in_thread(_read, parts, info.spec_json)
-            return await self._store(caller, name, parts, delta, canonical)
+            read = await in_thread(_read, parts, info.spec_json)
+            return await self._store(caller, name, parts, read)
         async with contextmanager_in_threadpool(services.files.spool.staging()) as staging:
             files = await in_thread(self._sent_files, caller, parts)
-            delta, staged = await in_thread(_read_files, parts, files, info.spec_json, staging)
-            return await self._store(caller, name, parts, delta, staged)
+            read = await in_thread(_read_files, parts, files, info.spec_json, staging)
+            return await self._store(caller, name, parts, read)
 
     def _sent_files(self, caller: Principal, parts: Parts) -> Mapping[str, Path]:
         """The files that the upload names by id. Raises NotFound, and InvalidRequest for two of one name."""
@@ -145,17 +148,17 @@ class Uploads:
             found[name] = path
         return found
 
-    async def _store(
-        self, caller: Principal, name: str, parts: Parts, delta: Delta, canonical: Canonical | StagedCanonical
-    ) -> VersionRecord:
+    async def _store(self, caller: Principal, name: str, parts: Parts, read: _Read) -> VersionRecord:
         services = self._services
+        delta, canonical, facts = read
         digest = canonical.digest
+        signed = await in_thread(services.tenancy.signers.check, caller.tenant, digest, parts.signature)
         async with services.digest_lock(digest):
             # before the first byte: no collector, in whatever process, removes what is held
             hold = await in_thread(services.registry.blobs.hold, digest, self._hold_s)
             try:
                 await in_thread(services.store.put, digest, canonical.manifest, canonical.tensors)
-                proof = await self._admit(digest)
+                proof = asdict(await self._admit(digest)) | facts | signed
                 return await self._record(caller, name, delta, canonical, proof, parts, hold)
             except Exception:
                 await self._discard(digest, hold)
@@ -173,7 +176,7 @@ class Uploads:
         name: str,
         delta: Delta,
         canonical: Canonical | StagedCanonical,
-        proof: AdmissionProof,
+        proof: Mapping[str, Any],
         parts: Parts,
         hold: str,
     ) -> VersionRecord:
@@ -189,7 +192,7 @@ class Uploads:
             task=delta.task,
             size_bytes=canonical.size_bytes,
             labels=parts.labels,
-            proof=asdict(proof) | ({"parity": parts.parity.model_dump()} if parts.parity else {}),
+            proof=proof,
             alias=parts.alias,
             hold=hold,
             quota=services.quota(caller),
@@ -209,34 +212,32 @@ class Uploads:
             log.warning("a failed upload left sha256:%s behind: %s", digest, type(error).__name__)
 
 
-def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical]:
+class _Read(NamedTuple):
+    """A delta, its canonical form, and what the proof says of it beside what the backend measures."""
+
+    delta: Delta
+    canonical: Canonical | StagedCanonical
+    facts: dict[str, Any]
+
+
+def _read(parts: Parts, spec_json: str) -> _Read:
     delta = _checked(parts, parts.files, spec_json)
     canonical = to_canonical(delta)
-    _check_parity(parts, canonical.digest, delta)
-    return delta, canonical
+    return _Read(delta, canonical, _facts(parts, delta, canonical))
 
 
-def _read_files(
-    parts: Parts, sent: Mapping[str, Path], spec_json: str, staging: Path
-) -> tuple[Delta, StagedCanonical]:
-    """The delta of files on disk, and its canonical form in a file in `staging`. Memory does not grow with them."""
+def _read_files(parts: Parts, sent: Mapping[str, Path], spec_json: str, staging: Path) -> _Read:
+    """The delta of files on disk, its canonical form in a file in `staging`. Memory does not grow with them."""
     files: dict[str, bytes | MappedFile] = dict(parts.files)
-    mapped = []
     for name, path in sent.items():
-        if name.endswith(".safetensors"):
-            files[name] = found = MappedFile(path)
-            mapped.append(found)
-        else:
-            files[name] = _small(name, path)
+        files[name] = MappedFile(path) if name.endswith(".safetensors") else _small(name, path)
 
     def between() -> None:
-        for file in mapped:
-            file.let_go()
+        let_go_of(files)
 
     delta = _checked(parts, files, spec_json)
     canonical = stage_canonical(delta, staging / "tensors.safetensors", between=between)
-    _check_parity(parts, canonical.digest, delta)
-    return delta, canonical
+    return _Read(delta, canonical, _facts(parts, delta, canonical, between=between))
 
 
 def _small(name: str, path: Path) -> bytes:
@@ -250,9 +251,39 @@ def _small(name: str, path: Path) -> bytes:
 
 
 def _checked(parts: Parts, files: Mapping[str, bytes | MappedFile], spec_json: str) -> Delta:
-    return read_upload(files, BackboneSpec.from_json(spec_json), backbone_digest=parts.backbone_digest)
+    check_bounds(files)
+    spec = BackboneSpec.from_json(spec_json)
+    return _descending(read_upload(files, spec, backbone_digest=parts.backbone_digest), parts.lineage)
 
 
-def _check_parity(parts: Parts, digest: str, delta: Delta) -> None:
+def _facts(
+    parts: Parts,
+    delta: Delta,
+    canonical: Canonical | StagedCanonical,
+    *,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Raises InvalidRequest where the record of parity that came along is of something else."""
+    facts: dict[str, Any] = {}
     if parts.parity is not None:
-        parts.parity.require_proof_of(digest, delta.backbone_digest)
+        parts.parity.require_proof_of(canonical.digest, delta.backbone_digest)
+        facts["parity"] = parts.parity.model_dump()
+    typology = describe(delta, canonical, between=between)
+    return {"typology": typology, "lineage": shown_lineage(delta.lineage)} | facts
+
+
+def _descending(delta: Delta, lineage: Mapping[str, str]) -> Delta:
+    """`delta` with what its uploader says of its origin. Raises InvalidRequest where the files say otherwise."""
+    if clash := sorted(key for key in lineage if delta.lineage.get(key, lineage[key]) != lineage[key]):
+        raise InvalidRequest(
+            f"lineage: {clash[0]!a} is {delta.lineage[clash[0]][:40]!a} already, by the files.",
+            param="lineage",
+            remedy="Use another key.",
+        )
+    return replace(delta, lineage={**lineage, **delta.lineage})
+
+
+def shown_lineage(lineage: Mapping[str, str]) -> dict[str, str]:
+    """What a proof says of a delta's origin: as much as an upload's field may hold. The manifest has all of it."""
+    short = {key: text for key, text in lineage.items() if max(len(key), len(text)) <= MAX_LABEL_CHARS}
+    return dict(sorted(short.items())[:MAX_LABELS])

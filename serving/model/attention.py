@@ -23,6 +23,7 @@ INERT_KWARGS = frozenset(
         "cache_position",
         "is_causal",
         "past_key_values",
+        "deterministic",  # of another implementation
     }
 )
 
@@ -53,7 +54,7 @@ def attention(
             param="backbone",
         )
     context.query, context.scaling = query[0], scaling
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer = getattr(module, "layer_idx", len(context.attention.attended))  # some encoders count no layers
     return context.attention.attend(layer, query, key, value, scaling, sliding_window, softcap), None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,12 @@ from transformers import (
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.errors import BackboneRefused
 from adapters.site_maps import COMMON_NAMES, build_spec
+from adapters.site_maps_encoders import ENCODER_MAPS
 from serving.kernels.ops import Kernels
 from serving.kernels.select import Choice, select_kernels
 from serving.model.context import ForwardContext
+from serving.model.encoder import BareEncoder, RowStore, install_replay, load_encoder, masked_logits, pooled
+from serving.model.encoder_parity import prove_encoder, stock_rows
 from serving.model.kv_cache import KVShape, SlotKVCache
 from serving.model.layout import Flattened, Layout
 from serving.model.packed import pack_linears
@@ -39,10 +42,11 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 class Backbone:
     """A frozen model on its device, with every site hooked and keys and values redirected to the KV cache.
 
-    `kernels` run the deltas and, flattened, the attention of single tokens.
+    `kernels` run the deltas and, flattened, the attention of single tokens. An encoder has no head where its
+    checkpoint has none.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel | BareEncoder
     spec: BackboneSpec
     tokenizer: PreTrainedTokenizerBase | None
     eos_token_ids: frozenset[int]
@@ -54,12 +58,16 @@ class Backbone:
 
     @property
     def logit_modules(self) -> frozenset[int]:
-        """Indices of the modules that see only the rows whose logits are wanted."""
-        return frozenset(i for i, m in enumerate(self.spec.modules) if m.writes[0].site.name == "logits")
+        """Indices of the modules that see only wanted rows: those of language model heads and poolers."""
+        return frozenset(
+            i for i, m in enumerate(self.spec.modules) if m.writes[0].site.name in ("logits", "pooled")
+        )
 
-    def new_cache(self, num_slots: int, max_len: int) -> SlotKVCache:
-        """A KV cache that fits this backbone."""
+    def new_cache(self, num_slots: int, max_len: int) -> SlotKVCache | RowStore:
+        """A KV cache that fits this backbone; what an encoder has instead."""
         spec = self.spec
+        if spec.kind == "encoder":
+            return RowStore(num_slots, max_len)
         return SlotKVCache(
             KVShape(spec.num_layers, spec.num_kv_heads, spec.num_heads, spec.head_dim),
             num_slots=num_slots,
@@ -76,8 +84,10 @@ class Backbone:
         """One pass of the unmodified model over a flattened batch.
 
         Shapes: tokens [T] ids or [T, d] embeddings, positions [T], logits_rows [R] -> logits [R, V] fp32.
-        `logits_rows` None means that only the KV cache is wanted: returns an empty tensor.
+        `logits_rows` None means that only the KV cache or `context.hidden` is wanted: returns an empty tensor.
         """
+        if self.spec.first_position:
+            positions = positions + self.spec.first_position
         logits = self.layout.forward(self.model, tokens, positions, context, logits_rows).float()
         if (count := len(context.attention.attended)) != self.spec.num_layers:
             raise BackboneRefused(
@@ -85,6 +95,16 @@ class Backbone:
                 param="backbone",
             )
         return logits if logits_rows is not None else logits[:0]
+
+    @torch.inference_mode()
+    def pool(self, states: Tensor, context: ForwardContext) -> Tensor:
+        """What the encoder's own pooler makes of first tokens' final hidden states, [R, d] fp32 -> [R, d] fp32."""
+        return pooled(self.model, states.to(self.dtype), context).float()
+
+    @torch.inference_mode()
+    def masked_logits(self, states: Tensor, context: ForwardContext) -> Tensor:
+        """Logits of the encoder's own language model head for final hidden states, [R, d] fp32 -> [R, V] fp32."""
+        return masked_logits(self.model, states.to(self.dtype), context).float()
 
 
 def load_backbone(
@@ -95,19 +115,22 @@ def load_backbone(
     dtype: str = "auto",
     kernels: Choice = "auto",
 ) -> Backbone:
-    """Load a transformers causal LM from a directory or hub id.
+    """Load a transformers causal LM or encoder from a directory or hub id.
 
     `dtype` auto: bfloat16 on CUDA, float32 on CPU; `kernels`: see `select_kernels`. Raises BackboneRefused.
     """
     try:
         config = AutoConfig.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", attn_implementation="eager")
+        if config.model_type in ENCODER_MAPS:
+            model = load_encoder(source, config)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise BackboneRefused(
             f"The backbone can't be loaded: {str(error).splitlines()[0]}",
             param="backbone",
-            remedy="Give a directory or hub id that AutoModelForCausalLM and AutoTokenizer load.",
+            remedy="Give a directory or hub id that transformers' auto classes and AutoTokenizer load.",
         ) from error
     label = name or Path(source).name
     names = tuple(dict.fromkeys((label, source, Path(source).name, config.name_or_path or label)))
@@ -117,7 +140,7 @@ def load_backbone(
 
 
 def adopt_backbone(
-    model: PreTrainedModel,
+    model: PreTrainedModel | BareEncoder,
     *,
     name: str,
     names: Sequence[str] = (),
@@ -136,6 +159,8 @@ def adopt_backbone(
         if dtype != "auto"
         else (torch.bfloat16 if place.type == "cuda" else torch.float32)
     )
+    if model.config.model_type in ENCODER_MAPS and model.base_model is model:
+        model = BareEncoder(model)
     model.eval().requires_grad_(requires_grad=False)
     digest = backbone_digest(model)
     _own_config(model)
@@ -148,7 +173,7 @@ def adopt_backbone(
         digest=digest,
         names=tuple(names) or (name,),
     )
-    stock = stock_probe(model, spec)
+    prove = _prover(model, spec)
     if place.type == "cpu":
         pack_linears(model)
     install_sites(model, spec)
@@ -163,11 +188,21 @@ def adopt_backbone(
         layout=Flattened(),
         parity_error=0.0,
     )
-    choose_layout(backbone, stock)
+    prove(backbone)
     return backbone
 
 
-def _own_config(model: PreTrainedModel) -> None:
+def _prover(model: PreTrainedModel | BareEncoder, spec: BackboneSpec) -> Callable[[Backbone], None]:
+    """What compares the hooked backbone with the stock forward, which runs here and now."""
+    if spec.kind == "encoder":
+        rows = stock_rows(model, spec)
+        install_replay(model)
+        return lambda backbone: prove_encoder(backbone, rows)
+    logits = stock_probe(model, spec)
+    return lambda backbone: choose_layout(backbone, logits)
+
+
+def _own_config(model: nn.Module) -> None:
     """Give the model a configuration of its own.
 
     transformers models built from one config object share it, and each writes its attention implementation there:
@@ -179,7 +214,7 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = own
 
 
-def backbone_digest(model: PreTrainedModel) -> str:
+def backbone_digest(model: PreTrainedModel | BareEncoder) -> str:
     """sha256 over the configuration that shapes the numbers and every tensor (name, dtype, shape, bytes), as loaded."""
     total = hashlib.sha256()
     config = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE_CONFIG}
@@ -190,15 +225,11 @@ def backbone_digest(model: PreTrainedModel) -> str:
     return total.hexdigest()
 
 
-def _shape_of(model: PreTrainedModel, path: str) -> ModuleShape:
+def _shape_of(model: PreTrainedModel | BareEncoder, path: str) -> ModuleShape | None:
     try:
         module = model.get_submodule(path)
-    except AttributeError as error:
-        raise BackboneRefused(
-            f"The backbone has no module {path!r}, which its site map names.",
-            param="backbone",
-            remedy="This variant of the architecture is not served yet.",
-        ) from error
+    except AttributeError:
+        return None
     has_bias = getattr(module, "bias", None) is not None
     match module:
         case nn.Linear():
@@ -207,13 +238,16 @@ def _shape_of(model: PreTrainedModel, path: str) -> ModuleShape:
             return ModuleShape("conv1d", module.nx, module.nf, has_bias)
         case nn.Embedding():
             return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, has_bias=False)
+        case nn.Identity():
+            return None
         case _ if isinstance(weight := getattr(module, "weight", None), Tensor):
             return ModuleShape("norm", weight.shape[0], weight.shape[0], has_bias)
     width = model.config.hidden_size  # layers map the residual stream to itself
     return ModuleShape("layer", width, width, has_bias=False)
 
 
-def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    raw = model.generation_config.eos_token_id if model.generation_config else None
-    raw = raw if raw is not None else model.config.eos_token_id
+def _eos_ids(model: PreTrainedModel | BareEncoder) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    raw = generation.eos_token_id if generation else None
+    raw = raw if raw is not None else getattr(model.config, "eos_token_id", None)
     return frozenset([raw] if isinstance(raw, int) else raw or [])

@@ -65,7 +65,10 @@ class ForwardContext:
 
     `captured` holds the sites that other modules read, filled by the modules that see them. `query` [heads, T, D]
     after rotary and `scaling` are those of the attention that ran last, filled by the attention function. `padding`
-    says which of the rows that modules see are tokens, None where all are.
+    says which of the rows that modules see are tokens, None where all are. `hidden_rows` [R] are the tokens whose
+    final hidden states are wanted, which are then in `hidden` [R, d] fp32. Encoders only: `token_types` [T] where a
+    row has two parts, `inserted` the virtual tokens [l, d] that stand at a token index, `replayed` [R, d] the states
+    that the model's head runs on alone.
     """
 
     programs: Sequence[Program | None]
@@ -74,6 +77,25 @@ class ForwardContext:
     query: Tensor | None = None
     scaling: float = 1.0
     padding: Padding | None = None
+    hidden_rows: Tensor | None = None
+    hidden: Tensor | None = None
+    token_types: Tensor | None = None
+    inserted: Sequence[tuple[int, Tensor]] = ()
+    replayed: Tensor | None = None
+
+    def keep_hidden(self, states: Tensor) -> None:
+        """Take the wanted rows of the final hidden states [..., d], which the model hands over."""
+        if self.hidden_rows is None:
+            return
+        tokens = states.flatten(0, -2)
+        if self.padding is not None:
+            tokens = tokens[self.padding.tokens]
+        self.hidden = tokens[self.hidden_rows].float()
+
+    def insert(self, embedded: Tensor) -> None:
+        """Put the virtual tokens into the embedded batch [1, T, d], in place."""
+        for start, rows in self.inserted:
+            embedded[0, start : start + len(rows)] = rows.to(embedded.dtype)
 
 
 class _Active(threading.local):

@@ -48,7 +48,15 @@ def place_weight_delta(
             assert op.indices is not None
             indices = to_device(op.indices, torch.int64)
             shape = (stop - start, d_in)
-            matrix = torch.sparse_coo_tensor(indices, to_device(values), shape, check_invariants=False)
+            # to coalesce what is in order already would copy indices that several modules share
+            places = op.indices[0].long() * d_in + op.indices[1]
+            matrix = torch.sparse_coo_tensor(
+                indices,
+                to_device(values),
+                shape,
+                check_invariants=False,
+                is_coalesced=bool((places.diff() > 0).all()),
+            )
             return SparseWeights(matrix.coalesce(), start, stop)
 
 
@@ -85,10 +93,15 @@ def place_reflections(reflections: Tensor, to_device: Copy) -> LowRankWeights:
 
 
 def place_rows(op: Rows, base: nn.Module, to_device: Copy) -> RowsWeights:
-    """Replaced rows of `base`, in the order of their ids, as it puts them out: Gemma's embedding scales its rows."""
+    """Replaced rows of `base`, in the order of their ids, as it puts them out: Gemma's embedding scales its rows.
+
+    A head's bias stays.
+    """
     ids, order = op.ids.long().sort()
     rows = op.rows[order].float() * float(getattr(base, "embed_scale", 1.0))
-    return RowsWeights(to_device(ids, torch.int64), to_device(rows))
+    bias = getattr(base, "bias", None)
+    kept = None if bias is None else to_device(bias[ids.to(bias.device)])
+    return RowsWeights(to_device(ids, torch.int64), to_device(rows), kept)
 
 
 def place_replaced_norm(base: nn.Module, weight: Tensor, bias: Tensor | None, to_device: Copy) -> Replacement:

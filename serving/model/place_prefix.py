@@ -10,7 +10,7 @@ from adapters.normal_form import AttnPrefix, Delta, Site, VirtualTokens
 from serving.kernels.ops import PromptWeights
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
-from serving.model.kv_cache import RowSpan
+from serving.model.kv_cache import RowSpan, SlotKVCache
 from serving.model.packed import plain_weight
 from serving.model.place_matrices import Copy
 from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
@@ -45,11 +45,11 @@ def _projected(rows: Tensor, site: str, op: AttnPrefix, backbone: Backbone) -> T
 
 
 def place_prefix(delta: Delta, placed: PlacedDelta, backbone: Backbone) -> list[tuple[Tensor, Tensor]] | None:
-    """The keys and values that the delta owns, per layer, or None."""
+    """The keys and values that the delta owns, per layer, or None. Virtual tokens of an encoder own none."""
     layers = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix) and op.merge == "joint"}
     virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
-    if virtual is not None:
-        return _run_virtual_tokens(virtual, placed.before or placed, backbone)
+    if virtual is not None and backbone.spec.kind == "decoder":
+        return _run_virtual_tokens(virtual, placed.forms.get(None, placed), backbone)
     if not layers:
         return None
     device, dtype = backbone.device, backbone.dtype
@@ -62,6 +62,7 @@ def _run_virtual_tokens(
 ) -> list[tuple[Tensor, Tensor]]:
     length = op.embeddings.shape[0]
     cache = backbone.new_cache(num_slots=1, max_len=length)
+    assert isinstance(cache, SlotKVCache), "an encoder's virtual tokens own no keys and values"
     spec = backbone.spec
     segments = [DeltaSegment(0, length, placed)]
     programs = compile_programs(len(spec.modules), backbone.kernels, segments, [], backbone.logit_modules)

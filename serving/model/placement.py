@@ -15,6 +15,7 @@ from torch import Tensor
 from adapters.backbone_spec import ModuleSpec, Slice
 from adapters.errors import InvalidDelta
 from adapters.normal_form import (
+    SCORES,
     Affine,
     AttnPrefix,
     Delta,
@@ -23,10 +24,13 @@ from adapters.normal_form import (
     LowRank,
     Rows,
     Site,
+    VirtualTokens,
     WeightDelta,
 )
+from adapters.positions import Positions
 from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
 from serving.model.backbone import Backbone
+from serving.model.heads import place_head_of
 from serving.model.place_matrices import (
     Copy,
     place_blocks,
@@ -37,7 +41,9 @@ from serving.model.place_matrices import (
     place_weight_delta,
 )
 from serving.model.place_prefix import base_parameter, place_prefix, place_prompt
+from serving.model.placed_size import weight_bytes
 from serving.model.programs import PlacedDelta
+from serving.model.weight_block import WeightBlock
 
 
 def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
@@ -53,21 +59,31 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
                 f" {backbone.spec.digest[:12]}, which this server runs."
             ]
         )
-    placer = _Placer(backbone)
+    placer = _Placer(backbone, weight_bytes(delta, backbone))
     for op in delta.ops:
-        if isinstance(op, LowRank):
+        if isinstance(op, LowRank) and (norm := backbone.spec.norm_around(op.write, op.read)) is not None:
+            placer.again[norm.path].append(op)
+        elif isinstance(op, LowRank):
             placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
         elif isinstance(op, Affine):
             placer.affines[op.site, op.side].append(op)
         elif isinstance(op, AttnPrefix) and op.merge == "separate":
             placer.prompts.append(op)
-        elif isinstance(op, LinearMap | WeightDelta | Rows | Head):
+        elif isinstance(op, LinearMap | WeightDelta | Rows | Head) and op.site != SCORES:
             placer.matrices.append(op)
     modules = placer.modules()
     placed = _placed(delta, digest, modules, placer)
+    placed.head = place_head_of(delta, placer.to_device)
     placed.device_bytes = placer.device_bytes
-    if delta.invocation:
-        placed.before = _placed(delta, digest, _without(modules, placer.invoked), placer)
+    placed.forms = {
+        positions: _placed(delta, digest, _acting(modules, placer.positions, positions), placer)
+        for positions in (*delta.positions, None)
+        if delta.positions
+    }
+    virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
+    if virtual is not None and backbone.spec.kind == "encoder":
+        placed.virtual_tokens = virtual.embeddings.to(backbone.device, torch.float32, copy=True)
+        placed.device_bytes += placed.virtual_tokens.nbytes
     if (prefix := place_prefix(delta, placed, backbone)) is not None:
         placed.prefix = prefix
         placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
@@ -90,18 +106,24 @@ def _placed(delta: Delta, digest: str, modules: Mapping[int, PlacedModule], plac
         device_bytes=0,
         encoded=encoded,
         general_modules=general,
-        invocation=delta.invocation,
     )
 
 
-def _without(modules: Mapping[int, PlacedModule], invoked: set[int]) -> dict[int, PlacedModule]:
-    """`modules` without the weights whose ids are in `invoked`; what is left of none is left out."""
+def _acting(
+    modules: Mapping[int, PlacedModule], positions_of: Mapping[int, Positions], positions: Positions | None
+) -> dict[int, PlacedModule]:
+    """`modules` with what acts everywhere or at `positions`; what is left of none is left out."""
+
+    def acts(weights: LowRankWeights) -> bool:
+        return positions_of.get(id(weights), positions) == positions
+
     kept = {
         index: replace(
             ops,
-            parallel=[w for w in ops.parallel if id(w) not in invoked],
-            remote=[(site, w) for site, w in ops.remote if id(w) not in invoked],
-            sequential=[w for w in ops.sequential if id(w) not in invoked],
+            again=[w for w in ops.again if acts(w)],
+            parallel=[w for w in ops.parallel if acts(w)],
+            remote=[(site, w) for site, w in ops.remote if acts(w)],
+            sequential=[w for w in ops.sequential if acts(w)],
         )
         for index, ops in modules.items()
     }
@@ -118,19 +140,23 @@ def _general_modules(modules: Mapping[int, PlacedModule], backbone: Backbone) ->
 
 
 class _Placer:
-    """Collects the ops of one delta by module and copies their tensors, shared ones once."""
+    """Collects the ops of one delta by module and copies their tensors, shared ones once.
 
-    def __init__(self, backbone: Backbone) -> None:
+    On CPU into one block of `weight_bytes`, those of a module side by side.
+    """
+
+    def __init__(self, backbone: Backbone, weight_bytes: int) -> None:
         self.backbone = backbone
         self.spec = backbone.spec
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
+        self.again: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
         self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
-        self.invoked: set[int] = set()  # ids of the weights that act only from the invocation on
-        self.device_bytes = 0
+        self.positions: dict[int, Positions] = {}  # id of the weights -> the only tokens on which they act
+        self._block = WeightBlock(weight_bytes) if backbone.device.type == "cpu" else None
         self._copies: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
     def to_device(
@@ -140,20 +166,35 @@ class _Placer:
         key = (id(tensor), dtype, transpose)
         if key not in self._copies:
             source = tensor.t() if transpose else tensor
-            # straight into its place: `to` keeps a transposed layout, of which a second copy would be made
-            copy = torch.empty(source.shape, dtype=dtype, device=self.backbone.device)
-            copy.copy_(source)
+            if self._block is not None:
+                copy = self._block.take(source.shape, dtype)
+            else:
+                copy = torch.empty(source.shape, dtype=dtype, device=self.backbone.device)
+            copy.copy_(
+                source
+            )  # straight into its place: `to` would keep a transposed layout, and be copied again
             self._copies[key] = (tensor, copy)  # the source too: a freed tensor's id comes back
-            self.device_bytes += copy.nbytes
         return self._copies[key][1]
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of memory that the copies take."""
+        if self._block is not None:
+            return self._block.taken_bytes
+        return sum(copy.nbytes for _, copy in self._copies.values())
+
     def modules(self) -> dict[int, PlacedModule]:
+        """What was collected, each kind placed in the order in which the modules run."""
         placed: dict[int, PlacedModule] = defaultdict(PlacedModule)
-        for path, ops in self.low_ranks.items():
+        for path, ops in sorted(self.low_ranks.items(), key=lambda item: self.index[item[0]]):
             module = self.spec.by_path[path]
             for op, part in _join_fused(ops, module):
                 self._place_low_rank(placed[self.index[path]], op, part, module)
-        for (site, side), affines in self.affines.items():
+        for path, ops in sorted(self.again.items(), key=lambda item: self.index[item[0]]):
+            module = self.spec.by_path[path]
+            for op in ops:
+                placed[self.index[path]].again.append(self._low_rank(op, module.writes[0]))
+        for (site, side), affines in sorted(self.affines.items(), key=lambda item: self._writer(item[0][0])):
             module, part = self.spec.writer[site]
             target = placed[self.index[module.path]]
             if side == "input":
@@ -162,7 +203,7 @@ class _Placer:
                 target.inputs.append(self._affine(scale, shift, 0, module.shape.d_in))
             else:
                 self._place_output_affines(target, affines, module, part)
-        for matrix in self.matrices:
+        for matrix in sorted(self.matrices, key=lambda op: self._writer(op.site)):
             module, part = self.spec.writer[matrix.site]
             self._place_matrix(placed[self.index[module.path]], matrix, part, module)
         for prompt in self.prompts:
@@ -171,6 +212,9 @@ class _Placer:
                 place_prompt(prompt, self.backbone, self.to_device)
             )
         return dict(placed)
+
+    def _writer(self, site: Site) -> int:
+        return self.index[self.spec.writer[site][0].path]
 
     def _place_matrix(
         self, target: PlacedModule, op: LinearMap | WeightDelta | Rows | Head, part: Slice, module: ModuleSpec
@@ -207,7 +251,7 @@ class _Placer:
                 self._output_affine(ops, module, part, bias if weight is not None else None)
             )
 
-    def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
+    def _low_rank(self, op: LowRank, part: Slice) -> LowRankWeights:
         weights = LowRankWeights(
             A=self.to_device(op.A),
             B=self.to_device(op.B, transpose=True),
@@ -219,7 +263,11 @@ class _Placer:
             stop=part.stop,
         )
         if op.positions is not None:
-            self.invoked.add(id(weights))
+            self.positions[id(weights)] = op.positions
+        return weights
+
+    def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
+        weights = self._low_rank(op, part)
         if op.sequential:
             target.sequential.append(weights)
         elif op.read == module.read:
@@ -236,9 +284,8 @@ class _Placer:
         `replaced`: the bias that a replaced module has in its output already.
         """
         columns = slice(part.start, part.stop)
-        base_module = self.backbone.model.get_submodule(module.path)
         old = (
-            base_module.bias[columns].float().cpu()
+            base_parameter(self.backbone, module, "bias")[columns]
             if module.shape.has_bias
             else torch.zeros(part.stop - part.start)
         )
@@ -251,7 +298,7 @@ class _Placer:
         factors = []
         for op in scales:
             assert op.scale is not None
-            norm = self._row_norms(module, part) if op.weight_normalized else 1.0
+            norm = self._row_norms(module, part, op.norm_scaling) if op.weight_normalized else 1.0
             factors.append(op.scale.float() / norm)
         scale = _product(factors)
         assert scale is not None
@@ -259,13 +306,13 @@ class _Placer:
         moved = scale * (new - old) if covered else new - scale * old
         return self._affine(scale, _sum([moved, shift]), part.start, part.stop)
 
-    def _row_norms(self, module: ModuleSpec, part: Slice) -> Tensor:
-        """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA)."""
+    def _row_norms(self, module: ModuleSpec, part: Slice, scaling: float | None) -> Tensor:
+        """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA). `scaling`: in place of each s."""
         weight = base_parameter(self.backbone, module, "weight")
         rows = (weight.t() if module.shape.kind == "conv1d" else weight)[part.start : part.stop].clone()
         for op in self.low_ranks[module.path]:
             if op.write == part.site and not op.sequential:
-                rows += op.scaling * (op.B.float() @ op.A.float())
+                rows += (op.scaling if scaling is None else scaling) * (op.B.float() @ op.A.float())
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
         return norms
 
@@ -283,7 +330,8 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
     """Undo the split of a fused projection: LowRanks that share A and write neighbouring columns become one."""
     parts = {part.site: part for part in module.writes}
     joined: list[tuple[LowRank, Slice]] = []
-    for op in sorted(ops, key=lambda op: (id(op.A), parts[op.write].start)):
+    # sequential ones act in their own order and are not joined
+    for op in sorted(ops, key=lambda op: (0, 0) if op.sequential else (id(op.A), parts[op.write].start)):
         part = parts[op.write]
         if joined:
             last, span = joined[-1]

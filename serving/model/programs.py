@@ -10,13 +10,15 @@ Legend: T tokens, I input width, O output width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapters.normal_form import Site
+from adapters.positions import Positions
+from adapters.tasks import HeadSpec, Task
 from serving.kernels.ops import (
     AffineSegment,
     DeltaKernels,
@@ -32,6 +34,7 @@ from serving.kernels.ops import (
     WeightDeltaSegment,
 )
 from serving.model.context import ForwardContext
+from serving.model.heads import PlacedHead
 from serving.model.packed import Forward
 
 NOTHING_MERGED: Mapping[int, Forward] = {}
@@ -43,7 +46,9 @@ class PlacedDelta:
 
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
-    `before`: what acts on the tokens before the last `invocation` in the prompt, where the delta has one.
+    `forms`: for a delta of which parts act on some tokens only, what acts there, and under None what acts on the
+    others; empty where all of it acts on every token. `head`: what reads the final hidden states, None for a delta that
+    generates. `virtual_tokens` [l, d]: on an encoder they are tokens of every row, since they see what follows.
     """
 
     digest: str
@@ -54,13 +59,38 @@ class PlacedDelta:
     device_bytes: int
     encoded: Any
     general_modules: frozenset[int]
-    invocation: tuple[int, ...] = ()
-    before: PlacedDelta | None = None
+    forms: Mapping[Positions | None, PlacedDelta] = field(default_factory=dict)
+    head: PlacedHead | None = None
+    virtual_tokens: Tensor | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the delta was trained to answer."""
+        return Task.CAUSAL_LM if self.head is None else self.head.task
+
+    @property
+    def head_spec(self) -> HeadSpec | None:
+        """How its head is fed."""
+        return None if self.head is None else self.head.spec
 
     @property
     def prefix_len(self) -> int:
         """Key-value entries in front of every request of this delta."""
         return 0 if self.prefix is None else int(self.prefix[0][0].shape[0])
+
+    @property
+    def positions(self) -> frozenset[Positions]:
+        """On what tokens some of its ops act; empty where all act on every one."""
+        return frozenset(positions for positions in self.forms if positions is not None)
+
+    def form_at(self, positions: Positions | None) -> PlacedDelta:
+        """What acts on tokens under `positions`."""
+        return self.forms[positions] if self.forms else self
+
+    @property
+    def num_inserted(self) -> int:
+        """Virtual tokens that run with every row."""
+        return 0 if self.virtual_tokens is None else len(self.virtual_tokens)
 
 
 class DeltaSegment(NamedTuple):
@@ -75,9 +105,11 @@ class ModuleProgram:
     """What the deltas of one batch do at one module."""
 
     __slots__ = (
+        "again",
         "capture",
         "embeddings",
         "fused",
+        "has_general_output",
         "index",
         "input_maps",
         "inputs",
@@ -98,12 +130,14 @@ class ModuleProgram:
         self.index = index
         self.kernels = kernels
         self.fused = fused
+        self.has_general_output = False
         self.capture: Site | None = None
         self.prompts: list[PromptSegment] = []
         self.inputs: list[AffineSegment] = []
         self.input_maps: list[LinearMapSegment] = []
         self.reflections: list[LowRankSegment] = []
         self.replacements: list[tuple[int, int, Replacement]] = []
+        self.again: list[LowRankSegment] = []
         self.embeddings: list[RowsSegment] = []
         self.logits: list[RowsSegment] = []
         self.weight_deltas: list[WeightDeltaSegment] = []
@@ -121,6 +155,7 @@ class ModuleProgram:
         self.reflections += [LowRankSegment(start, stop, w) for w in ops.reflections]
         if ops.replacement is not None:
             self.replacements.append((start, stop, ops.replacement))
+        self.again += [LowRankSegment(start, stop, w) for w in ops.again]
         self.embeddings += [RowsSegment(start, stop, w) for w in ops.embeddings]
         self.logits += [RowsSegment(start, stop, w) for w in ops.logits]
         self.weight_deltas += [WeightDeltaSegment(start, stop, w) for w in ops.weight_deltas]
@@ -130,6 +165,18 @@ class ModuleProgram:
         self.outputs += [AffineSegment(start, stop, w) for w in ops.outputs]
         self.output_maps += [LinearMapSegment(start, stop, w) for w in ops.output_maps]
         self.sequential += [LowRankSegment(start, stop, w) for w in ops.sequential]
+        self.has_general_output = bool(
+            self.replacements
+            or self.again
+            or self.embeddings
+            or self.logits
+            or self.weight_deltas
+            or self.parallel
+            or self.remote
+            or self.outputs
+            or self.output_maps
+            or self.sequential
+        )
 
     def run(
         self, context: ForwardContext, base: Callable[..., Any], x: Tensor, args: Any, kwargs: dict[str, Any]
@@ -147,20 +194,31 @@ class ModuleProgram:
             fused.capture(self.index, x_TI)
         base_x = self._input(context, x)
         y: Tensor = base(base_x, *args, **kwargs)
-        out = self._general_output(context, base_x, x_TI, y) if self._has_general_output else None
-        if fused is None or not fused.changes_output[self.index]:
-            return y if out is None else out.to(y.dtype).view(y.shape)
-        if out is None:  # in y itself: modules return fresh tensors
+        acts = fused is not None and fused.changes_output[self.index]
+        if self.has_general_output:
+            out = self._general_output(context, base, base_x, x_TI, y)
+            if fused is not None and acts:
+                fused.run_output(self.index, out, x_TI)
+            return out.to(y.dtype).view(y.shape)
+        if fused is not None and acts:  # in y itself: modules return fresh tensors
             out = y.reshape(-1, y.shape[-1]).contiguous()
-        fused.run_output(self.index, out, x_TI)
-        return out.to(y.dtype).view(y.shape)
+            fused.run_output(self.index, out, x_TI)
+            return out.view(y.shape)  # another tensor than y: that one says that nothing acted
+        return y
 
-    def _general_output(self, context: ForwardContext, base_x: Tensor, x_TI: Tensor, y: Tensor) -> Tensor:
+    def _general_output(
+        self, context: ForwardContext, base: Callable[..., Any], base_x: Tensor, x_TI: Tensor, y: Tensor
+    ) -> Tensor:
         # y itself where it is fp32 already
         out = y.reshape(-1, y.shape[-1]).to(torch.float32)
         base_TI = base_x.reshape(-1, base_x.shape[-1])
         for start, stop, replacement in self.replacements:
             out[start:stop] = replacement(base_TI[start:stop])
+        if self.again:
+            changed = base_TI.to(torch.float32, copy=True)
+            self.kernels.add_low_rank(changed, out, self.again)
+            for start, stop, _ in self.again:
+                out[start:stop] = base(changed[start:stop].to(base_x.dtype))
         if self.embeddings:  # there x is token ids
             self.kernels.replace_embeddings(out, base_x.reshape(-1), self.embeddings)
         if self.logits:
@@ -178,21 +236,6 @@ class ModuleProgram:
         if self.sequential:
             self.kernels.add_low_rank(out, out, self.sequential)
         return out
-
-    @property
-    def _has_general_output(self) -> bool:
-        """True where the general kernels act after the module's input."""
-        return bool(
-            self.replacements
-            or self.embeddings
-            or self.logits
-            or self.weight_deltas
-            or self.parallel
-            or self.remote
-            or self.outputs
-            or self.output_maps
-            or self.sequential
-        )
 
     def _input(self, context: ForwardContext, x: Tensor) -> Tensor:
         """What the base module reads: x with attention to prompts added, scaled and mapped, rounded to x's dtype."""

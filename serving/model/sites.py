@@ -17,6 +17,10 @@ def install_sites(model: nn.Module, spec: BackboneSpec) -> None:
     """Hook every module of `spec`; a module's index in `spec.modules` is its index in `ForwardContext.programs`."""
     for index, module in enumerate(spec.modules):
         _hook(model.get_submodule(module.path), index)
+        if module.writes[0].site.name == "final":
+            _keep_hidden(model.get_submodule(module.path))
+    if spec.kind == "encoder":
+        _insert_virtual_tokens(model.get_submodule(spec.modules[0].path))
 
 
 def _hook(module: nn.Module, index: int) -> None:
@@ -33,3 +37,27 @@ def _hook(module: nn.Module, index: int) -> None:
         return program.run(context, base, x, args, kwargs)
 
     module.forward = forward
+
+
+def _keep_hidden(module: nn.Module) -> None:
+    base = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = base(*args, **kwargs)
+        if (context := active_context()) is not None:
+            context.keep_hidden(out)
+        return out
+
+    module.forward = forward
+
+
+def _insert_virtual_tokens(embedding: nn.Module) -> None:
+    base = embedding.forward
+
+    def forward(token_ids: Tensor) -> Any:
+        out = base(token_ids)
+        if (context := active_context()) is not None and context.inserted:
+            context.insert(out)
+        return out
+
+    embedding.forward = forward

@@ -22,6 +22,7 @@ from adapters.errors import InvalidRequest
 from adapters.formats import read_directory
 from adapters.normal_form import Delta, Rows
 from adapters.parity import MAX_PROBES, ParityProbe, ParityRecord
+from adapters.tasks import Task
 from serving.core import Request, SamplingParams
 from serving.engine.runner import Runner
 from serving.engine.sequence import ScheduledRow
@@ -85,6 +86,7 @@ def verify(
     report("loading the backbone")
     backbone = load(backbone_path)
     delta = read_directory(directory, backbone.spec, backbone_digest=backbone.spec.digest)
+    require_generating(delta)
     prompts = random_prompts(backbone, delta)
     if prompts_file is not None:
         prompts += prompts_of(prompts_file, backbone)
@@ -95,6 +97,16 @@ def verify(
         result = run_job(job, report)
         report("the engine runs the same prompts")
         return compare(backbone, delta, prompts, result, Path(scratch)), backbone
+
+
+def require_generating(delta: Delta) -> None:
+    """Raises InvalidRequest for a delta with a task head: logits are compared."""
+    if delta.task != Task.CAUSAL_LM:
+        raise InvalidRequest(
+            f"The delta is for {delta.task}: only deltas of language models are compared with PEFT.",
+            param="DIR",
+            remedy="Upload it as it is.",
+        )
 
 
 def random_prompts(backbone: Backbone, delta: Delta | None = None) -> list[Prompt]:
@@ -188,7 +200,7 @@ def forced_logits(runner: Runner, sequence: EngineSequence, num_prefill: int) ->
     """Logits [T, V] of all tokens of `sequence`: the first `num_prefill` in one step, the others one by one."""
     found = []
     for count in (num_prefill, *([1] * (len(sequence.tokens) - num_prefill))):
-        ((_, logits),) = runner.run([ScheduledRow(sequence, count)])
+        ((_, logits, _),) = runner.run([ScheduledRow(sequence, count)])
         found.append(logits)
         sequence.num_computed += count
     return torch.cat(found)

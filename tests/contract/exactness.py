@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora.variants import calculate_alora_offsets
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters.canonical import from_canonical, to_canonical
 from adapters.formats import read_directory, read_upload
+from adapters.positions import FromInvocation
 from serving.model.backbone import Backbone
 from serving.model.placement import place
 from serving.model.programs import PlacedDelta
@@ -31,7 +32,7 @@ from serving.offline.peft_source import changes_of, load_adapter, method_of
 from tests.cases import Case, quiet, tiny_backbone
 from tests.contract.bottleneck import Bottleneck
 from tests.contract.forced import Row, errors
-from tests.families import Family
+from tests.families import CONFIGS, ENCODERS, Encoder, Family
 
 BOTTLENECKS = (
     Bottleneck("seq_bn", "relu", 8),
@@ -40,6 +41,7 @@ BOTTLENECKS = (
 )
 LIMITS = {"T1": 2e-5, "T2": 2e-4}
 BARE = "bare backbone"
+SKIPPED = CONFIGS["roberta"].pad_token_id
 PROMPTS = 6
 RMS_RATIO = 1.5  # bf16: root mean square error over the reference's own
 EFFECT = 0.05  # a delta that moves no logit by this much does nothing, and would pass every test
@@ -70,24 +72,41 @@ class Expected:
     own_rms: float | None
 
 
-def base_model(family: Family, dtype: torch.dtype) -> PreTrainedModel:
+def base_model(family: Family | Encoder, dtype: torch.dtype) -> PreTrainedModel:
     """The tiny backbone with weights that `dtype` holds exactly, in `dtype`."""
     return tiny_backbone(family).to(torch.bfloat16 if dtype == torch.bfloat16 else dtype)
 
 
-def peft_logits(
+def peft_outputs(
     case: Case, directory: Path, weights: torch.dtype, dtype: torch.dtype, prompts: Prompts
 ) -> list[Tensor]:
-    """Logits [T, V] per prompt of PEFT's own model, loaded from `directory`."""
-    with quiet(), torch.no_grad():
-        model = PeftModel.from_pretrained(base_model(case.family, weights).to(dtype), str(directory)).eval()
+    """What `outputs_of` says of PEFT's own model, loaded from `directory`."""
+    base = base_model(case.family, weights).to(dtype)
+    body = base.base_model
+    with quiet():
+        model = PeftModel.from_pretrained(base, str(directory)).eval()
         found = []
         for prompt in prompts:
-            ids = torch.tensor([prompt])
-            with _invoked(model, ids):
-                out = model(input_ids=ids, use_cache=False, **case.forward)
-            found.append(out.logits[0, -len(prompt) :])
+            with _invoked(model, torch.tensor([prompt])):
+                found.append(outputs_of(model, body, case.family, prompt, **case.forward))
         return found
+
+
+@torch.no_grad()
+def outputs_of(
+    model: nn.Module, body: nn.Module, family: Family | Encoder, prompt: list[int], **arguments: Tensor
+) -> Tensor:
+    """Logits [T, V] of the prompt's tokens; on an encoder the final hidden states [T, d] that `body` computes."""
+    if family not in ENCODERS:
+        out = model(input_ids=torch.tensor([prompt]), use_cache=False, **arguments)
+        return out.logits[0, -len(prompt) :]
+    states: list[Tensor] = []
+    handle = body.register_forward_hook(lambda _module, _args, out: states.append(out.last_hidden_state[0]))
+    try:
+        model(input_ids=torch.tensor([prompt]), **arguments)
+    finally:
+        handle.remove()
+    return states[-1][-len(prompt) :]
 
 
 def _invoked(model: PeftModel, ids: Tensor) -> AbstractContextManager[None]:
@@ -114,11 +133,12 @@ def bottleneck_logits(
     return [adapter.logits(directory, family, model, prompt) for prompt in prompts]
 
 
-@torch.no_grad()
-def bare_logits(family: Family, weights: torch.dtype, dtype: torch.dtype, prompts: Prompts) -> list[Tensor]:
-    """Logits [T, V] per prompt of the stock model without a delta."""
+def bare_outputs(
+    family: Family | Encoder, weights: torch.dtype, dtype: torch.dtype, prompts: Prompts
+) -> list[Tensor]:
+    """What `outputs_of` says of the stock model without a delta."""
     model = base_model(family, weights).to(dtype)
-    return [model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
+    return [outputs_of(model, model.base_model, family, prompt) for prompt in prompts]
 
 
 def served(directory: Path, backbone: Backbone) -> PlacedDelta:
@@ -127,7 +147,9 @@ def served(directory: Path, backbone: Backbone) -> PlacedDelta:
     return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone)
 
 
-def converted(directory: Path, family: Family, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
+def converted(
+    directory: Path, family: Family | Encoder, dtype: torch.dtype, backbone: Backbone
+) -> PlacedDelta:
     """As `served`, for what only `deltamux convert` makes an upload of: each module probed under PEFT."""
     with quiet():
         adapted, _ = load_adapter(base_model(family, dtype).float(), directory)
@@ -147,8 +169,13 @@ def expected(method: Method, dtype: torch.dtype, prompts: Prompts) -> Expected:
     return Expected(references, 3.0 * max(float(o.abs().max()) for o in own), rms_of(own))
 
 
-def rows_for(found: Sequence[Method], chunk: int = 1 << 30) -> list[list[Row]]:
-    """Per method, rows of different lengths; the same tokens whatever the order in which they run."""
+def rows_for(
+    found: Sequence[Method], chunk: int = 1 << 30, *, family: Family | Encoder = "llama"
+) -> list[list[Row]]:
+    """Per method, rows of different lengths; the same tokens whatever the order in which they run.
+
+    An encoder's run whole, and without the token that its positions skip.
+    """
     draw = random.Random(4)
     rows = []
     for method in found:
@@ -156,8 +183,12 @@ def rows_for(found: Sequence[Method], chunk: int = 1 << 30) -> list[list[Row]]:
         for _ in range(PROMPTS):
             prefill, decode = draw.randint(3, 17), draw.randint(4, 7)
             tokens = [draw.randrange(97) for _ in range(prefill + decode)]
+            if family in ENCODERS:
+                prefill, tokens = len(tokens), [2 if token == SKIPPED else token for token in tokens]
             if method.delta is not None:
-                _invoke(tokens, method.delta.invocation, len(mine))
+                for positions in method.delta.positions:
+                    if isinstance(positions, FromInvocation):
+                        _invoke(tokens, positions.tokens, len(mine))
             mine.append(Row(method.name, tokens, prefill, method.delta, chunk))
         rows.append(mine)
     return rows
@@ -165,7 +196,7 @@ def rows_for(found: Sequence[Method], chunk: int = 1 << 30) -> list[list[Row]]:
 
 def _invoke(tokens: list[int], invocation: tuple[int, ...], index: int) -> None:
     """Write the invocation into the prompt: further back with each prompt, in one twice, in the last not at all."""
-    if invocation and index < PROMPTS - 1:
+    if index < PROMPTS - 1:
         for wanted in {1 + 3 * index, 1 + index}:
             at = min(wanted, len(tokens) - len(invocation))
             tokens[at : at + len(invocation)] = invocation

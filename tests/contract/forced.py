@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serving.core import Request, SamplingParams
+from adapters.tasks import Task
+from serving.core import PoolingParams, Request, SamplingParams
 from serving.engine.runner import Runner
 from serving.engine.sequence import ScheduledRow
 from serving.engine.sequence import Sequence as EngineSequence
 from serving.model.programs import PlacedDelta
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """`tokens` of one request; the first `num_prefill` run at once, in chunks of `chunk`, the others one by one."""
 
@@ -32,24 +33,30 @@ class Row:
 
 
 def run(runner: Runner, rows: Sequence[Row]) -> None:
-    """Run all rows together, each at its own pace, and fill in their logits, one [T, V] tensor in pieces."""
+    """Run all rows together, each at its own pace, and fill in their logits, one [T, V] tensor in pieces.
+
+    On an encoder, their final hidden states.
+    """
+    generates = runner.backbone.spec.kind == "decoder"
     sequences, plans = [], []
     for slot, row in enumerate(rows):
         request = Request(
             request_id=str(slot),
             prompt_token_ids=tuple(row.tokens),
-            sampling=SamplingParams(prompt_logprobs=0),  # logits of every token are wanted
+            sampling=SamplingParams(prompt_logprobs=0 if generates else None),  # 0: logits of every token
+            pooling=None if generates else PoolingParams(task=Task.EMBEDDING),
             adapter_digest=None if row.delta is None else row.delta.digest,
         )
         sequence = EngineSequence(request, list(row.tokens), state=row)
         sequence.admit(slot, row.delta)
         sequence.max_len = len(row.tokens)
+        sequence.pooled_tokens = range(0 if generates else len(row.tokens))
         sequences.append(sequence)
         plans.append(row.counts())
     while any(plans):
         batch = [ScheduledRow(s, plan.pop(0)) for s, plan in zip(sequences, plans, strict=True) if plan]
-        for (sequence, count), logits in runner.run(batch):
-            sequence.state.logits.append(logits)
+        for (sequence, count), logits, hidden in runner.run(batch):
+            sequence.state.logits.append(logits if generates else hidden)
             sequence.num_computed += count
 
 

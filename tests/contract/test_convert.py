@@ -95,7 +95,7 @@ def saved(directory: Path, config: Config, *, pickled: bool = False) -> Path:
     return directory
 
 
-def peft_logits(directory: Path, tokens: list[int]) -> torch.Tensor:
+def peft_outputs(directory: Path, tokens: list[int]) -> torch.Tensor:
     with quiet(), torch.no_grad():
         adapted = PeftModel.from_pretrained(tiny_backbone("llama"), directory).eval()
         return adapted(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
@@ -155,7 +155,7 @@ def test_what_is_converted_gives_pefts_logits(
     assert conversion.record.passes
     assert conversion.needed
     tokens = list(range(3, 24))
-    expected = peft_logits(source, tokens)
+    expected = peft_outputs(source, tokens)
     scale = max(1.0, float(expected.abs().max()))
     assert (
         float((served_logits(tmp_path / "out", backbone, tokens) - expected).abs().max()) <= TOLERANCE * scale

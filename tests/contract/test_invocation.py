@@ -14,11 +14,12 @@ from torch import Tensor
 
 from adapters.formats import read_directory
 from adapters.normal_form import Delta
+from adapters.positions import FromInvocation
 from serving.config import Engine as EngineSettings
 from serving.core import Event, Request, SamplingParams, TokenEvent
 from serving.engine.engine import Engine
 from serving.engine.runner import Runner
-from serving.engine.sequence import ScheduledRow, last_occurrence
+from serving.engine.sequence import ScheduledRow
 from serving.engine.sequence import Sequence as EngineSequence
 from serving.metrics import EngineMetrics
 from serving.model.backbone import Backbone, adopt_backbone
@@ -47,9 +48,9 @@ def trained() -> tuple[PeftModel, Backbone, Delta]:
 
 
 @torch.no_grad()
-def peft_logits(tokens: list[int], prompt: list[int]) -> Tensor:
+def peft_outputs(tokens: list[int], prompt: list[int]) -> Tensor:
     """[T, V] of the whole row at once, invoked where PEFT's `generate` finds the invocation in the prompt."""
-    at = last_occurrence(tuple(INVOCATION), tuple(prompt))
+    at, _ = FromInvocation(tuple(INVOCATION)).span(tuple(prompt))
     offset = len(tokens) - at if at < len(tokens) else None
     with quiet():
         adapted = trained()[0]
@@ -63,7 +64,7 @@ def step(runner: Runner, seq: EngineSequence, bare: EngineSequence, count: int) 
     """Run `count` tokens of `seq` beside another row; logits [n, V] of the last ones."""
     outputs = runner.run([ScheduledRow(bare, 1), ScheduledRow(seq, count)])
     seq.num_computed += count
-    return next(logits for row, logits in outputs if row.seq is seq)
+    return next(logits for row, logits, _ in outputs if row.seq is seq)
 
 
 def sequence(name: str, prompt: list[int]) -> EngineSequence:
@@ -77,7 +78,7 @@ def test_logits_do_not_depend_on_steps_or_preemption(name: str, chunk: int) -> N
     """Generated tokens spell the invocation, which moves nothing; then all runs again, as after a preemption."""
     _, backbone, delta = trained()
     prompt, generated = PROMPTS[name], [7, 30, *INVOCATION, 12]
-    expected = peft_logits([*prompt, *generated], prompt)
+    expected = peft_outputs([*prompt, *generated], prompt)
     limit = 2e-5 * max(1.0, float(expected.abs().max()))
     runner = Runner(backbone, num_slots=2, max_len=32)
     seq, bare = sequence("delta", prompt), sequence("bare", [3])
@@ -163,7 +164,6 @@ def test_greedy_tokens_equal_pefts_generate(budget: int) -> None:
 @pytest.mark.parametrize(
     ("wanted", "tokens", "at"),
     [
-        ((), (1, 2), 0),
         ((1,), (1, 2, 1), 2),
         ((1, 1), (1, 1, 1, 2), 1),
         ((1, 2), (1, 2), 0),
@@ -171,5 +171,5 @@ def test_greedy_tokens_equal_pefts_generate(budget: int) -> None:
     ],
 )
 def test_the_last_occurrence_counts(wanted: tuple[int, ...], tokens: tuple[int, ...], at: int | None) -> None:
-    found = last_occurrence(wanted, tokens)
+    found, _ = FromInvocation(wanted).span(tokens)
     assert found == at if at is not None else found >= len(tokens)

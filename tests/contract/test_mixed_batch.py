@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from serving.engine.runner import Runner
 from serving.kernels.select import Choice
@@ -27,11 +28,11 @@ from tests.contract.exactness import (
     RMS_RATIO,
     UNROUNDED,
     Method,
-    bare_logits,
+    bare_outputs,
     base_model,
     bottleneck_logits,
     expected,
-    peft_logits,
+    peft_outputs,
     rms,
     rows_for,
     served,
@@ -45,11 +46,11 @@ ROUNDED = ("llama", "gpt2")  # bf16 in every run; the other families' is slow
 
 
 def methods(family: Family, dtype: torch.dtype, backbone: Backbone, tmp_path: Path) -> list[Method]:
-    found = [Method(BARE, "T1", partial(bare_logits, family, dtype), None)]
+    found = [Method(BARE, "T1", partial(bare_outputs, family, dtype), None)]
     for case in (c for c in PEFT_CASES if c.family == family):
         directory = tmp_path / case.name
         case.save(directory, base_model(family, dtype).float())
-        reference = partial(peft_logits, case, directory, dtype)
+        reference = partial(peft_outputs, case, directory, dtype)
         found.append(Method(case.name, case.tolerance, reference, served(directory, backbone)))
     for adapter in (a for a in BOTTLENECKS if a.placement not in refused_placements(family)):
         directory = tmp_path / adapter.name
@@ -113,13 +114,32 @@ def test_mixed_batch_equals_reference(
         assert apart <= limit, (method.name, apart, limit)
         assert max(ratios, default=0.0) <= RMS_RATIO, (method.name, ratios)
         if method.delta is not None:
-            bare = bare_logits(family, dtype, torch.float32, prompts)
+            bare = bare_outputs(family, dtype, torch.float32, prompts)
             assert float((references[0] - bare[0]).abs().max()) > EFFECT, f"{method.name} does nothing"
 
 
 def distance(row: Row, other: Row) -> float:
     """Largest difference of two runs of the same row."""
     return float((torch.cat(row.logits) - torch.cat(other.logits)).abs().max())
+
+
+@pytest.mark.parametrize("chunk", [1 << 30, 2], ids=["whole", "chunked"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_all_adapterhub_goldens_in_one_batch(family: Family, chunk: int) -> None:
+    """Every golden adapter of a backbone beside all others: AdapterHub's logits, whatever the neighbours."""
+    cases = [case for case in GOLDEN_CASES if case.family == family]
+    backbone = adopt_backbone(cases[0].backbone(), name=GOLDEN_NAME, device="cpu", dtype="float32")
+    runner = Runner(backbone, num_slots=2 * len(cases), max_len=32)
+    rows: dict[Row, tuple[GoldenCase, Tensor]] = {}
+    for case in cases:
+        delta = served(case.directory, backbone)
+        for stored in case.golden():
+            tokens = stored["input_ids"].tolist()
+            rows[Row(case.name, tokens, len(tokens) - 1, delta, chunk)] = case, stored["logits"]
+    run(runner, shuffled([[row] for row in rows]))
+    for row, (case, logits) in rows.items():
+        limit = LIMITS[case.tolerance] * max(1.0, float(logits.abs().max()))
+        assert max(errors(row, logits)) <= limit, case.name
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES, ids=case_id)

@@ -24,6 +24,7 @@ from peft import FourierFTConfig, get_peft_model
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+from loadtest.server import REPLICA
 from serving.cli import app
 from serving.cli.sockets import listeners
 from serving.offline import convert as converter
@@ -32,7 +33,6 @@ from tests.cases import quiet
 from tests.integration.support import (
     AGENTS,
     LONG,
-    REPLICA,
     ServerProcess,
     all_at_once,
     gauge,
@@ -158,7 +158,7 @@ def test_cli_push_promote_rollback_delete(server: ServerProcess, world: World) -
     assert "prod -> v1" in run("adapters", "show", "cli")
     failed = runner.invoke(app, ["adapters", "rollback", "cli", "--server", server.url])
     assert failed.exit_code == 1
-    assert "no ready version before v1" in failed.output
+    assert "no earlier version" in failed.output
     assert "deleted" in run("adapters", "delete", "cli", "--yes")
     assert "cli" not in run("adapters", "list")
     assert "ready" in runner.invoke(app, ["doctor", "--server", server.url]).output

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 
 ALLOWED = {
     "adapters": {"adapters"},
-    "serving.core": {"adapters.errors"},
+    "serving.core": {"adapters.errors", "adapters.tasks"},
     "serving.config": set(),
     "serving.metrics": {"serving.core"},
-    "serving.kernels": {"adapters.errors", "adapters.normal_form", "serving.kernels"},
+    "serving.kernels": {"adapters.activations", "adapters.errors", "adapters.normal_form", "serving.kernels"},
     "serving.memory": {"adapters", "serving.core", "serving.memory"},
     "serving.model": {"adapters", "serving.core", "serving.kernels", "serving.model"},
     "serving.engine": {

@@ -29,13 +29,13 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
-    FromInvocation,
     LinearMap,
     LowRank,
     Site,
     VirtualTokens,
     WeightDelta,
 )
+from adapters.positions import FromInvocation
 from tests.cases import (
     DIGEST,
     LOW_RANK_FAMILY_CASES,
@@ -443,7 +443,7 @@ def test_revision_needs_the_digest() -> None:
         ("trainable_token_indices", [3]),
         ("ensure_weight_tying", True),
         ("megatron_config", {}),
-        ("task_type", "SEQ_CLS"),
+        ("task_type", "SEQ_2_SEQ_LM"),
         ("lora_dropout", 1.5),
         ("base_model_name_or_path", 7),
         ("a_key_of_tomorrow", None),
@@ -622,7 +622,7 @@ def test_alora_acts_from_its_invocation_on() -> None:
     assert len(ops) == 6
     assert {op.positions for op in ops if isinstance(op, LowRank)} == {FromInvocation((91, 7))}
     biased = read("gpt2-alora_bias")
-    assert biased.invocation == (91,)
+    assert biased.positions == {FromInvocation((91,))}
     assert {type(op) for op in biased.ops} == {LowRank, Affine}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -26,7 +27,7 @@ from adapters.registry import Registry
 from adapters.site_maps import build_spec
 from adapters.spool import Spool
 from adapters.store import LocalBlobStore
-from serving.config import Auth, Backbone, Database, Limits, Settings
+from serving.config import Auth, Backbone, Database, Limits, Server, Settings
 from serving.core import (
     AdmissionProof,
     Alternative,
@@ -114,6 +115,7 @@ class FakeBackend:
     spec: BackboneSpec = SPEC
     script: Callable[[GenerateCall], Batches] = tokens
     admission: Callable[[str], AdmissionProof | ErrorInfo] = lambda digest: PROOF
+    activated: Callable[[str], bytes | ErrorInfo] = bytes.fromhex
     has_chat_template: bool = True
     hold: asyncio.Event | None = None  # where given, every call waits for it after its first batch
     admit_gate: asyncio.Event | None = None
@@ -155,6 +157,9 @@ class FakeBackend:
             await self.admit_gate.wait()
         return self.admission(digest)
 
+    async def activations(self, digest: str) -> bytes | ErrorInfo:
+        return self.activated(digest)
+
     async def release(self, digest: str) -> int:
         self._fail()
         self.released.append(digest)
@@ -181,6 +186,20 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Pauses:
+    """Makes the SDK's pauses instant and notes them; `clock` moves by them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, clock: Clock | None = None) -> None:
+        self.lengths: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            self.lengths.append(seconds)
+            if clock is not None:
+                clock.now += seconds
+
+        monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
 
 
 @dataclass
@@ -232,14 +251,17 @@ async def gateway(
     registry_type: type[Registry] = Registry,
     store_type: type[LocalBlobStore] = LocalBlobStore,
     clock: Callable[[], float] = time.time,
+    url: str | None = None,
+    server: Server | None = None,
     **limits: Any,
 ) -> AsyncIterator[Gateway]:
-    """A gateway in this process, reached without sockets."""
+    """A gateway in this process, reached without sockets. `url`: of its database, if not a file in `tmp_path`."""
     backend = backend or FakeBackend()
     settings = Settings(
+        server=server or Server(),
         backbone=Backbone(path=BACKBONE),
         limits=Limits(**limits),
-        database=Database(url=f"sqlite:///{tmp_path}/registry.db"),
+        database=Database(url=url or f"sqlite:///{tmp_path}/registry.db"),
         auth=Auth(secret_file=tmp_path / "secret"),
     )
     metrics = GatewayMetrics(CollectorRegistry())
@@ -265,6 +287,9 @@ async def gateway(
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             sdk = AsyncOpenAI(api_key="none", base_url="http://gateway/v1", http_client=client, max_retries=0)
             yield Gateway(app, backend, registry, store, tenancy, metrics, sdk, client)
+        # what requests still give back would lose its connection
+        giving = [task for task in asyncio.all_tasks() if "Buckets.give" in str(task.get_coro())]
+        await asyncio.gather(*giving)
 
 
 @asynccontextmanager

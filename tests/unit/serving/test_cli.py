@@ -28,7 +28,7 @@ from serving.deployments.app import running
 from serving.deployments.ports import reserved_port
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
-COMMANDS = ("serve", "push", "adapters", "tenants", "keys", "usage", "audit", "demo", "doctor")
+COMMANDS = ("serve", "push", "adapters", "tenants", "keys", "signers", "usage", "audit", "demo", "doctor")
 
 
 def run(*arguments: str) -> Any:
@@ -195,12 +195,14 @@ def test_open_ports_of_a_process_and_its_children() -> None:
     [
         ("127.0.0.1", 8000, "as meant"),
         ("0.0.0.0", 8000, "open"),  # noqa: S104
+        ("127.0.0.1", 9000, "as meant"),
+        ("0.0.0.0", 9000, "open"),  # noqa: S104
         ("127.0.0.1", 4000, "closed"),
         ("::", 4000, "guarded"),
     ],
 )
 def test_verdicts(address: str, port: int, says: str) -> None:
-    assert says in verdict(Listener(address, port, 1, "p"), "http://127.0.0.1:8000")
+    assert says in verdict(Listener(address, port, 1, "p"), "http://127.0.0.1:8000", "http://127.0.0.1:9000")
 
 
 def test_conflict_prints_where(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adapters.normal_form import Delta, LowRank, Site, VirtualTokens
+from adapters.tasks import Task
 from serving.config import Engine as EngineSettings
-from serving.core import Event, Request, SamplingParams, ServiceClass, TokenEvent
+from serving.core import (
+    Event,
+    FinishReason,
+    Pooled,
+    PoolingParams,
+    Request,
+    SamplingParams,
+    ServiceClass,
+    TokenEvent,
+)
 from serving.engine.engine import Engine
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from serving.metrics import EngineMetrics
@@ -94,6 +104,23 @@ class Bench:
             service_class=service_class,
         )
         self.engine.submit(request)
+
+    def pool(
+        self, name: str, prompt: Sequence[int], task: Task, digest: str | None = None, **pooling: Any
+    ) -> None:
+        """Ask for a task head's answer."""
+        params = PoolingParams(task=task, **pooling)
+        request = Request(
+            request_id=name, prompt_token_ids=tuple(prompt), adapter_digest=digest, tenant="t", pooling=params
+        )
+        self.engine.submit(request)
+
+    def pooled(self, name: str) -> Pooled:
+        """That answer."""
+        end = self.terminal(name)
+        assert end.pooled is not None, end.error
+        assert end.finish_reason is FinishReason.STOP
+        return end.pooled
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
         deadline = time.monotonic() + 20

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import DeltamuxError
+from adapters.positions import Positions
+from adapters.tasks import HeadSpec, Task
 from serving.core import Request, SamplingParams
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
@@ -25,8 +27,11 @@ class FakeDelta:
     digest: str
     device_bytes: int = 0
     prefix_len: int = 0
+    num_inserted: int = 0
     position_offset: int = 0
-    invocation: tuple[int, ...] = ()
+    positions: frozenset[Positions] = frozenset()
+    task: Task = Task.CAUSAL_LM
+    head_spec: HeadSpec | None = None
 
 
 class FakeLeases:
@@ -103,6 +108,7 @@ class World:
         load_s: float = 0.0,
         fair: bool = True,
         max_lead: float = 0.0,
+        kept: int = 0,
         sharing: Sharing = "tenant",
         **limits: Any,
     ) -> None:
@@ -117,6 +123,7 @@ class World:
             queue = FairQueue(
                 max_wait_s=bounds["max_wait_s"],
                 max_lead=max_lead,
+                num_kept=kept,
                 is_resident=lambda seq: (
                     seq.request.adapter_digest is None or self.leases.is_resident(seq.request.adapter_digest)
                 ),

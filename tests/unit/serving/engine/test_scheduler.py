@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from adapters.errors import ContextLengthExceeded, NotFound, Overloaded
+from adapters.positions import FirstTokens, FromInvocation, LastTokens
 from serving.core import SamplingParams, ServiceClass
 from serving.engine.prefix_cache import BLOCK_TOKENS
-from tests.unit.serving.engine.scheduler_support import BLOCK, FakeDelta, World
+from tests.unit.serving.engine.scheduler_support import BLOCK, FakeDelta, World, sequence
 
 
 def test_long_prompt_is_chunked_and_never_delays_a_decode() -> None:
@@ -116,6 +119,46 @@ def test_a_request_that_waits_too_long_is_refused_and_one_that_ran_is_not() -> N
     assert len(world.scheduler.queue) == 1
 
 
+def test_a_request_that_would_wait_too_long_is_refused_at_once_and_told_when_to_return() -> None:
+    world = World(slots=1, tokens=100, max_queue=99, max_queue_s=95.0)
+    for index in range(24):
+        world.add(
+            f"a{index}", 2, max_tokens=4, tenant="a", max_wait_s=1.0
+        )  # nothing is known yet: no refusal
+    while len(world.scheduler.queue) > 8:
+        world.turn(1.0)  # one is admitted every four seconds
+    for may_wait_s in (20.0, 10.0):
+        with pytest.raises(Overloaded, match=f"for a place; the limit is {may_wait_s:g} s") as refused:
+            world.add("a", 2, tenant="a", max_wait_s=may_wait_s)
+        assert refused.value.retry_after_s == pytest.approx(32.0 - may_wait_s, abs=2.0)
+    world.add("patient", 2, tenant="a", max_wait_s=40.0)
+    world.add("b", 2, tenant="b", max_wait_s=10.0)  # its tenant has nothing waiting: it is the next
+    for index in range(15):
+        world.add(f"a more {index}", 2, tenant="a")
+    with pytest.raises(Overloaded, match="the limit is 95 s"):  # the engine's own
+        world.add("one more", 2, tenant="a")
+    for _ in range(1000):  # a pause is no slowness
+        world.turn(1.0)
+    world.add("later", 2, tenant="a", max_wait_s=0.1)
+
+
+def test_who_comes_first_is_asked_how_many_are_there_and_a_fair_queue_how_many_are_before() -> None:
+    def ahead(fair: bool, tenant: str, **request: Any) -> float:
+        world = World(slots=0, max_queue=99, fair=fair)
+        for index in range(20):
+            world.add(f"a{index}", 2, tenant="a")
+        for index in range(4):
+            world.add(f"b{index}", 2, tenant="b", weight=3.0)
+        return world.scheduler.queue.num_ahead(sequence("new", 2, tenant=tenant, **request))
+
+    assert [ahead(False, tenant) for tenant in "abc"] == [24, 24, 24]
+    assert ahead(True, "c") == 0
+    assert ahead(True, "b", weight=3.0) == pytest.approx(4 * 4 / 3)
+    assert ahead(True, "a") == 24  # all, and no more than all
+    batch = {"weight": 3.0, "service_class": ServiceClass.BATCH}
+    assert ahead(True, "b", **batch) == 0
+
+
 def test_finishing_a_waiting_request_removes_it() -> None:
     world = World(deltas=(FakeDelta("d"),))
     waiting = world.add("a", 2, adapter_digest="d")
@@ -185,11 +228,25 @@ def test_another_tenant_or_delta_reuses_nothing(change: dict[str, str | None]) -
 
 
 def test_a_prompt_that_invokes_its_delta_elsewhere_reuses_nothing() -> None:
-    world = World(tokens=200, deltas=(FakeDelta("d", invocation=(102,)),))
+    world = World(tokens=200, deltas=(FakeDelta("d", positions=frozenset({FromInvocation((102,))})),))
     for name, prompt, cached in (
         ("first", PROMPT, 0),
         ("invoked again", [*PROMPT, 102, 7], 0),  # all that came before is computed as before an invocation
         ("continued", [*PROMPT, 7, 8], 4 * BLOCK_TOKENS),
+    ):
+        seq = world.add(name, prompt, adapter_digest="d")
+        while world.scheduler.running or len(world.scheduler.queue):
+            world.turn()
+        assert seq.num_cached == cached
+
+
+def test_a_prompt_whose_last_tokens_are_others_reuses_nothing() -> None:
+    """The last tokens of a shorter prompt were edited; those of an equally long one stand at the same places."""
+    world = World(tokens=200, deltas=(FakeDelta("d", positions=frozenset({FirstTokens(2), LastTokens(3)})),))
+    for name, prompt, cached in (
+        ("first", PROMPT, 0),
+        ("longer", [*PROMPT, 7], 0),
+        ("as long", [*PROMPT[:-1], 7], (len(PROMPT) - 1) // BLOCK_TOKENS * BLOCK_TOKENS),
     ):
         seq = world.add(name, prompt, adapter_digest="d")
         while world.scheduler.running or len(world.scheduler.queue):

@@ -1,0 +1,130 @@
+"""Checking a delta's task, and the task head that belongs to it: its stages one after the other, and what they mean.
+
+Fields may hold anything (the canonical manifest is user input too), so types are checked before they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from torch import Tensor
+
+from adapters.normal_form import Delta, Head, Rows, Site
+from adapters.op_checks import ACTIVATIONS, OpChecker
+from adapters.tasks import LABELLED, PER_TOKEN, HeadSpec, Pooling, ProblemType, Task
+
+TASKS: tuple[str, ...] = tuple(task.value for task in Task)
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
+
+MAX_STAGES = 8
+MAX_LABELS = 10_000
+MAX_LABEL_CHARS = 256
+SPAN_SCORES = 2
+"""Scores of a token in extractive question answering: to begin the answer, and to end it."""
+
+
+def check_task(delta: Delta, checker: OpChecker) -> None:
+    """Note what is wrong with the task of `delta` and with its head."""
+    if delta.task not in TASKS:
+        checker.add(f"task: not served yet; expected {', '.join(TASKS)}.")
+        return
+    task, stages = Task(delta.task), delta.head_stages
+    if task is Task.CAUSAL_LM:
+        if delta.head is not None or stages:
+            checker.add(f"task: a {task.value} delta has no task head.")
+        return
+    if not isinstance(delta.head, HeadSpec):
+        checker.add(f"head: a {task.value} delta says how its head is read.")
+        return
+    if any(isinstance(op, Head | Rows) and op.site == Site("logits") for op in delta.ops):
+        checker.add(
+            f"the language model head is never run for {task.value}, so replacing it changes nothing."
+        )
+    width = _check_stages(stages, checker)
+    checker.where = "head"
+    _check_meaning(task, delta.head, stages, width, checker)
+
+
+def _check_stages(stages: Sequence[Head], checker: OpChecker) -> int | None:
+    """Check the chain; the width of its scores, None where it is not known."""
+    if len(stages) > MAX_STAGES:
+        checker.add(f"{len(stages)} stages at scores, expected at most {MAX_STAGES}.")
+    width: int | None = checker.spec.hidden_size
+    for index, stage in enumerate(stages):
+        checker.where = f"stage {index} of the head"
+        out = stage.weight.shape[0] if isinstance(stage.weight, Tensor) and stage.weight.dim() else None
+        checker.tensor("weight", stage.weight, (out, width))
+        if out == 0:
+            checker.add("weight: expected at least one row.")
+        for name in ("bias", "norm_weight", "norm_bias"):
+            if (vector := getattr(stage, name)) is not None:
+                checker.tensor(name, vector, (out,))
+        if stage.activation is not None and stage.activation not in ACTIVATIONS:
+            checker.add(f"activation: expected one of {', '.join(ACTIVATIONS)}.")
+        if (stage.norm_weight is None) != (stage.norm_eps is None) or (
+            stage.norm_weight is None and stage.norm_bias is not None
+        ):
+            checker.add("norm_weight, norm_eps: a norm has both, and norm_bias only beside them.")
+        elif stage.norm_eps is not None and not (type(stage.norm_eps) is float and 0 < stage.norm_eps < 1):
+            checker.add("norm_eps: expected a number between 0 and 1.")
+        _check_statistics(index, stage, width, checker)
+        width = out
+    return width
+
+
+def _check_statistics(index: int, stage: Head, width: int | None, checker: OpChecker) -> None:
+    if stage.class_means is None and stage.precision is None:
+        return
+    if index or stage.class_means is None:
+        checker.add("class_means, precision: the first stage has both, or the means alone.")
+        return
+    checker.tensor("class_means", stage.class_means, (None, width))
+    if stage.precision is not None:
+        checker.tensor("precision", stage.precision, (width, width))
+
+
+def _check_meaning(
+    task: Task, head: HeadSpec, stages: Sequence[Head], width: int | None, checker: OpChecker
+) -> None:
+    if head.pooling not in POOLINGS:
+        checker.add(f"pooling: expected one of {', '.join(POOLINGS)}.")
+    elif (head.pooling == "tokens") != (task in PER_TOKEN):
+        which = "each token by itself" if task in PER_TOKEN else "one vector of the whole input"
+        checker.add(f"pooling: got {head.pooling}, but {task.value} scores {which}.")
+    elif head.pooling == "pooler" and Site("pooled") not in checker.spec.writer:
+        checker.add("pooling: the backbone has no pooler; the head was trained over another pooling.")
+    if type(head.normalize) is not bool or (head.normalize and task is not Task.EMBEDDING):
+        checker.add("normalize: expected true or false, and true for embeddings only.")
+    if head.pad_token_id is not None and not (
+        type(head.pad_token_id) is int and head.pad_token_id >= 0 and head.pooling == "last_not_pad"
+    ):
+        checker.add("pad_token_id: expected a token id, and one only beside the pooling last_not_pad.")
+    if task is not Task.EMBEDDING and not stages:
+        checker.add(f"a {task.value} head has at least one stage at scores.")
+    if task is Task.QUESTION_ANSWERING and stages and width != SPAN_SCORES:
+        checker.add(
+            f"it gives {width} scores a token, expected {SPAN_SCORES}: where the answer begins and ends."
+        )
+    if task in LABELLED:
+        _check_labels(task, head, width if stages else None, checker)
+    elif head.labels or head.problem_type is not None:
+        checker.add(f"labels, problem_type: {task.value} has none.")
+    if task is not Task.SEQUENCE_CLASSIFICATION and any(s.class_means is not None for s in stages):
+        checker.add(f"class_means: {task.value} has no classes of whole inputs.")
+
+
+def _check_labels(task: Task, head: HeadSpec, width: int | None, checker: OpChecker) -> None:
+    names = head.labels
+    if width is not None and len(names) != width:
+        checker.add(f"labels: {len(names)} labels for a head with {width} scores.")
+    if not 1 <= len(names) <= MAX_LABELS:
+        checker.add(f"labels: {len(names)}, expected 1 to {MAX_LABELS}.")
+    if any(not isinstance(name, str) or not 0 < len(name) <= MAX_LABEL_CHARS for name in names):
+        checker.add(f"labels: expected strings of 1 to {MAX_LABEL_CHARS} characters.")
+    elif len(set(names)) != len(names):
+        checker.add("labels: two labels have the same name.")
+    allowed = PROBLEM_TYPES if task is Task.SEQUENCE_CLASSIFICATION else ("single_label",)
+    if head.problem_type not in allowed:
+        checker.add(f"problem_type: expected {' or '.join(allowed)} for {task.value}.")

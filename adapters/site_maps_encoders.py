@@ -1,0 +1,82 @@
+"""Site maps of encoders. Their norms follow the blocks, except ModernBERT's: `attn.r` and `ffn.r` are what blocks read.
+
+Paths are those of the models with a head, whose body stands under its own name: adapters are saved from them. The
+masked language model head comes from checkpoints that have it, and so does the pooler: both are optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adapters.site_rows import Config, Required, Row, SiteMap
+
+
+def _bert(body: str, head: tuple[Row, ...], *, pooler: bool = True) -> tuple[Row, ...]:
+    """BERT and what is built like it."""
+    layer = f"{body}.encoder.layer.*"
+    return (
+        Row(f"{body}.embeddings.word_embeddings", None, ("embed",)),
+        Row(f"{body}.embeddings.LayerNorm", "embed.sum", ("embed.post",)),
+        Row(f"{body}.embeddings_project", "embed.post", ("embed.wide",), optional=True),
+        Row(layer, "attn.r", ("layer.out",)),
+        Row(f"{layer}.attention.self.query", "attn.r", ("q.out",)),
+        Row(f"{layer}.attention.self.key", "attn.r", ("k.out",)),
+        Row(f"{layer}.attention.self.value", "attn.r", ("v.out",)),
+        Row(f"{layer}.attention.output.dense", "ctx", ("o.out",)),
+        Row(f"{layer}.attention.output.LayerNorm", "attn.sum", ("attn.post",)),
+        Row(f"{layer}.intermediate.dense", "ffn.r", ("up.out",)),
+        Row(f"{layer}.output.dense", "ffn.a", ("down.out",)),
+        Row(f"{layer}.output.LayerNorm", "ffn.sum", ("ffn.post",)),
+        *((Row(f"{body}.pooler.dense", "pooled.x", ("pooled",), optional=True),) if pooler else ()),
+        *head,
+    )
+
+
+_ROBERTA = _bert("roberta", (Row("lm_head.decoder", "mlm.x", ("logits",), optional=True),))
+
+ENCODER_MAPS: Mapping[str, SiteMap] = {
+    "bert": _bert("bert", (Row("cls.predictions.decoder", "mlm.x", ("logits",), optional=True),)),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "electra": _bert(
+        "electra", (Row("generator_lm_head", "mlm.x", ("logits",), optional=True),), pooler=False
+    ),
+    "distilbert": (
+        Row("distilbert.embeddings.word_embeddings", None, ("embed",)),
+        Row("distilbert.embeddings.LayerNorm", "embed.sum", ("embed.post",)),
+        Row("distilbert.transformer.layer.*", "attn.r", ("layer.out",)),
+        Row("distilbert.transformer.layer.*.attention.q_lin", "attn.r", ("q.out",)),
+        Row("distilbert.transformer.layer.*.attention.k_lin", "attn.r", ("k.out",)),
+        Row("distilbert.transformer.layer.*.attention.v_lin", "attn.r", ("v.out",)),
+        Row("distilbert.transformer.layer.*.attention.out_lin", "ctx", ("o.out",)),
+        Row("distilbert.transformer.layer.*.sa_layer_norm", "attn.sum", ("attn.post",)),
+        Row("distilbert.transformer.layer.*.ffn.lin1", "ffn.r", ("up.out",)),
+        Row("distilbert.transformer.layer.*.ffn.lin2", "ffn.a", ("down.out",)),
+        Row("distilbert.transformer.layer.*.output_layer_norm", "ffn.sum", ("ffn.post",)),
+        Row("vocab_projector", "mlm.x", ("logits",), optional=True),
+    ),
+    "modernbert": (
+        Row("model.embeddings.tok_embeddings", None, ("embed",)),
+        Row("model.embeddings.norm", "embed.sum", ("embed.post",)),
+        Row("model.layers.*", "attn.r", ("layer.out",)),
+        # layer 0 has none: the embedding's norm is its own
+        Row("model.layers.*.attn_norm", "attn.r", ("attn.x",), optional=True),
+        Row("model.layers.*.attn.Wqkv", "attn.x", ("q.out", "k.out", "v.out")),
+        Row("model.layers.*.attn.Wo", "ctx", ("o.out",)),
+        Row("model.layers.*.mlp_norm", "ffn.r", ("ffn.x",)),
+        Row("model.layers.*.mlp.Wi", "ffn.x", ("gate.out", "up.out")),
+        Row("model.layers.*.mlp.Wo", "ffn.a", ("down.out",)),
+        Row("model.final_norm", "final.pre", ("final",)),
+        Row("decoder", "mlm.x", ("logits",), optional=True),
+    ),
+}
+
+ENCODER_REQUIRED: Mapping[str, Mapping[str, Required]] = {
+    name: {"is_decoder": Required(False, "it is served as an encoder")}
+    for name in ("bert", "roberta", "xlm-roberta", "electra")
+}
+
+
+def first_position(config: Config) -> int:
+    """The position id of a row's first token: RoBERTa counts from behind its padding index."""
+    return config["pad_token_id"] + 1 if config["model_type"] in ("roberta", "xlm-roberta") else 0
