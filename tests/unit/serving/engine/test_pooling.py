@@ -14,7 +14,6 @@ from adapters.errors import InvalidDelta
 from adapters.normal_form import SCORES, Delta, Head
 from adapters.tasks import HeadSpec, Task
 from serving.core import AdmissionProof, Pooled, PromptEvent
-from serving.engine.scheduler import _Step
 from serving.model.backbone import Backbone
 from tests.unit.serving.engine.engine_support import Bench, low_rank, prompt_tuning, tiny
 
@@ -85,7 +84,9 @@ def test_a_generated_prompt_is_a_known_prefix_and_the_other_way_round(backbone: 
     assert alone.tokens("g") == bench.tokens("g")
 
 
-def test_a_preempted_request_starts_its_mean_anew(backbone: Backbone) -> None:
+def test_a_preempted_request_starts_its_mean_anew(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     deltas = {"m": classifier(low_rank(backbone, 1), pooling="mean")}
     calm = Bench(backbone, deltas)
     calm.pool("a", PROMPT, CLASSIFY, "m")
@@ -93,9 +94,12 @@ def test_a_preempted_request_starts_its_mean_anew(backbone: Backbone) -> None:
     bench = Bench(backbone, deltas, max_num_batched_tokens=16)
     bench.pool("a", PROMPT, CLASSIFY, "m")
     bench.run(lambda: any(seq.num_computed > 20 for seq in bench.engine.scheduler.running))
-    (seq,) = bench.engine.scheduler.running
-    bench.engine.scheduler._preempt(seq, _Step(0))
+    scheduler = bench.engine.scheduler
+    grow = scheduler.kv.grow
+    no_room = iter([False])
+    monkeypatch.setattr(scheduler.kv, "grow", lambda *room: next(no_room, None) is None and grow(*room))
     bench.run()
+    assert scheduler.num_preemptions == 1
     assert same(calm.pooled("a"), bench.pooled("a"))
     bench.assert_nothing_held("m")
 
