@@ -15,6 +15,7 @@ from adapters.normal_form import SCORES, Delta, Head
 from adapters.tasks import HeadSpec, Task
 from serving.core import AdmissionProof, Pooled, PromptEvent
 from serving.model.backbone import Backbone
+from tests.cases import tiny_backbone
 from tests.unit.serving.engine.engine_support import Bench, low_rank, prompt_tuning, tiny
 
 CLASSIFY, EMBED = Task.SEQUENCE_CLASSIFICATION, Task.EMBEDDING
@@ -59,6 +60,20 @@ def test_every_pooling_is_the_same_in_one_step_and_in_many(backbone: Backbone) -
         tail.pool("a", PROMPT[:-1], CLASSIFY, "d")
         tail.run()
         assert same(whole.pooled("a"), tail.pooled("a")) == (pooling == "cls")
+
+
+@pytest.mark.parametrize("pooling", ["cls", "last", "last_not_pad", "mean"])
+def test_a_head_reads_what_its_pooling_says(backbone: Backbone, pooling: str) -> None:
+    delta = head_only(backbone, pooling=pooling, pad_token_id=7 if pooling == "last_not_pad" else None)
+    bench = Bench(backbone, {"d": delta}, max_num_batched_tokens=16)
+    prompt = [*PROMPT, 7, 7]
+    bench.pool("a", prompt, CLASSIFY, "d")
+    bench.run()
+    with torch.no_grad():
+        hidden = tiny_backbone("llama").base_model(torch.tensor([prompt])).last_hidden_state[0]
+    read = {"cls": hidden[0], "last": hidden[-1], "last_not_pad": hidden[-3], "mean": hidden.mean(dim=0)}
+    expected = delta.head_stages[0].weight @ read[pooling]
+    assert (numbers(bench.pooled("a")) - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
 
 
 def test_a_generated_prompt_is_a_known_prefix_and_the_other_way_round(backbone: Backbone) -> None:
