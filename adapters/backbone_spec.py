@@ -84,6 +84,14 @@ class BackboneSpec:
         """The module and output columns that produce each site's value."""
         return {part.site: (module, part) for module in self.modules for part in module.writes}
 
+    def norm_around(self, write: Site, read: Site) -> ModuleSpec | None:
+        """The norm that reads `write` and puts out `read`, if there is one."""
+        module, part = self.writer.get(read, (None, None))
+        whole = (
+            module is not None and part is not None and module.shape.kind == "norm" and module.read == write
+        )
+        return module if whole else None
+
     @cached_property
     def site_width(self) -> Mapping[Site, int]:
         """Width of every site's row vectors."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
-    FromInvocation,
     Head,
     LinearMap,
     LowRank,
@@ -36,9 +36,11 @@ from adapters.normal_form import (
     VirtualTokens,
     WeightDelta,
 )
+from adapters.positions import FirstTokens, FromInvocation, LastTokens, Positions
 from adapters.tasks import HeadSpec
 
 FORMAT = "deltamux/1"
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,17 @@ def digest_of(manifest: bytes, tensors: bytes) -> str:
     for tag, data in ((b"manifest", manifest), (b"tensors", tensors)):
         total.update(tag + len(data).to_bytes(8, "big"))
         total.update(data)
+    return total.hexdigest()
+
+
+def digest_of_files(manifest: Path, tensors: Path) -> str:
+    """`digest_of` of two files, which are read piece by piece."""
+    total = hashlib.sha256()
+    for tag, path in ((b"manifest", manifest), (b"tensors", tensors)):
+        total.update(tag + path.stat().st_size.to_bytes(8, "big"))
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                total.update(piece)
     return total.hexdigest()
 
 
@@ -162,6 +175,8 @@ def _op_to_json(op: Op, stored: dict[str, Tensor]) -> dict[str, Any]:
             item[spec.name] = str(value)
         elif isinstance(value, FromInvocation):
             item[spec.name] = {"from_invocation": list(value.tokens)}
+        elif isinstance(value, FirstTokens | LastTokens):
+            item[spec.name] = {_COUNTED[type(value)]: value.count}
         elif value is not None:
             item[spec.name] = value
     return item
@@ -184,16 +199,33 @@ def _op_from_json(item: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Op:
             values[spec.name] = stored[value]
         elif declared == "Site":
             values[spec.name] = Site.parse(value)
-        elif "FromInvocation" in declared:
-            ((name, tokens),) = value.items()
-            if name != "from_invocation" or not isinstance(tokens, list):
-                raise ValueError(f"{spec.name}, expected a from_invocation list")
-            values[spec.name] = FromInvocation(tuple(tokens))
+        elif "Positions" in declared:
+            values[spec.name] = _positions_from_json(spec.name, value)
         else:
             values[spec.name] = value
     if unknown := set(item) - {spec.name for spec in fields(cls)} - {"kind"}:
         raise ValueError(f"unknown keys {sorted(unknown)} in a {kind.value} op")
     return cls(**values)
+
+
+_COUNTED: Mapping[type[FirstTokens | LastTokens], str] = {
+    FirstTokens: "first_tokens",
+    LastTokens: "last_tokens",
+}
+
+
+def _positions_from_json(field: str, item: Mapping[str, Any]) -> Positions:
+    ((name, value),) = item.items()
+    if (
+        name == "from_invocation"
+        and isinstance(value, list)
+        and all(isinstance(token, int) for token in value)
+    ):
+        return FromInvocation(tuple(value))
+    for cls, counted in _COUNTED.items():
+        if name == counted and type(value) is int:
+            return cls(value)
+    raise ValueError(f"{field}, expected a from_invocation list, or a number of first_tokens or last_tokens")
 
 
 def _head_to_json(head: HeadSpec) -> dict[str, Any]:

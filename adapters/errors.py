@@ -4,6 +4,7 @@
     ├── InvalidRequest            the caller's input is wrong; nothing was done
     │   ├── InvalidReference      a model reference does not parse
     │   ├── ContextLengthExceeded prompt + max_tokens do not fit the backbone
+    │   ├── InvalidSignature      an upload that is unsigned where it must be, or signed wrongly
     │   ├── InvalidDelta          an upload that can't be served exactly; lists every problem
     │   └── PayloadTooLarge       a body or file over its limit
     ├── Unauthenticated           no key, or one that is not valid
@@ -84,6 +85,10 @@ class InvalidDelta(InvalidRequest):
 
     def info(self) -> ErrorInfo:
         return ErrorInfo(type(self).__name__, self.message, self.param, self.remedy, self.problems)
+
+
+class InvalidSignature(InvalidRequest):
+    """An upload that is not signed though its tenant demands it, or whose signature is not a signer's."""
 
 
 class PayloadTooLarge(InvalidRequest):

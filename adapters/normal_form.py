@@ -5,12 +5,12 @@ modification of hidden states. A delta is therefore a list of ops at named sites
 uploads to it, executors run only it.
 
 Sites, in the order in which a pre-LN decoder layer passes them:
-`embed` · `attn.r` (residual stream entering attention) · `attn.x` (what q, k, v read) · `q.out` `k.out` `v.out`
-(`qkv.out` where their columns alternate head by head) · `kv` (the cache, after rotary) · `ctx` (concatenated heads) ·
-`o.out` · `attn.post` (its norm, where one follows) · `ffn.r` (residual stream entering the feed-forward block) ·
-`ffn.x` (what it reads) · `gate.out` `up.out` · `ffn.a` (activation, input of down) · `down.out` · `ffn.post` (its
-norm, where one follows) · `layer.out` · `final.pre` · `final` · `logits`, or `scores` (what a task head makes of the
-final hidden states, see `adapters.tasks`).
+`embed` · `embed.sum` (positions added) · `embed.post` (what enters the first layer) · `attn.r` (residual stream
+entering attention) · `attn.x` (what q, k, v read) · `q.out` `k.out` `v.out` (`qkv.out` where their columns alternate
+head by head) · `kv` (the cache, after rotary) · `ctx` (concatenated heads) · `o.out` · `attn.post` (its norm, where one
+follows) · `ffn.r` (residual stream entering the feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` ·
+`ffn.a` (activation, input of down) · `down.out` · `ffn.post` (its norm, where one follows) · `layer.out` ·
+`final.pre` · `final` · `logits`, or `scores` (what a task head makes of the final hidden states, see `adapters.tasks`).
 
 Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it or Rows of it
 (+ WeightDelta, which reads what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output
@@ -29,6 +29,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from adapters.positions import Positions
 from adapters.tasks import HeadSpec, Task
 
 
@@ -66,17 +67,6 @@ class Site:
         return cls(rest, int(head)) if head.isdigit() else cls(text)
 
 
-@dataclass(frozen=True, slots=True)
-class FromInvocation:
-    """The tokens of a request from the last occurrence of `tokens` in its prompt on, that occurrence included.
-
-    None where the prompt does not have them. Generated tokens move nothing, whatever they spell.
-    Source: Greenewald et al. "Activated LoRA"; PEFT `calculate_alora_offsets`.
-    """
-
-    tokens: tuple[int, ...]
-
-
 Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "sigmoid"]
 
 
@@ -84,7 +74,9 @@ Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "le
 class LowRank:
     """y += scaling * (B @ f(A @ x + a_bias) + b_bias), row vectors x at `read`, y at `write`.
 
-    `read` and `write` differ: parallel, x is the site's untouched value. Equal: sequential, x is y itself.
+    `read` and `write` differ: parallel, x is the site's untouched value. Equal: sequential, x is y itself. Where
+    `write` is what a norm reads and `read` what it puts out, the norm runs again: LN(x + op(LN(x))) (Pfeiffer et al. in
+    a model whose norms follow the blocks).
     `positions`: the tokens on which the op acts, None for all.
     Shapes: A [r, d_in], B [d_out, r], a_bias [r], b_bias [d_out].
     Source: He et al. table 1; Hu et al. "LoRA" section 4.1; Houlsby et al. section 2.
@@ -99,7 +91,7 @@ class LowRank:
     activation: Activation = "identity"
     a_bias: Tensor | None = None
     b_bias: Tensor | None = None
-    positions: FromInvocation | None = None
+    positions: Positions | None = None
 
     @property
     def sequential(self) -> bool:
@@ -113,7 +105,8 @@ class Affine:
 
     `covers_bias=False`: the scale leaves the base module's bias alone.
     `weight_normalized`: `scale` is divided, when the delta is placed, by the row norms of W + s·B·A, where W is the
-    base weight and s·B·A the delta's own parallel LowRanks there (DoRA: scale is the magnitude vector).
+    base weight and s·B·A the delta's own parallel LowRanks there (DoRA: scale is the magnitude vector), with
+    `norm_scaling`, where it is given, in the place of each s (AdapterHub's DoRA: 1).
     `bias`: replaces the base module's bias (a difference is formed when the delta is placed). `weight`: replaces the
     weight of a norm, which is then computed anew for the delta's rows: exact also where the base weight is 0.
     Shapes: all [d] of the site. Source: Liu et al. "IA3"; Liu et al. "DoRA" section 4; Ben Zaken et al. "BitFit";
@@ -129,6 +122,7 @@ class Affine:
     weight: Tensor | None = None
     covers_bias: bool = True
     weight_normalized: bool = False
+    norm_scaling: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,10 +276,10 @@ class Delta:
         return max(lengths, default=0)
 
     @property
-    def invocation(self) -> tuple[int, ...]:
-        """The token ids from which ops with `positions` act; empty without such ops."""
+    def positions(self) -> frozenset[Positions]:
+        """On what tokens some of its ops act; empty where all act on every one."""
         found = (op.positions for op in self.ops if isinstance(op, LowRank))
-        return next((positions.tokens for positions in found if positions is not None), ())
+        return frozenset(positions for positions in found if positions is not None)
 
     @property
     def head_stages(self) -> tuple[Head, ...]:

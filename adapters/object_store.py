@@ -10,7 +10,7 @@ endpoints come from the environment, as obstore's stores read it (AWS_*, GOOGLE_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -22,12 +22,12 @@ from obstore.store import from_url
 
 from adapters.errors import StoreError
 from adapters.names import check_digest
-from adapters.store import Blob
+from adapters.store import FILES, Blob, FileName, missing
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
-_MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
+_MANIFEST, _TENSORS = FILES
 _FOLDER = "sha256"
 _BLOB_PATH = re.compile(rf"(?:^|/){_FOLDER}/([0-9a-f]{{64}})/[^/]+$")
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
@@ -103,9 +103,7 @@ class ObjectBlobStore:
         with _object_errors("read a blob"):
             manifest = self._get(f"{folder}/{_MANIFEST}")
             if manifest is None:
-                raise StoreError(
-                    f"The blob sha256:{digest} is not in the store.", remedy="Upload the delta again."
-                )
+                raise missing(digest)
             tensors = self._get(f"{folder}/{_TENSORS}")
         if tensors is None:
             raise StoreError(
@@ -113,6 +111,28 @@ class ObjectBlobStore:
                 remedy="Let the operator delete it, then upload the delta again.",
             )
         return Blob(manifest, tensors)
+
+    def sizes(self, digest: str) -> Mapping[FileName, int]:
+        """See BlobStore."""
+        folder = _folder_of(digest)
+        with _object_errors("look for a blob"):
+            try:
+                return {name: int(obstore.head(self._store, f"{folder}/{name}")["size"]) for name in FILES}
+            except (FileNotFoundError, exceptions.NotFoundError):
+                raise missing(digest) from None
+
+    def read_range(self, digest: str, name: FileName, start: int, stop: int) -> bytes:
+        """See BlobStore."""
+        path = f"{_folder_of(digest)}/{name}"
+        with _object_errors("read a blob"):
+            try:
+                return (
+                    bytes(obstore.get_range(self._store, path, start=start, end=stop))
+                    if stop > start
+                    else b""
+                )
+            except (FileNotFoundError, exceptions.NotFoundError):
+                raise missing(digest) from None
 
     def exists(self, digest: str) -> bool:
         """See BlobStore."""

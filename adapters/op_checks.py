@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec, Slice
-from adapters.normal_form import Activation, Affine, AttnPrefix, FromInvocation, LowRank, Site, VirtualTokens
+from adapters.normal_form import Activation, Affine, AttnPrefix, LowRank, Site, VirtualTokens
+from adapters.positions import FromInvocation, Positions
 
 MAX_RANK = 4096
 MAX_SCALING = 1e9
@@ -45,6 +46,7 @@ DEPTH: Mapping[str, int] = {
 
 # Kinds of modules whose output an op may write.
 LOW_RANK_KINDS = ("linear", "conv1d", "layer")
+SEQUENTIAL_KINDS = (*LOW_RANK_KINDS, "norm", "embedding")
 SCALED_KINDS = ("linear", "conv1d", "norm", "layer")
 LINEAR_KINDS = ("linear", "conv1d")
 
@@ -63,8 +65,12 @@ class OpChecker:
 
     def low_rank(self, op: LowRank) -> None:
         """Check one LowRank."""
-        target = self.target(op.write, LOW_RANK_KINDS)
-        read_width = self.readwidth_of(op, target)
+        if (norm := self.spec.norm_around(op.write, op.read)) is not None:
+            target: tuple[ModuleSpec, Slice] | None = norm, norm.writes[0]
+            read_width: int | None = norm.shape.d_in
+        else:
+            target = self.target(op.write, SEQUENTIAL_KINDS if op.sequential else LOW_RANK_KINDS)
+            read_width = self.readwidth_of(op, target)
         rank = op.A.shape[0] if isinstance(op.A, Tensor) and op.A.dim() else 0
         if not 1 <= rank <= MAX_RANK:
             self.add(f"A: rank {rank}, expected 1 to {MAX_RANK}.")
@@ -78,10 +84,14 @@ class OpChecker:
             self.add(f"activation: expected one of {', '.join(ACTIVATIONS)}.")
         self.scaling(op.scaling)
         if op.positions is not None:
-            self.invocation(op.positions)
+            self.positions(op.positions)
 
-    def invocation(self, positions: FromInvocation) -> None:
-        """Check from which tokens an op acts."""
+    def positions(self, positions: Positions) -> None:
+        """Check on which tokens an op acts."""
+        if not isinstance(positions, FromInvocation):
+            if type(positions.count) is not int or not 1 <= positions.count <= self.spec.max_positions:
+                self.add(f"positions: expected 1 to {self.spec.max_positions} tokens.")
+            return
         tokens, known = positions.tokens, range(self.spec.vocab_size)
         if not 1 <= len(tokens) <= self.spec.max_positions:
             self.add(f"positions: {len(tokens)} invocation tokens, expected 1 to {self.spec.max_positions}.")
@@ -111,6 +121,10 @@ class OpChecker:
             op.side == "input" or (target is not None and target[0].shape.kind != "norm")
         ):
             self.add("weight: only the weight of a norm can be replaced.")
+        if op.norm_scaling is not None:
+            self.scaling(op.norm_scaling)
+            if op.weight_normalized is not True:
+                self.add("norm_scaling: belongs to weight_normalized.")
         if op.weight_normalized and (op.scale is None or op.side == "input"):
             self.add("weight_normalized: only an output scale can be divided by the norms of weight rows.")
         elif op.weight_normalized and target is not None and target[0].shape.kind not in LINEAR_KINDS:

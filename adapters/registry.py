@@ -8,7 +8,7 @@ Digests are the identity; a name is only a way to one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -16,8 +16,20 @@ from typing import Any, Literal, Self
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
 
 from adapters import audit
+from adapters.aliases import (
+    check_canaries,
+    check_revision,
+    history,
+    in_use_by,
+    point,
+    ready,
+    require_alias,
+    require_ready,
+    resolve_alias,
+    roll_back,
+)
 from adapters.blob_records import BlobRecords
-from adapters.errors import Conflict, InvalidRequest
+from adapters.errors import Conflict, InvalidRequest, NotFound
 from adapters.migrations.access import grants
 from adapters.migrations.database import Database
 from adapters.migrations.queries import (
@@ -36,6 +48,7 @@ from adapters.migrations.queries import (
 from adapters.migrations.schema import (
     AdapterPage,
     AdapterRecord,
+    AliasMove,
     AliasRecord,
     Status,
     VersionRecord,
@@ -50,6 +63,7 @@ __all__ = [
     "MAX_PAGE",
     "AdapterPage",
     "AdapterRecord",
+    "AliasMove",
     "AliasRecord",
     "Registry",
     "Status",
@@ -121,7 +135,7 @@ class Registry:
             if found := tx.execute(same).one_or_none():
                 known = VersionRecord(*found[1:])
                 if alias is not None:
-                    self._point(tx, adapter_id, alias, _ready(known).version)
+                    self._point(tx, adapter_id, alias, ready(known).version)
                     self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=known.version)
                 return replace(known, republished=True)
             used = select(func.max(versions.c.version)).where(versions.c.adapter_id == adapter_id)
@@ -144,7 +158,7 @@ class Registry:
             if status == "ready":
                 self._point(tx, adapter_id, LATEST, record.version)
             if alias not in (None, LATEST):
-                self._point(tx, adapter_id, alias, _ready(record).version)
+                self._point(tx, adapter_id, alias, ready(record).version)
             facts = {"digest": digest, "status": status, "alias": alias}
             self._log(tx, actor, "version.publish", tenant, f"{name}@v{record.version}", **facts)
         return record
@@ -177,10 +191,14 @@ class Registry:
             self._log(tx, actor, "version.validate", tenant, f"{name}@v{version}", status=status)
         return replace(record, status=status, proof=dict(proof))
 
-    def resolve(self, reference: ModelReference, *, default_tenant: str = DEFAULT_TENANT) -> VersionRecord:
-        """The live version that `reference` means; `default_tenant` where it names no tenant. One query.
+    def resolve(
+        self, reference: ModelReference, *, default_tenant: str = DEFAULT_TENANT, unit: str | None = None
+    ) -> VersionRecord:
+        """The live version that `reference` means; `default_tenant` where it names no tenant.
 
-        It may be `validating` or `failed`, except through an alias. Raises NotFound.
+        `unit`: on whose behalf, by which an alias with canaries chooses (see `aliases`); its main version without
+        one. It may be `validating` or `failed`, except through an alias. One query, for a canary two.
+        Raises NotFound.
         """
         tenant = reference.tenant if reference.tenant is not None else default_tenant
         query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == reference.name)
@@ -191,10 +209,13 @@ class Registry:
             query = query.order_by(versions.c.version.desc()).limit(1)
         else:
             query = query.join(aliases, POINTED_AT).where(aliases.c.alias == reference.alias)
+            query = query.add_columns(aliases.c.canaries)
         with self._database.read() as tx:
             row = tx.execute(query).one_or_none()
-        if row is None:
-            raise not_found(reference)
+            if row is None:
+                raise not_found(reference)
+            if reference.alias is not None:
+                return resolve_alias(tx, row, reference.alias, unit)
         return VersionRecord(*row[1:])
 
     def list_adapters(self, tenant: str, *, limit: int = 100, after: str | None = None) -> AdapterPage:
@@ -246,28 +267,60 @@ class Registry:
         version: int,
         *,
         expected_revision: int | None,
+        canaries: Mapping[int, int] | None = None,
         actor: str = audit.SYSTEM,
     ) -> AliasRecord:
-        """Point `alias` at a ready version.
+        """Point `alias` at a ready version, and `canaries` (version -> percent) of its requests at others.
 
         `expected_revision`: the revision that the caller has seen, 0 if it saw no such alias, None to move it
-        whatever it is. Raises NotFound, and Conflict where the revision is another or the version not ready.
+        whatever it is. Raises InvalidRequest for the shares, NotFound, and Conflict where the revision is another or
+        a version not ready.
+        """
+        check_name(alias, what="alias")
+        shares = dict(canaries or {})
+        check_canaries(version, shares)
+        with self._database.write() as tx:
+            adapter_id, _ = require_ready(tx, tenant, name, (version, *shares))
+            check_revision(find_alias(tx, adapter_id, alias), name, alias, expected_revision)
+            revision, updated_at = self._point(tx, adapter_id, alias, version, shares)
+            facts: dict[str, object] = {"version": version, "revision": revision} | (
+                {"canaries": shares} if shares else {}
+            )
+            self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", **facts)
+        return AliasRecord(tenant, name, alias, version, revision, updated_at, shares)
+
+    def roll_back_alias(
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        *,
+        expected_revision: int | None,
+        actor: str = audit.SYSTEM,
+    ) -> AliasRecord:
+        """End the canary of `alias`, or where it has none, return it to the version that it pointed at before.
+
+        Raises NotFound, and Conflict where the revision is another or nothing is left to return to.
         """
         check_name(alias, what="alias")
         with self._database.write() as tx:
-            adapter_id, record = require_version(tx, tenant, name, version)
-            _ready(record)
-            current = find_alias(tx, adapter_id, alias)
-            if expected_revision not in (None, current.revision if current else 0):
-                state = f"at revision {current.revision}, version {current.version}" if current else "not set"
-                raise Conflict(
-                    f"The alias {alias!r} of {name!r} is {state}; expected revision {expected_revision}.",
-                    param="expected_revision",
-                    remedy="Read the alias, decide again, and send its present revision (0: not set).",
-                )
-            revision, updated_at = self._point(tx, adapter_id, alias, version)
-            self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=version, revision=revision)
+            adapter_id = self._adapter_id(tx, tenant, name)
+            current = require_alias(tx, name, adapter_id, alias)
+            check_revision(current, name, alias, expected_revision)
+            version, revision, updated_at = roll_back(tx, tenant, name, current, adapter_id, self._clock())
+            facts = {"version": version, "revision": revision}
+            self._log(tx, actor, "alias.rollback", tenant, f"{name}:{alias}", **facts)
         return AliasRecord(tenant, name, alias, version, revision, updated_at)
+
+    def alias_history(self, tenant: str, name: str, alias: str, *, limit: int = 100) -> tuple[AliasMove, ...]:
+        """The newest `limit` moves of an alias, newest first. Raises NotFound for one that was never set."""
+        _check_between("limit", limit, MAX_PAGE)
+        check_name(alias, what="alias")
+        with self._database.read() as tx:
+            moves = history(tx, self._adapter_id(tx, tenant, name), alias, limit=limit)
+        if not moves:
+            raise NotFound(f"{name!r} has no alias {alias!r}.", param="alias")
+        return moves
 
     def delete_version(
         self, tenant: str, name: str, version: int, *, actor: str = audit.SYSTEM
@@ -278,18 +331,15 @@ class Registry:
         """
         with self._database.write() as tx:
             adapter_id, record = require_version(tx, tenant, name, version)
-            pointing = select(aliases.c.alias).where(
-                aliases.c.adapter_id == adapter_id, aliases.c.version == version
-            )
-            names = set(tx.scalars(pointing))
-            if held := sorted(names - {LATEST}):
+            mains, canaries = in_use_by(tx, adapter_id, version)
+            if held := sorted((mains - {LATEST}) | canaries):
                 raise Conflict(
                     f"Version {version} of {name!r} is in use by alias {', '.join(map(repr, held))}.",
                     param="version",
                     remedy="Move the alias to another version first, or delete the whole adapter.",
                 )
             self._delete(tx, versions.c.adapter_id == adapter_id, versions.c.version == version)
-            if LATEST in names:
+            if LATEST in mains:
                 ready = select(func.max(versions.c.version)).where(
                     versions.c.adapter_id == adapter_id, LIVE, versions.c.status == "ready"
                 )
@@ -346,6 +396,15 @@ class Registry:
             self._log(tx, actor, "adapter.delete", tenant, name, versions=[row.version for row in rows])
         return tuple(VersionRecord(*row[1:]) for row in rows)
 
+    def versions_of(self, tenant: str, digests: Collection[str]) -> dict[str, list[str]]:
+        """`name@vN` of every live version of a tenant's that has one of these contents, by digest, in their order."""
+        found: dict[str, list[str]] = {}
+        query = VERSIONS.where(adapters.c.tenant == tenant, versions.c.digest.in_(digests))
+        with self._database.read() as tx:
+            for row in tx.execute(query.order_by(adapters.c.name, versions.c.version)) if digests else ():
+                found.setdefault(row.digest, []).append(f"{row.name}@v{row.version}")
+        return found
+
     def live_digests(self) -> frozenset[str]:
         """Every digest that a live version of any tenant refers to, whatever its status."""
         with self._database.read() as tx:
@@ -368,17 +427,24 @@ class Registry:
     ) -> None:
         self.close()
 
-    def _point(self, tx: Connection, adapter_id: int, alias: str, version: int | None) -> tuple[int, float]:
-        """Move, make or (`version` None) remove an alias; returns its revision and the time of the move."""
-        row = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
-        used = tx.scalar(select(aliases.c.revision).where(row))
-        revision, now = (used or 0) + 1, self._clock()
-        values = {"version": version, "revision": revision, "updated_at": now}
-        if used is None:
-            tx.execute(insert(aliases).values(adapter_id=adapter_id, alias=alias, **values))
-        else:
-            tx.execute(update(aliases).where(row).values(values))
-        return revision, now
+    def _point(
+        self,
+        tx: Connection,
+        adapter_id: int,
+        alias: str,
+        version: int | None,
+        canaries: Mapping[int, int] | None = None,
+    ) -> tuple[int, float]:
+        return point(tx, adapter_id, alias, version, self._clock(), canaries=canaries)
+
+    def _adapter_id(self, tx: Connection, tenant: str, name: str) -> int:
+        """The id of an adapter with a live version. Raises NotFound, InvalidReference."""
+        reference = ModelReference(tenant, name)  # before the database sees the name
+        query = ADAPTERS.where(adapters.c.tenant == tenant, adapters.c.name == name)
+        row = tx.execute(query).one_or_none()
+        if row is None:
+            raise not_found(reference)
+        return int(row.id)
 
     def _advance_latest(self, tx: Connection, adapter_id: int, version: int, status: str) -> None:
         latest = find_alias(tx, adapter_id, LATEST)
@@ -398,13 +464,3 @@ class Registry:
 def _check_between(what: str, value: int, most: int) -> None:
     if not 1 <= value <= most:
         raise InvalidRequest(f"{what} is {value}; expected 1 to {most}.", param=what)
-
-
-def _ready(record: VersionRecord) -> VersionRecord:
-    """`record`, if an alias may point to it. Raises Conflict."""
-    if record.status != "ready":
-        raise Conflict(
-            f"Version {record.version} of {record.name!r} is {record.status}; an alias points to a ready one.",
-            param="version",
-        )
-    return record

@@ -85,6 +85,7 @@ SITE_MAPS: Mapping[str, SiteMap] = {
     ),
     "gpt2": (
         Row("transformer.wte", None, ("embed",)),
+        Row("transformer.drop", "embed.sum", ("embed.post",)),
         Row("transformer.h.*", "attn.r", ("layer.out",)),
         Row("transformer.h.*.ln_1", "attn.r", ("attn.x",)),
         Row("transformer.h.*.attn.c_attn", "attn.x", ("q.out", "k.out", "v.out")),

@@ -18,16 +18,21 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from adapters.errors import StoreError
 from adapters.names import check_digest
 
-_MANIFEST, _TENSORS, _SIZES = "manifest.json", "tensors.safetensors", "sizes.json"
+FileName = Literal["manifest.json", "tensors.safetensors"]
+FILES: tuple[FileName, FileName] = ("manifest.json", "tensors.safetensors")
+"""The files of a blob."""
+
+_MANIFEST, _TENSORS = FILES
+_SIZES = "sizes.json"
 _HEX = "[0-9a-f]"
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 _REMEDY = "Free space on the store's volume or repair it, then try again."
@@ -61,6 +66,12 @@ class BlobStore(Protocol):
         Whether the bytes are those of the digest is for the caller to check, who parses them anyway.
         """
 
+    def sizes(self, digest: str) -> Mapping[FileName, int]:
+        """Bytes of the files of a stored blob, the manifest first. Raises StoreError where it is missing."""
+
+    def read_range(self, digest: str, name: FileName, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of one of its files, for what is too large to be held whole. Raises as `read`."""
+
     def exists(self, digest: str) -> bool:
         """Whether `digest` is stored."""
 
@@ -69,6 +80,11 @@ class BlobStore(Protocol):
 
     def iter_digests(self) -> Iterator[str]:
         """Every digest of which anything is stored, in no promised order."""
+
+
+def missing(digest: str) -> StoreError:
+    """What is raised for a blob that a store does not have."""
+    return StoreError(f"The blob sha256:{digest} is not in the store.", remedy="Upload the delta again.")
 
 
 def open_store(location: str) -> BlobStore:
@@ -123,11 +139,27 @@ class LocalBlobStore:
         target = self._dir_of(digest)
         with _disk_errors("read a blob"):
             if not target.exists():
-                raise StoreError(
-                    f"The blob sha256:{digest} is not in the store.", remedy="Upload the delta again."
-                )
+                raise missing(digest)
             _checked_sizes(target)
             return Blob((target / _MANIFEST).read_bytes(), (target / _TENSORS).read_bytes())
+
+    def sizes(self, digest: str) -> Mapping[FileName, int]:
+        """See BlobStore."""
+        target = self._dir_of(digest)
+        with _disk_errors("look for a blob"):
+            if not target.exists():
+                raise missing(digest)
+            got = _checked_sizes(target)
+        return {name: got[name] for name in FILES}
+
+    def read_range(self, digest: str, name: FileName, start: int, stop: int) -> bytes:
+        """See BlobStore."""
+        with _disk_errors("read a blob"), (self._dir_of(digest) / name).open("rb") as file:
+            file.seek(start)
+            data = file.read(stop - start)
+        if len(data) != stop - start:
+            raise StoreError(f"The blob sha256:{digest} is damaged: {name} is shorter than recorded.")
+        return data
 
     def exists(self, digest: str) -> bool:
         """See BlobStore."""

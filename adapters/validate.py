@@ -28,6 +28,7 @@ from adapters.normal_form import (
     WeightDelta,
 )
 from adapters.op_checks import OpChecker, shown
+from adapters.positions import FirstTokens, FromInvocation, LastTokens
 
 _CHECKS: Mapping[type[Op], Callable[[OpChecker, Any], None]] = {
     LowRank: OpChecker.low_rank,
@@ -53,8 +54,8 @@ def check(delta: Delta, spec: BackboneSpec) -> list[str]:
     checker.where = "delta"
     for text in (
         *_duplicates(delta, spec),
-        *_replaced(delta),
-        *_invoked(delta, spec),
+        *_replaced(delta, spec),
+        *_positioned(delta, spec),
         *_virtual(delta, spec),
     ):
         checker.add(text)
@@ -101,21 +102,36 @@ def _duplicates(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
             yield f"{count} {what}, expected one."
 
 
-def _replaced(delta: Delta) -> Iterator[str]:
-    """Ops that act on the parameters of a module which a Head replaces: of which of the two is not defined."""
+def _replaced(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
+    """Ops that act on a module which a Head replaces, or which runs again: on which of the two is not defined."""
     heads = {op.site for op in delta.ops if isinstance(op, Head)}
+    renormed = {
+        op.read
+        for op in delta.ops
+        if isinstance(op, LowRank) and spec.norm_around(op.write, op.read) is not None
+    }
     for op in delta.ops:
+        if isinstance(op, Affine) and op.site in renormed:
+            yield f"both an Affine and a LowRank that runs the norm again at {shown(op.site)}."
         if isinstance(op, Affine | Rows) and op.site in heads:
             yield f"both a Head and {type(op).__name__} at {shown(op.site)}; the head is replaced whole."
 
 
-def _invoked(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
-    """What ops that act from an invocation on must satisfy together."""
+def _positioned(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
+    """What ops that act on some tokens only must satisfy together."""
     positioned = [op for op in delta.ops if isinstance(op, LowRank) and op.positions is not None]
-    if positioned and spec.kind == "encoder":
+    kinds = [type(positions) for positions in delta.positions]
+    if FromInvocation in kinds and spec.kind == "encoder":
         yield "invocation tokens are for models that generate; an encoder's rows are seen whole."
-    if len({op.positions for op in positioned}) > 1:
+    if kinds and any(isinstance(op, VirtualTokens) for op in delta.ops) and spec.kind == "encoder":
+        yield "on an encoder virtual tokens run with each row, and whether first tokens count them is not defined."
+    if kinds.count(FromInvocation) > 1:
         yield "its ops name different invocation tokens; a delta is invoked by one sequence."
+    elif FromInvocation in kinds and len(kinds) > 1:
+        yield "its ops act from an invocation on and on first or last tokens; one of the two is served."
+    for kind in (FirstTokens, LastTokens):
+        if kinds.count(kind) > 1:
+            yield f"its ops name {kinds.count(kind)} numbers of tokens in {kind.__name__}; expected one."
     normalized = {op.site for op in delta.ops if isinstance(op, Affine) and op.weight_normalized}
     for site in sorted({op.write for op in positioned} & normalized):
         yield f"the norms of the weight at {shown(site)} would change inside the prompt (weight_normalized)."

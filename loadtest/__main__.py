@@ -14,6 +14,7 @@ COMMANDS = {
     "residency": ("loadtest.residency", "thousands of deltas over little room; starvation; S-LoRA's workload"),
     "prefill": ("loadtest.prefill", "prefill tokens/s by chunk size, alone and beside decoding rows"),
     "scale": ("loadtest.scale", "1 to 10,000 registered deltas: resolve, list, generate"),
+    "pooling": ("loadtest.pooling", "ten tasks of one encoder against PEFT, one by one and in processes"),
     "soak": ("loadtest.soak", "churn over residency with deltas that sign every token"),
     "http": ("loadtest.http", "any OpenAI-compatible server, streaming"),
     "report": ("loadtest.page", "one HTML page of tables and plots from result files"),

@@ -11,9 +11,10 @@ from typing import Any, Self
 from prometheus_client import CollectorRegistry
 
 from adapters.normal_form import Delta
+from adapters.tasks import Task
 from loadtest.workload import Arrival
 from serving.config import Engine as EngineSettings
-from serving.core import Event, Request, SamplingParams, TokenEvent
+from serving.core import Event, Pooled, PoolingParams, Request, SamplingParams, TokenEvent
 from serving.engine.engine import Engine
 from serving.metrics import EngineMetrics
 from serving.model.backbone import Backbone
@@ -44,6 +45,7 @@ class Outcome:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     error: str | None = None
+    pooled: Pooled | None = None
 
     @property
     def ended(self) -> bool:
@@ -135,6 +137,7 @@ class InProcess:
                     outcome.ttft_s = now - outcome.arrived
                 outcome.token_ids += event.token_ids
                 outcome.logprobs += event.logprobs
+                outcome.pooled = event.pooled
                 if event.finish_reason is not None:
                     outcome.latency_s = now - outcome.arrived
                     outcome.error = event.error.message if event.error else None
@@ -163,6 +166,25 @@ class InProcess:
         outcomes = self.finish(ids)
         assert all(len(o.token_ids) == output_tokens for o in outcomes)
         return outcomes
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], tasks: Sequence[Task], digests: Sequence[str | None]
+    ) -> list[Pooled]:
+        """What the deltas' heads make of the prompts, all asked at once."""
+        ids = []
+        for prompt, task, digest in zip(prompts, tasks, digests, strict=True):
+            ids.append(str(next(self._ids)))
+            self.requests[ids[-1]] = Outcome(time.perf_counter())
+            self.engine.submit(
+                Request(
+                    request_id=ids[-1],
+                    prompt_token_ids=tuple(prompt),
+                    adapter_digest=digest,
+                    pooling=PoolingParams(task=task),
+                )
+            )
+        answers = [outcome.pooled for outcome in self.finish(ids)]
+        return [answer for answer in answers if answer is not None]
 
     def decode_step_s(
         self, prompts: Sequence[Sequence[int]], digests: Sequence[str | None], steps: int

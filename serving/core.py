@@ -354,6 +354,13 @@ class Backend(Protocol):
         """Place a stored delta, measure its effect, and say what was measured or why it is refused."""
         ...
 
+    async def activations(self, digest: str) -> bytes | ErrorInfo:
+        """One bit per neuron of every feed-forward layer: whether a stored delta activates it on fixed tokens.
+
+        Empty where the backbone's feed-forward layers have no neurons that can be told apart (experts).
+        """
+        ...
+
     async def release(self, digest: str) -> int:
         """Drain the delta's requests, free its memory, return the device bytes freed."""
         ...

@@ -103,8 +103,8 @@ def _random(kind: type[Any], family: Family | Encoder, seed: int) -> PreTrainedM
     return model.eval()
 
 
-def shape_of(module: torch.nn.Module) -> ModuleShape | None:
-    """What a live module says of itself, as `build_spec` asks for it."""
+def shape_of(module: torch.nn.Module, width: int) -> ModuleShape | None:
+    """What a live module says of itself, as `build_spec` asks for it; `width` is that of a residual stream."""
     match module:
         case torch.nn.Linear():
             return ModuleShape("linear", module.in_features, module.out_features, module.bias is not None)
@@ -117,12 +117,6 @@ def shape_of(module: torch.nn.Module) -> ModuleShape | None:
     if isinstance(weight := getattr(module, "weight", None), torch.Tensor):
         width = weight.shape[0]
         return ModuleShape("norm", width, width, getattr(module, "bias", None) is not None)
-    first_norm = next(
-        child
-        for child in module.modules()
-        if child is not module and isinstance(getattr(child, "weight", None), torch.Tensor)
-    )
-    width = first_norm.weight.shape[-1]
     return ModuleShape("layer", width, width, False)
 
 
@@ -134,7 +128,7 @@ def spec_of(model: PreTrainedModel, name: str = "tiny", digest: str = DIGEST) ->
     modules = dict(model.named_modules())
     return build_spec(
         config,
-        lambda path: shape_of(modules[path]) if path in modules else None,
+        lambda path: shape_of(modules[path], model.config.hidden_size) if path in modules else None,
         name=name,
         digest=digest,
         names=(name,),
@@ -179,7 +173,7 @@ class GoldenCase:
     """One AdapterHub adapter with the library's own logits (golden/README.md)."""
 
     name: str
-    family: Family
+    family: Family | Encoder
     tolerance: Tolerance = "T1"
 
     @property
@@ -189,9 +183,8 @@ class GoldenCase:
 
     def backbone(self) -> PreTrainedModel:
         """The model that the adapter was made for."""
-        return AutoModelForCausalLM.from_pretrained(
-            GOLDEN / self.family / "backbone", attn_implementation="eager"
-        ).eval()
+        kind = AutoModelForMaskedLM if self.family in ENCODERS else AutoModelForCausalLM
+        return kind.from_pretrained(GOLDEN / self.family / "backbone", attn_implementation="eager").eval()
 
     def golden(self) -> list[dict[str, torch.Tensor]]:
         """Per sequence: `input_ids` [T], `logits` and `logits_float64` [T, vocab]."""
@@ -626,6 +619,61 @@ GOLDEN_CASES: tuple[GoldenCase, ...] = (
     GoldenCase("par_bn_mh", "llama"),
     GoldenCase("adapter_plus", "llama", "T2"),
     GoldenCase("adapter_plus", "gpt2", "T2"),
+    GoldenCase("lora", "llama"),
+    GoldenCase("lora", "gpt2"),
+    GoldenCase("lora_everywhere", "llama"),
+    GoldenCase("lora_everywhere", "gpt2"),
+    GoldenCase("lora_key", "llama"),
+    GoldenCase("lora_key", "gpt2"),
+    GoldenCase("ia3", "llama"),
+    GoldenCase("ia3", "gpt2"),
+    GoldenCase("ia3_everywhere", "llama"),
+    GoldenCase("ia3_everywhere", "gpt2"),
+    GoldenCase("prefix_tuning", "llama"),
+    GoldenCase("prefix_tuning", "gpt2"),
+    GoldenCase("prefix_tuning_flat", "llama"),
+    GoldenCase("prefix_tuning_flat", "gpt2"),
+    GoldenCase("mam", "llama"),
+    GoldenCase("mam", "gpt2"),
+    GoldenCase("union", "llama"),
+    GoldenCase("union", "gpt2"),
+    GoldenCase("loreft", "llama", "T2"),
+    GoldenCase("loreft", "gpt2", "T2"),
+    GoldenCase("noreft", "llama", "T2"),
+    GoldenCase("noreft", "gpt2", "T2"),
+    GoldenCase("direft_tied", "llama", "T2"),
+    GoldenCase("direft_tied", "gpt2", "T2"),
+    GoldenCase("seq_bn_inv", "llama"),
+    GoldenCase("seq_bn_inv", "gpt2"),
+    GoldenCase("compacter", "gpt2", "T2"),
+    GoldenCase("compacterpp", "llama", "T2"),
+    GoldenCase("compacterpp_dense_w", "llama", "T2"),
+    GoldenCase("compacterpp_local_rule", "llama", "T2"),
+    GoldenCase("compacterpp_shared_w", "llama", "T2"),
+    GoldenCase("dora", "llama", "T2"),
+    GoldenCase("vera", "llama", "T2"),
+    GoldenCase("dvora", "llama", "T2"),
+    GoldenCase("vera_ffn", "gpt2", "T2"),
+)
+
+
+# Of encoders, whose golden values are final hidden states.
+ENCODER_GOLDEN_CASES: tuple[GoldenCase, ...] = tuple(
+    GoldenCase(name, family, "T2" if name in ("adapter_plus", "dora", "loreft") else "T1")
+    for family in ("bert", "roberta")
+    for name in (
+        "seq_bn",
+        "seq_bn_mh",
+        "double_seq_bn",
+        "par_bn",
+        "adapter_plus",
+        "seq_bn_inv",
+        "lora_everywhere",
+        "dora",
+        "ia3_everywhere",
+        "mam",
+        "loreft",
+    )
 )
 
 

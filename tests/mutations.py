@@ -34,6 +34,7 @@ from adapters.errors import InvalidDelta, PayloadTooLarge
 from adapters.formats import read_upload
 from adapters.normal_form import AttnPrefix, Delta, Site
 from tests.cases import (
+    ENCODER_GOLDEN_CASES,
     GOLDEN_CASES,
     GOLDEN_NAME,
     PEFT_CASES,
@@ -43,7 +44,7 @@ from tests.cases import (
     spec_of,
     tiny_backbone,
 )
-from tests.families import Family
+from tests.families import Encoder, Family
 
 CONFIG = "adapter_config.json"
 # A source per way of storing things, for the default tests; the command takes all.
@@ -62,6 +63,11 @@ FEW = (
     "hub-llama-seq_bn",
     "hub-gpt2-double_seq_bn",
     "hub-llama-par_bn_channel",
+    "hub-gpt2-lora_everywhere",
+    "hub-llama-loreft",
+    "hub-llama-mam",
+    "hub-llama-compacterpp_shared_w",
+    "hub-bert-seq_bn_mh",
 )
 KEYS_START = "base_model.model."
 PREFIXES = ("x", "module", "base_model", "base_model.model")
@@ -99,6 +105,9 @@ SIZES = (
     "adapter_len",
     "adapter_layers",
     "reduction_factor",
+    "prefix_length",
+    "bottleneck_size",
+    "phm_rank",
 )
 NONSENSE: tuple[object, ...] = ("nonsense", {"nonsense": {}}, [None], -3, 10**400, "x\u202ey")
 
@@ -149,9 +158,10 @@ class Report:
 
 # ---- sources ------------------------------------------------------------------------------------------------------
 
+GOLDENS = (*GOLDEN_CASES, *ENCODER_GOLDEN_CASES)
 CASES: Mapping[str, Case | GoldenCase] = {
     **{case_id(case): case for case in PEFT_CASES},
-    **{f"hub-{case_id(case)}": case for case in GOLDEN_CASES},
+    **{f"hub-{case_id(case)}": case for case in GOLDENS},
 }
 
 
@@ -161,8 +171,8 @@ def _spec(family: Family) -> BackboneSpec:
 
 
 @cache
-def _golden_spec(family: Family) -> BackboneSpec:
-    return spec_of(next(case for case in GOLDEN_CASES if case.family == family).backbone(), GOLDEN_NAME)
+def _golden_spec(family: Family | Encoder) -> BackboneSpec:
+    return spec_of(next(case for case in GOLDENS if case.family == family).backbone(), GOLDEN_NAME)
 
 
 @cache
@@ -347,7 +357,7 @@ def another_base(origin: Source, draw: random.Random) -> Mutant:
     config, tensors = origin.files
     claims: dict[str, object] = {"base_model_name_or_path": f"org/other-{draw.randrange(99)}"}
     if "model_name" in config:
-        claims = {"model_name": "org/other", "model_type": "bert", "hidden_size": config["hidden_size"] + 8}
+        claims = {"model_name": "org/other", "model_type": "opt", "hidden_size": config["hidden_size"] + 8}
     elif "token_dim" in config:
         claims |= {"token_dim": 4096, "num_layers": 99, "num_attention_heads": 77}
     key = draw.choice(sorted(claims))
@@ -395,14 +405,16 @@ def other_size(origin: Source, draw: random.Random) -> Mutant | None:
 
 
 def unknown_activation(origin: Source, draw: random.Random) -> Mutant | None:
-    """An AdapterHub bottleneck has another activation than the library's."""
+    """An AdapterHub adapter has another activation than the library's."""
     config, tensors = origin.files
-    if not isinstance(inner := config.get("config"), dict):
+    inner = config.get("config")
+    if not isinstance(inner, dict) or not isinstance(old := inner.get("non_linearity"), str):
         return None
-    old = inner["non_linearity"]
     value = draw.choice(
         ("prelu", "mish", "gelu_fats", f"{old} ", "", 3, None, [old], {"name": old}, old.upper())
     )
+    if value is None and inner.get("architecture") == "reft":  # means something there
+        return None
     inner["non_linearity"] = value
     return _mutant(f"non_linearity = {value!r}", ("non_linearity",), config, tensors, may_be_idle=True)
 

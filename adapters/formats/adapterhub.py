@@ -1,50 +1,45 @@
-"""AdapterHub bottleneck adapters (adapter_config.json + adapter.safetensors) -> LowRank ops.
+"""AdapterHub adapters (adapter_config.json + adapter.safetensors) -> Delta. The library itself is never imported.
 
-Format: `adapters` 1.x; tests/golden/README.md writes down its keys and formulas as read in that library's source.
-With R the residual stream before a sub-block, D the sub-block's output and f the bottleneck with its biases, every
-adapter that is served here gives R + D + s·f(·), and f reads
-
-    D      sequential, original_ln_before=false (Houlsby)   read = write = o.out or down.out
-    D + R  sequential, original_ln_before=true (Pfeiffer)   read = write = layer.out, only after the feed-forward block
-    R      parallel (He et al.)                             read attn.r, write o.out; read ffn.r, write down.out
-
-Source: Houlsby et al. section 2; Pfeiffer et al. "AdapterFusion"; He et al. table 1.
+Format: `adapters` 1.3.0; tests/golden/README.md writes down its keys and formulas as read in that library's source.
+`config.architecture` names the method, none stands for a bottleneck adapter; a union has several methods in one file.
+Keys are found through the sites of the backbone, so that a reader knows no architecture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from adapters.backbone_spec import BackboneSpec
-from adapters.formats.adapterhub_config import ACTIVATIONS, BOTTLENECK, LAYOUT_KEYS, TOP_LEVEL
+from adapters.formats.adapterhub_bottleneck import read_bottleneck
+from adapters.formats.adapterhub_config import TOP_LEVEL, UNION, release
+from adapters.formats.adapterhub_lora import read_lora
+from adapters.formats.adapterhub_prefix import read_prefix
+from adapters.formats.adapterhub_reft import acts_last, read_reft
+from adapters.formats.adapterhub_stored import Part, Stored
 from adapters.formats.base_claim import check_base
 from adapters.formats.files import Upload
-from adapters.formats.problems import Problems, name_or_kind, quoted
+from adapters.formats.problems import Problems, name_or_kind
 from adapters.formats.schema import check_config
-from adapters.normal_form import Delta, LowRank, Op, Site
+from adapters.normal_form import Delta
 
+Reader = Callable[[Mapping[str, Any], str, Stored], Part | None]
+"""(nested config, its path in messages, tensors) -> what it amounts to, or None where the config was refused, so that
+its tensors can't be told from others."""
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a layer may carry an adapter: the config key that switches it on, its tensors' prefix, its sites."""
+READERS: Mapping[str | None, Reader] = {
+    None: read_bottleneck,
+    "lora": read_lora,
+    "prefix_tuning": read_prefix,
+    "reft": read_reft,
+}
 
-    switch: str
-    prefix: str
-    block: str  # D
-    residual: str  # R
-    total: str | None  # D + R, where a module computes it
-
-
-PLACES = (
-    Place("mh_adapter", "attention_adapters", block="o.out", residual="attn.r", total=None),
-    Place("output_adapter", "output_adapters", block="down.out", residual="ffn.r", total="layer.out"),
-)
-
-FIELDS = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
+REFUSED: Mapping[str, str] = {
+    "mtl_lora": "multi-task LoRA takes the task with each request. Train one LoRA for each task",
+    "prompt_tuning": "AdapterHub puts its prompts behind the norm of an encoder's embeddings, which is not served, and "
+    "has none on decoders. Train prompt tuning with PEFT",
+}
 
 
 def read_adapterhub(
@@ -70,169 +65,53 @@ def read_adapterhub(
     nested = raw.get("config")
     if not isinstance(nested, dict):  # TOP_LEVEL refused it
         return None
-    if (architecture := nested.get("architecture")) is not None:
-        problems.add(
-            f"adapter_config.json: config.architecture: {name_or_kind(architecture)} is not served from this format; "
-            "bottleneck adapters are. Train LoRA, prefix and prompt tuning with PEFT.",
+    if top["name"] is None or top["version"] is None:  # refused: no keys could be told from others
+        return None
+    stored = Stored(
+        upload.tensors,
+        top["name"],
+        spec,
+        problems,
+        release=release(top["version"]) or (0, 0),
+        model_class=top["model_class"] or "",
+    )
+    part = _read(nested, "config.", stored)
+    if part is None:
+        return None
+    method, ops = part
+    stored.refuse_strays()
+    delta = Delta(method=method, ops=ops, backbone_digest=spec.digest)
+    return replace(delta, lineage={"format": "adapterhub", **lineage})
+
+
+def _read(nested: Mapping[str, Any], path: str, stored: Stored) -> Part | None:
+    architecture = nested.get("architecture")
+    if architecture == "union":
+        return _read_union(nested, path, stored)
+    reader = READERS.get(architecture) if architecture is None or isinstance(architecture, str) else None
+    if reader is None:
+        why = (
+            REFUSED.get(architecture, "supported: lora, prefix_tuning, reft, union, and none for bottlenecks")
+            if (isinstance(architecture, str))
+            else "expected a string or null"
+        )
+        stored.problems.add(
+            f"adapter_config.json: {path}architecture: {name_or_kind(architecture)} is not served: {why}.",
             param="architecture",
         )
         return None
-    config = check_config(nested, BOTTLENECK, problems, prefix="config.")
-    if any(nested.get(key) for key in LAYOUT_KEYS):
+    return reader(nested, path, stored)
+
+
+def _read_union(nested: Mapping[str, Any], path: str, stored: Stored) -> Part | None:
+    """All methods of a union (MAM: prefix tuning and a parallel bottleneck), those at the end of a layer in order."""
+    configs = check_config(nested, UNION, stored.problems, prefix=path)["configs"]
+    if configs is None:
         return None
-    ops = tuple(_lower(config, top["name"], upload.tensors, spec, problems))
-    return Delta(
-        method=_method(config),
-        ops=ops,
-        backbone_digest=spec.digest,
-        lineage={"format": "adapterhub", **lineage},
-    )
-
-
-def _method(config: Mapping[str, Any]) -> str:
-    """AdapterHub's own word for this kind of bottleneck."""
-    if config["is_parallel"]:
-        return "par_bn"
-    return "double_seq_bn" if config["mh_adapter"] and config["output_adapter"] else "seq_bn"
-
-
-def _lower(
-    config: Mapping[str, Any],
-    name: str | None,
-    tensors: Mapping[str, Tensor],
-    spec: BackboneSpec,
-    problems: Problems,
-) -> Iterator[Op]:
-    if name is None or any(
-        value is None for value in config.values()
-    ):  # refused: no keys could be told from others
-        return
-    places = [(place, _sites(place, config, spec, problems)) for place in PLACES if config[place.switch]]
-    if not places:
-        problems.add(
-            "adapter_config.json: config: neither mh_adapter nor output_adapter is on: it changes nothing."
-        )
-    used: set[str] = set()
-    for layer in range(spec.num_layers):
-        if layer in config["leave_out"]:
-            continue
-        for place, sites in places:
-            path = spec.writer[Site("layer.out", layer)][0].path
-            key = _prefix(path, f"{place.prefix}.adapters.{name}.", tensors)
-            fields = (*FIELDS, "scaling") if isinstance(config["scaling"], str) else FIELDS
-            used |= {key + field for field in fields}
-            missing = [key + field for field in fields if key + field not in tensors]
-            for absent in missing:
-                problems.add(f"A site without a tensor: the file has no {quoted(absent)}.")
-            if not missing and sites is not None:
-                read, write = (Site(site, layer) for site in sites)
-                found = {field: tensors[key + field] for field in fields}
-                yield from _low_rank(read, write, key, found, config, spec, problems)
-    for key in tensors:
-        if key not in used:
-            problems.add(
-                f"A tensor without a site: {quoted(key)}: the config names no such adapter on this backbone."
-            )
-
-
-def _sites(
-    place: Place, config: Mapping[str, Any], spec: BackboneSpec, problems: Problems
-) -> tuple[str, str] | None:
-    """(read, write) of an adapter at `place`; None, with the reason noted, where no pair of sites is exact.
-
-    The residual stream must come out exactly once: `original_ln_*` are, without a norm of their own, additions of R.
-    """
-    parallel, before = config["is_parallel"], config["original_ln_before"]
-    stream_count = int(config["original_ln_after"])
-    if not parallel:
-        stream_count += int(before and not config["residual_before_ln"])
-    if stream_count != 1:
-        problems.add(
-            f"adapter_config.json: config.original_ln_after: at {place.prefix} the residual stream would be added "
-            f"{stream_count} times with these values of original_ln_before, original_ln_after and residual_before_ln; "
-            "served is once.",
-            param="original_ln_after",
-        )
+    parts = [_read(config, f"{path}configs[{index}].", stored) for index, config in enumerate(configs)]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
         return None
-    if Site("ffn.post", 0) in spec.writer and (parallel or not before):
-        problems.add(
-            f"adapter_config.json: config: {spec.model_type} norms the output of each block, and whether the adapter "
-            f"at {place.prefix} acts before or after that norm is not defined; served is seq_bn (original_ln_before).",
-            param="adapter",
-        )
-        return None
-    if parallel:
-        return place.residual, place.block
-    if not before:
-        return place.block, place.block
-    if place.total is None:
-        problems.add(
-            f"adapter_config.json: config.mh_adapter: with original_ln_before the adapter at {place.prefix} reads the "
-            "sum of attention output and residual stream, which no module of the backbone computes.",
-            param="mh_adapter",
-        )
-        return None
-    return place.total, place.total
-
-
-def _prefix(layer_path: str, rest: str, tensors: Mapping[str, Tensor]) -> str:
-    """Start of an adapter's keys. Saved from a bare model without a head, they lack the path's first part."""
-    bare = f"{layer_path.partition('.')[2]}.{rest}"
-    return bare if any(key.startswith(bare) for key in tensors) else f"{layer_path}.{rest}"
-
-
-def _low_rank(
-    read: Site,
-    write: Site,
-    key: str,
-    found: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    spec: BackboneSpec,
-    problems: Problems,
-) -> Iterator[Op]:
-    hidden = spec.hidden_size
-    rank = _width(config["reduction_factor"], write.layer, hidden)
-    if rank is None:
-        problems.add(
-            f"adapter_config.json: config.reduction_factor: the map has neither layer {write.layer} nor 'default'.",
-            param="reduction_factor",
-        )
-        return
-    expected: dict[str, tuple[int, ...]] = dict(
-        zip(FIELDS, ((rank, hidden), (rank,), (hidden, rank), (hidden,)), strict=True)
-    )
-    expected["scaling"] = (1,) if config["scaling"] == "learned" else (hidden,)
-    fits = True
-    for field, tensor in found.items():
-        if tuple(tensor.shape) != expected[field]:
-            problems.add(
-                f"{quoted(key + field)}: got shape {list(tensor.shape)}, expected {list(expected[field])}."
-            )
-            fits = False
-    if not fits:
-        return
-    A, a_bias, B, b_bias = (found[field] for field in FIELDS)
-    scaling = config["scaling"]
-    if scaling == "learned":
-        scaling = found["scaling"].item()
-    elif scaling == "channel":
-        factor = found["scaling"].float()
-        B, b_bias, scaling = factor[:, None] * B.float(), factor * b_bias.float(), 1.0
-    yield LowRank(
-        read=read,
-        write=write,
-        A=A,
-        B=B,
-        a_bias=a_bias,
-        b_bias=b_bias,
-        scaling=float(scaling),
-        activation=ACTIVATIONS[config["non_linearity"].lower()],
-    )
-
-
-def _width(reduction_factor: float | Mapping[str, float], layer: int, hidden: int) -> int | None:
-    """The bottleneck's width as the library computes it; None where a map does not cover the layer."""
-    if isinstance(reduction_factor, Mapping):
-        factor = reduction_factor.get(str(layer), reduction_factor.get("default"))
-        return None if factor is None else max(1, int(hidden // factor))
-    return max(1, int(hidden // reduction_factor))
+    ops = sorted((op for _, ops in found for op in ops), key=acts_last)
+    names = [name for name, _ in found]
+    return "mam" if sorted(names) == ["par_bn", "prefix_tuning"] else "+".join(names)[:64], tuple(ops)

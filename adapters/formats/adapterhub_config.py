@@ -1,11 +1,12 @@
-"""The schema of AdapterHub's adapter_config.json for bottleneck adapters.
+"""The schemas of AdapterHub's adapter_config.json, by method.
 
-Source: `BnConfig` of `adapters` 1.3.0, and what each key does on pre-LN decoders (tests/golden/README.md). A key that
-the file lacks has `BnConfig`'s default, not its preset's.
+Source: the config classes of `adapters` 1.3.0, and what each key does (tests/golden/README.md). A key that the file
+lacks has the default of the class that the library reads it into (`BnConfig`, `LoRAConfig`), not its preset's.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from adapters.formats.schema import (
@@ -18,7 +19,9 @@ from adapters.formats.schema import (
     is_int,
     is_number,
     is_scale,
+    is_text,
     off,
+    or_null,
 )
 from adapters.normal_form import Activation
 
@@ -48,12 +51,26 @@ def _is_reduction(value: object) -> bool:
     return is_scale(value)
 
 
+def release(version: str) -> tuple[int, int] | None:
+    """(1, 3) of `adapters.1.3.0`; None for anything else."""
+    found = re.fullmatch(r"adapters\.(\d{1,4})\.(\d{1,4})(\.\w{1,16})*", version, re.ASCII)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 def _switch(*, default: bool | None = None) -> Rule:
     return Rule(is_bool, "true or false", used=True, default=default, required=default is None)
 
 
+_LEAVE_OUT = Rule(
+    lambda value: isinstance(value, list) and all(map(is_int(0, 1 << 20), value)),
+    "a list of layer indices",
+    used=True,
+    default=[],
+)
+_GATED = "the gate is a mean over the whole sequence, so it depends on later tokens"
+
 # Switched on, these give an adapter other tensors: looking for a plain one's would only add noise.
-LAYOUT_KEYS = ("ln_before", "ln_after", "inv_adapter", "use_gating", "phm_layer")
+LAYOUT_KEYS = ("ln_before", "ln_after", "use_gating")
 
 TOP_LEVEL: Mapping[str, Rule] = {
     "config": Rule(
@@ -71,12 +88,14 @@ TOP_LEVEL: Mapping[str, Rule] = {
     "model_type": Rule(lambda value: isinstance(value, str), "a string", used=True, required=True),
     "hidden_size": Rule(is_int(1, 1 << 30), "a positive integer", used=True, required=True),
     "version": Rule(
-        lambda value: isinstance(value, str) and value.startswith("adapters."),
+        lambda value: isinstance(value, str) and release(value) is not None,
         "adapters.<release>",
+        used=True,
         required=True,
         why="older releases gave activations other meanings: load the adapter with adapters 1.x and save it again",
     ),
-    "model_class": TEXT,  # decides only how an invertible adapter is undone
+    # decides only whether an invertible adapter is undone
+    "model_class": Rule(is_text, "a string or null", used=True),
     "model_name": TEXT,  # the base check has looked at it
 }
 
@@ -109,24 +128,24 @@ BOTTLENECK: Mapping[str, Rule] = {
         default=1.0,
         why="the library itself fails on an integer",
     ),
-    "leave_out": Rule(
-        lambda value: isinstance(value, list) and all(map(is_int(0, 1 << 20), value)),
-        "a list of layer indices",
-        used=True,
-        default=[],
-    ),
-    "architecture": off(None, why="another method"),
+    "leave_out": _LEAVE_OUT,
+    "architecture": TEXT,
     "ln_before": off(False, why="a norm inside the adapter is not executed yet"),
     "ln_after": off(False, why="a norm inside the adapter is not executed yet"),
-    "inv_adapter": off(None, why="invertible adapters at the embedding are not executed yet"),
-    "use_gating": off(False, why="the gate is a mean over the whole sequence, so it depends on later tokens"),
-    "phm_layer": off(False, why="hypercomplex projections (Compacter) are not expanded yet"),
+    "inv_adapter": Rule(
+        lambda value: value in (None, "nice"),
+        "null or 'nice'",
+        used=True,
+        why="the library's own 'glow' can't run",
+    ),
+    "use_gating": off(False, why=_GATED),
+    "phm_layer": _switch(default=False),
     "cross_adapter": BOOLEAN,  # decoders have no place for it, so no tensors either
     "adapter_residual_before_ln": BOOLEAN,  # read only beside ln_after
     "dropout": Rule(is_fraction, "a number from 0 up to 1"),
     "stochastic_depth": Rule(is_fraction, "a number from 0 up to 1"),  # training only
     **dict.fromkeys(
-        # read only where inv_adapter or phm_layer is on, or while initialising
+        # looked at by PHM and INVERTIBLE where these are on, or read only while initialising
         (
             "inv_adapter_reduction_factor",
             "init_weights",
@@ -144,5 +163,117 @@ BOTTLENECK: Mapping[str, Rule] = {
             "shared_phm_rule",
         ),
         ANYTHING,
+    ),
+}
+
+PHM: Mapping[str, Rule] = {
+    "phm_dim": Rule(is_int(1, 1 << 10), "a positive integer", used=True, default=4),
+    "phm_rank": Rule(is_int(1, 1 << 20), "a positive integer", used=True, default=1),
+    "phm_bias": _switch(default=True),
+    "factorized_phm_W": _switch(default=True),
+    "factorized_phm_rule": _switch(default=False),
+    "shared_W_phm": _switch(default=False),
+    "shared_phm_rule": _switch(default=True),
+}
+"""How a bottleneck's projections are stored where `phm_layer` is on."""
+
+INVERTIBLE: Mapping[str, Rule] = {
+    "inv_adapter_reduction_factor": Rule(is_scale, "a positive number", used=True, required=True)
+}
+
+_INITIAL = {"init_weights": ANYTHING, "init_weights_seed": ANYTHING}
+
+LORA: Mapping[str, Rule] = {
+    "architecture": TEXT,
+    "selfattn_lora": _switch(default=True),
+    "intermediate_lora": _switch(default=False),
+    "output_lora": _switch(default=False),
+    "attn_matrices": Rule(
+        lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+        "a list of strings",
+        used=True,
+        default=["q", "v"],
+    ),
+    "leave_out": _LEAVE_OUT,
+    "r": Rule(is_int(1, 1 << 20), "a positive integer", used=True, default=8),
+    "alpha": Rule(is_scale, "a positive number", used=True, default=8),
+    "composition_mode": Rule(
+        lambda value: value in ("add", "scale"), "add or scale", used=True, default="add"
+    ),
+    "use_gating": off(False, why=_GATED),
+    "use_dora": _switch(default=False),
+    **dict.fromkeys(
+        ("vera_d", "vera_b"),
+        Rule(
+            lambda value: value is None or (type(value) is float and is_number(value)),
+            "null or a number with a decimal point",
+            used=True,
+            why="the library itself takes an integer for null",
+        ),
+    ),
+    "dropout": Rule(is_fraction, "a number from 0 up to 1"),
+    "dtype": TEXT,  # of the parameters, which the file has
+    **_INITIAL,
+}
+
+PREFIX_TUNING: Mapping[str, Rule] = {
+    "architecture": TEXT,
+    "flat": _switch(default=False),
+    "prefix_length": Rule(is_int(1, 1 << 20), "a positive integer", used=True, default=30),
+    "bottleneck_size": Rule(is_int(1, 1 << 20), "a positive integer", used=True, default=512),
+    "non_linearity": Rule(
+        lambda value: isinstance(value, str) and value.lower() in ACTIVATIONS,
+        f"one of {', '.join(ACTIVATIONS)}",
+        used=True,
+        default="tanh",
+    ),
+    "leave_out": _LEAVE_OUT,
+    "use_gating": off(False, why=_GATED),
+    "shared_gating": BOOLEAN,  # read only beside use_gating
+    "encoder_prefix": BOOLEAN,  # of encoder-decoders, as is the next
+    "cross_prefix": BOOLEAN,
+    "dropout": Rule(is_fraction, "a number from 0 up to 1"),
+    "init_weights_seed": ANYTHING,
+}
+
+_POSITIONS = Rule(is_int(0, 1 << 20), "a number of positions", used=True, required=True)
+
+REFT: Mapping[str, Rule] = {
+    "architecture": TEXT,
+    "layers": Rule(
+        lambda value: value == "all" or (isinstance(value, list) and all(map(is_int(0, 1 << 20), value))),
+        "'all' or a list of layer indices",
+        used=True,
+        required=True,
+    ),
+    "prefix_positions": _POSITIONS,
+    "suffix_positions": _POSITIONS,
+    "r": Rule(is_int(1, 1 << 20), "a positive integer", used=True, required=True),
+    "orthogonality": _switch(),
+    "tied_weights": _switch(default=False),
+    "subtract_projection": Rule(is_bool, "true or false", used=True),
+    "non_linearity": Rule(
+        or_null(lambda value: isinstance(value, str) and value.lower() in ACTIVATIONS),
+        f"null or one of {', '.join(ACTIVATIONS)}",
+        used=True,
+    ),
+    "output_reft": Rule(lambda value: value is True, "true", why="without it the adapter has no place"),
+    "dropout": Rule(is_fraction, "a number from 0 up to 1"),
+    "dtype": TEXT,
+    "init_weights_seed": ANYTHING,
+}
+
+MAX_UNION = 16
+UNION: Mapping[str, Rule] = {
+    "architecture": TEXT,
+    "configs": Rule(
+        lambda value: (
+            isinstance(value, list)
+            and 1 <= len(value) <= MAX_UNION
+            and all(isinstance(item, dict) for item in value)
+        ),
+        f"a list of 1 to {MAX_UNION} objects",
+        used=True,
+        required=True,
     ),
 }

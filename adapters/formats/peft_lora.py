@@ -27,7 +27,8 @@ from adapters.formats.peft_targets import pattern_value
 from adapters.formats.peft_tokens import read_lora_tokens
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import check_config
-from adapters.normal_form import Affine, FromInvocation, LowRank, Op
+from adapters.normal_form import Affine, LowRank, Op
+from adapters.positions import FromInvocation
 
 FIELDS: Mapping[str, str] = {
     "lora_A.weight": "A",

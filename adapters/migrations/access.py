@@ -33,6 +33,7 @@ tenants = Table(
     Column("requests_per_min", Integer),  # these three: null is unlimited
     Column("tokens_per_min", Integer),
     Column("max_concurrency", Integer),
+    Column("signatures_required_at", Float),  # null: unsigned uploads are taken too
     CheckConstraint("service_class IN ('realtime', 'standard', 'batch')", name="ck_tenants_service_class"),
 )
 
@@ -47,6 +48,17 @@ api_keys = Table(
     Column("adapters", JSON, nullable=False),  # globs; an empty list is every delta of the tenant
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
+    Column("revoked_at", Float),
+)
+
+signers = Table(
+    "signers",
+    metadata,
+    Column("tenant", String(63), ForeignKey("tenants.name"), primary_key=True),
+    Column("id", String(16), primary_key=True),  # begins the sha256 of the public key
+    Column("public_key", String(64), nullable=False),
+    Column("label", String(200), nullable=False),
+    Column("created_at", Float, nullable=False),
     Column("revoked_at", Float),
 )
 

@@ -47,7 +47,13 @@ def require_version(tx: Connection, tenant: str, name: str, version: int) -> tup
 def find_alias(tx: Connection, adapter_id: int, alias: str) -> AliasRecord | None:
     """Where the alias points, None where it is not set."""
     row = tx.execute(ALIASES.where(adapters.c.id == adapter_id, aliases.c.alias == alias)).one_or_none()
-    return None if row is None else AliasRecord(*row[1:])
+    return None if row is None else alias_record(row)
+
+
+def alias_record(row: Row[Any]) -> AliasRecord:
+    """The record in a row of ALIASES. JSON has no integer keys."""
+    canaries = {int(version): percent for version, percent in (row.canaries or {}).items()}
+    return AliasRecord(row.tenant, row.name, row.alias, row.version, row.revision, row.updated_at, canaries)
 
 
 def adapter_records(tx: Connection, rows: Sequence[Row[Any]]) -> tuple[AdapterRecord, ...]:
@@ -57,7 +63,7 @@ def adapter_records(tx: Connection, rows: Sequence[Row[Any]]) -> tuple[AdapterRe
     latest = {row.id: VersionRecord(*row[1:]) for row in tx.execute(pointed_at)}
     pointing: dict[int, list[AliasRecord]] = defaultdict(list)
     for row in tx.execute(ALIASES.where(adapters.c.id.in_(ids)).order_by(aliases.c.alias)):
-        pointing[row.id].append(AliasRecord(*row[1:]))
+        pointing[row.id].append(alias_record(row))
     return tuple(
         AdapterRecord(row.tenant, row.name, row.created_at, latest.get(row.id), tuple(pointing[row.id]))
         for row in rows

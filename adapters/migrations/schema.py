@@ -7,7 +7,7 @@ seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sqlalchemy import (
@@ -56,7 +56,10 @@ class VersionRecord:
 
 @dataclass(frozen=True, slots=True)
 class AliasRecord:
-    """Where an alias points. `revision` grows with every move, also across deletion. `updated_at`: Unix seconds."""
+    """Where an alias points. `revision` grows with every move, also across deletion. `updated_at`: Unix seconds.
+
+    `canaries`: versions beside the main one, with their shares of the requests in percent.
+    """
 
     tenant: str
     name: str
@@ -64,6 +67,23 @@ class AliasRecord:
     version: int
     revision: int
     updated_at: float
+    canaries: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[int, int]:
+        """Every version that the alias means, with its share in percent, the main one's first."""
+        return {self.version: 100 - sum(self.canaries.values()), **self.canaries}
+
+
+@dataclass(frozen=True, slots=True)
+class AliasMove:
+    """One move of an alias, to its removal where `version` is None. `at`: Unix seconds."""
+
+    alias: str
+    revision: int
+    version: int | None
+    canaries: Mapping[int, int]
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +162,20 @@ aliases = Table(
     ),  # null: gone; the row stays so that its revision never returns to an old value
     Column("revision", Integer, nullable=False),
     Column("updated_at", Float, nullable=False),
+    Column("canaries", JSON(none_as_null=True)),  # version -> percent; null: every request goes to `version`
     ForeignKeyConstraint(["adapter_id", "version"], ["versions.adapter_id", "versions.version"]),
+)
+
+alias_history = Table(
+    "alias_history",
+    metadata,
+    Column("adapter_id", Integer, ForeignKey("adapters.id"), primary_key=True),
+    Column("alias", NAME, primary_key=True),
+    Column("revision", Integer, primary_key=True),
+    Column("version", Integer),  # null: the alias was removed
+    Column("canaries", JSON(none_as_null=True)),
+    Column("back_to", Integer),  # the revision that a rollback from here returns to; null: none
+    Column("at", Float, nullable=False),
 )
 
 Index("ix_versions_digest", versions.c.digest)

@@ -13,6 +13,7 @@ from serving.cli.doctor import doctor as doctor_command
 from serving.cli.keys import app as keys_commands
 from serving.cli.push import push as push_command
 from serving.cli.serve import serve as serve_command
+from serving.cli.signers import app as signers_commands
 from serving.cli.tenants import app as tenants_commands
 from serving.cli.usage import usage as usage_command
 from serving.cli.verify import verify as verify_command
@@ -38,4 +39,5 @@ for command in (
 app.add_typer(adapters_commands, name="adapters")
 app.add_typer(tenants_commands, name="tenants")
 app.add_typer(keys_commands, name="keys")
+app.add_typer(signers_commands, name="signers")
 app.add_typer(audit_commands, name="audit")

@@ -1,15 +1,16 @@
-"""`deltamux adapters list|show|promote|rollback|delete|undelete|gc|fit-ood`."""
+"""`deltamux adapters list|show|promote|rollback|delete|undelete|pull|diff|similar|fit-ood|gc`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from adapters.errors import NotFound
+from adapters.errors import InvalidRequest, NotFound
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
 from serving.cli.console import out, table, when
+from serving.cli.contents import diff, pull, similar
 from serving.cli.fit_ood import fit_ood
 from serving.cli.gc import gc
 from serving.cli.push import show_version
@@ -57,42 +58,37 @@ def show(name: NameArgument, *, server: ServerOption = DEFAULT_SERVER) -> None:
 @app.command()
 def promote(
     name: NameArgument,
-    version: Annotated[int, typer.Argument(help="The version to point at.")],
+    version: Annotated[
+        int | None, typer.Argument(help="The version; by default the canary, or without one the latest.")
+    ] = None,
     *,
+    canary: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=99, help="Give it only this share of the alias's requests.", metavar="PERCENT"
+        ),
+    ] = None,
     alias: AliasOption = "prod",
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
-    """Point an alias at a version. Refused if someone else moves it at the same time."""
+    """Point an alias, or a share of its requests, at a version. Refused if someone else moves it at the same time."""
     with Client(server) as client:
-        seen = _alias(client.call("GET", "v1", "adapters", name), alias)
-        _move(client, name, alias, version, seen["revision"] if seen else 0)
+        adapter = client.call("GET", "v1", "adapters", name)
+        seen = _alias(adapter, alias)
+        body = _promotion(adapter, seen, version, canary)
+        _say_where(name, client.call("PUT", "v1", "adapters", name, "aliases", alias, json=body))
 
 
 @app.command()
 def rollback(
     name: NameArgument, *, alias: AliasOption = "prod", server: ServerOption = DEFAULT_SERVER
 ) -> None:
-    """Point an alias at the version before the one that it has."""
+    """End an alias's canary, or without one return the alias to the version that it pointed at before."""
     with Client(server) as client:
         seen = _alias(client.call("GET", "v1", "adapters", name), alias)
-        if seen is None:
-            raise NotFound(
-                f"{name} has no alias {alias!r}.", param="alias", remedy="See `deltamux adapters show`."
-            )
-        path = ("v1", "adapters", name, "versions")
-        older = (
-            client.call("GET", *path, params={"before": seen["version"]})["data"]
-            if seen["version"] > 1
-            else []
-        )
-        ready = [version["version"] for version in older if version["status"] == "ready"]
-        if not ready:
-            raise NotFound(
-                f"{name} has no ready version before v{seen['version']}.",
-                param="version",
-                remedy="Push one, or choose a version with `deltamux adapters promote`.",
-            )
-        _move(client, name, alias, ready[0], seen["revision"])
+        body = {"expected_revision": seen["revision"]} if seen else {}
+        path = ("v1", "adapters", name, "aliases", alias, "rollback")
+        _say_where(name, client.call("POST", *path, json=body))
 
 
 @app.command()
@@ -127,19 +123,50 @@ def undelete(
         show_version(client.call("POST", "v1", "adapters", name, "versions", str(version), "undelete"))
 
 
-app.command()(gc)
+for command in (pull, diff, similar, gc):
+    app.command()(command)
 app.command("fit-ood")(fit_ood)
 
 
-def _move(client: Client, name: str, alias: str, version: int, revision: int) -> None:
-    body = {"version": version, "expected_revision": revision}
-    client.call("PUT", "v1", "adapters", name, "aliases", alias, json=body)
-    out.print(f"alias [bold]{escape(name)}:{escape(alias)}[/] points at version {version}")
+def _promotion(
+    adapter: JsonObject, seen: JsonObject | None, version: int | None, canary: int | None
+) -> JsonObject:
+    """The body that moves the alias `seen` (None: not set) as asked. Raises InvalidRequest, NotFound."""
+    running = [int(item) for item in seen["weights"]][1:] if seen else []
+    if version is None and canary is None and len(running) == 1:
+        version = running[0]
+    elif version is None:
+        if not adapter["latest"]:
+            raise NotFound(f"{adapter['name']} has no version that is ready.", param="version")
+        version = adapter["latest"]["version"]
+    revision = seen["revision"] if seen else 0
+    if canary is None:
+        return {"version": version, "expected_revision": revision}
+    if seen is None or seen["version"] == version:
+        raise InvalidRequest(
+            f"Version {version} can't be a canary: the alias points at "
+            + ("nothing else." if seen is None else "it already."),
+            param="canary",
+            remedy="Promote the present version without --canary first, or name another version.",
+        )
+    return {"version": seen["version"], "canaries": {str(version): canary}, "expected_revision": revision}
 
 
-def _alias(adapter: JsonObject, alias: str) -> dict[str, Any] | None:
+def _say_where(name: str, alias: JsonObject) -> None:
+    where = f"version {alias['version']}" if len(alias["weights"]) == 1 else _points_at(alias)
+    out.print(f"alias [bold]{escape(name)}:{escape(alias['alias'])}[/] points at {where}")
+
+
+def _alias(adapter: JsonObject, alias: str) -> JsonObject | None:
     return next((found for found in adapter["aliases"] if found["alias"] == alias), None)
 
 
 def _aliases(adapter: JsonObject) -> str:
-    return ", ".join(f"{found['alias']} -> v{found['version']}" for found in adapter["aliases"]) or "-"
+    return ", ".join(f"{found['alias']} -> {_points_at(found)}" for found in adapter["aliases"]) or "-"
+
+
+def _points_at(alias: JsonObject) -> str:
+    weights = alias["weights"]
+    if len(weights) == 1:
+        return f"v{alias['version']}"
+    return " and ".join(f"v{version} ({percent} %)" for version, percent in weights.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Annotated, Any, Self
@@ -45,10 +45,17 @@ class Client:
     def call(self, method: str, *path: str, **options: Any) -> JsonObject:
         """Send one request; `path` in segments, `options` as httpx takes them."""
         with _reachable(self._server):
-            answer = self._http.request(
-                method, "/" + "/".join(quote(part, safe="") for part in path), **options
-            )
+            answer = self._http.request(method, _joined(path), **options)
         return body_of(answer)
+
+    @contextmanager
+    def stream(self, *path: str) -> Iterator[httpx.Response]:
+        """The answer to a GET whose body is no JSON, not read yet. Raises what the server says is wrong."""
+        with _reachable(self._server), self._http.stream("GET", _joined(path)) as answer:
+            if not answer.is_success:
+                answer.read()
+                body_of(answer)
+            yield answer
 
     def pages(self, *path: str) -> Iterator[JsonObject]:
         """Every item of a listing that is paged by name."""
@@ -59,6 +66,10 @@ class Client:
             after = page["last_id"]
             if not page["has_more"]:
                 return
+
+
+def _joined(path: Sequence[str]) -> str:
+    return "/" + "/".join(quote(part, safe="") for part in path)
 
 
 def _credentials() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -56,6 +57,12 @@ def stages(first: str) -> Iterator[Callable[[str], None]]:
         return
     with err.status(first) as status:
         yield status.update
+
+
+def transfer_bar() -> Progress:
+    """A progress bar in bytes, gone when it is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=err, transient=True)
 
 
 def until_stopped(wait: Callable[[], None]) -> None:

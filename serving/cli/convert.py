@@ -20,7 +20,9 @@ QUOTA_MIB = 4096
 
 
 def convert(
-    directory: Annotated[Path, typer.Argument(help="What PEFT saved.", metavar="DIR")],
+    directory: Annotated[
+        Path, typer.Argument(help="What PEFT or AdapterHub's library saved.", metavar="DIR")
+    ],
     target: Annotated[Path, typer.Argument(help="Directory to write; new or empty.", metavar="OUT")],
     *,
     backbone: Annotated[
@@ -32,16 +34,16 @@ def convert(
     """Turn an adapter that the server can't read into one that it can, with your own PEFT.
 
     For pickled files, for methods that draw numbers from a seed or compute them from the base weights. Each adapted
-    module is probed and checked, then the whole model. Nothing is sent anywhere.
+    module is probed and checked, then the whole model. What AdapterHub's library pickled is read, without a comparison.
+    Nothing is sent anywhere.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidRequest(f"{target} exists and is not an empty directory.", param="OUT")
     conversion = converted(directory, backbone or base_of(directory), quota_bytes=quota_mib << 20)
     conversion.write(target)
     out.print(f"[bold green]written[/] {escape(str(target))}: sha256:{conversion.canonical.digest}")
-    out.print(
-        f"send it with: deltamux push {escape(str(target))} NAME --parity {escape(str(target))}/parity.json"
-    )
+    parity = f" --parity {escape(str(target))}/parity.json" if conversion.record else ""
+    out.print(f"send it with: deltamux push {escape(str(target))} NAME{parity}")
 
 
 def converted(directory: Path, backbone: str, *, quota_bytes: int = QUOTA_MIB << 20) -> Conversion:
@@ -51,8 +53,8 @@ def converted(directory: Path, backbone: str, *, quota_bytes: int = QUOTA_MIB <<
     with stages("converting") as report:
         conversion = run(directory, backbone, quota_bytes=quota_bytes, report=report)
     for note in conversion.notes:
-        err.print(f"[yellow]PEFT:[/] {escape(note)}")
-    if conversion.forms:
+        err.print(f"[yellow]{'PEFT' if conversion.record else 'note'}:[/] {escape(note)}")
+    if conversion.forms and conversion.record:
         err.print(
             "what the method draws from a seed or computes from the base weights was made anew here, with torch "
             f"{conversion.record.torch} and PEFT {conversion.record.library_version}"
@@ -61,7 +63,10 @@ def converted(directory: Path, backbone: str, *, quota_bytes: int = QUOTA_MIB <<
     for form, count in conversion.forms.items() or (("read as it is", len(conversion.delta.ops)),):
         shown.add_row(form, f"{count} {'modules' if conversion.forms else 'ops'}")
     shown.add_row("bytes", str(conversion.canonical.size_bytes))
-    shown.add_row("parity", parity_text(conversion.record))
+    if conversion.record:
+        shown.add_row("parity", parity_text(conversion.record))
+    else:
+        shown.add_row("parity", "not compared: AdapterHub's library can't be loaded beside this one")
     out.print(shown)
     return conversion
 
@@ -81,7 +86,9 @@ def base_of(directory: Path) -> str:
         config = json.loads((directory / "adapter_config.json").read_bytes())
     except (OSError, ValueError):
         config = None
-    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    name = None
+    if isinstance(config, dict):
+        name = config.get("base_model_name_or_path") or config.get("model_name")  # PEFT's, AdapterHub's
     if not (isinstance(name, str) and name):
         raise InvalidRequest(
             f"{directory} does not say which base model it is for.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import IO, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from adapters.errors import InvalidDelta, InvalidRequest
 from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
-from serving.cli.console import err, out, stages, table
+from serving.cli.console import err, out, stages, table, transfer_bar
 from serving.cli.convert import converted, parity_text
+from serving.cli.signers import read_text
 
 PEFT_TENSORS = {"adapter_model.safetensors", "adapter_model.bin"}
 CONVERTER = (
@@ -24,7 +25,7 @@ CONVERTER = (
 )
 
 
-def push(
+def push(  # noqa: PLR0913  one argument per flag
     directory: Annotated[Path, typer.Argument(help="What the library saved.", metavar="DIR")],
     name: Annotated[str, typer.Argument(help="The delta's name on the server.")],
     *,
@@ -45,11 +46,27 @@ def push(
     parity: Annotated[
         Path | None, typer.Option(help="A record of `deltamux verify` to send along.", metavar="FILE")
     ] = None,
+    lineage: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where it comes from, as initialised_from=sha256:...; repeat for more.", metavar="KEY=TEXT"
+        ),
+    ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(help="Sign it with this private key (`deltamux signers`).", metavar="KEY"),
+    ] = None,
 ) -> None:
     """Upload a delta as the next version of NAME, and show its admission proof."""
     if backbone and (parity or backbone_digest):
         raise InvalidRequest("--backbone makes the record and knows the digest by itself.", param="backbone")
-    given = {"alias": alias, "backbone_digest": backbone_digest}
+    if sign and lineage:
+        raise InvalidRequest(
+            "--lineage changes the content after it was signed.",
+            param="lineage",
+            remedy="Push with --lineage first, then pull, sign and push what came.",
+        )
+    given = {"alias": alias, "backbone_digest": backbone_digest, "lineage": _lineage_field(lineage or [])}
     with TemporaryDirectory() as scratch:
         source = directory
         if backbone:
@@ -59,7 +76,9 @@ def push(
             fields = _parity_fields(parity) | {
                 key: value for key, value in given.items() if value is not None
             }
-        with Client(server) as client, _bar() as progress:
+            if sign:
+                fields["signature"] = _signature(sign, Path(scratch) / "converted" if backbone else directory)
+        with Client(server) as client, transfer_bar() as progress:
             size = sum(path.stat().st_size for path in files.values())
             task = progress.add_task(f"uploading {len(files)} files", total=size)
             version = send(
@@ -76,13 +95,36 @@ def push(
         out.print(f"alias [bold]{escape(name)}:{escape(alias)}[/] points at version {version['version']}")
 
 
-def _prepared(directory: Path, backbone: str, target: Path) -> tuple[Path, Path]:
-    """What to send instead of `directory`, if need be, and the parity record; compared with PEFT and said so."""
+def _signature(key: Path, canonical: Path) -> str:
+    """The signature over the canonical pair in a directory, which is what the server will store."""
+    from adapters.canonical import digest_of_files  # noqa: PLC0415  (heavy)
+    from adapters.signing import sign  # noqa: PLC0415
+
+    pair = [canonical / name for name in ("manifest.json", "tensors.safetensors")]
+    if not all(path.is_file() for path in pair):
+        raise InvalidRequest(
+            f"{canonical} is not in the canonical form, which is what gets signed.",
+            param="sign",
+            remedy="Add --backbone B, or push what `deltamux convert DIR OUT --backbone B` writes.",
+        )
+    return sign(read_text(key).encode(), digest_of_files(*pair))
+
+
+def _lineage_field(entries: list[str]) -> str | None:
+    pairs = [entry.partition("=") for entry in entries]
+    if wrong := [key for key, equals, text in pairs if not (key and equals and text)]:
+        raise InvalidRequest(f"--lineage {wrong[0]!r}: expected KEY=TEXT.", param="lineage")
+    return json.dumps({key: text for key, _, text in pairs}) if pairs else None
+
+
+def _prepared(directory: Path, backbone: str, target: Path) -> tuple[Path, Path | None]:
+    """What to send instead of `directory`, if need be, and any parity record; compared with PEFT and said so."""
     conversion = converted(directory, backbone)
     conversion.write(target)
     if conversion.needed:
         err.print(f"the server can't read {escape(str(directory))}; its converted form is sent")
-    return target if conversion.needed else directory, target / "parity.json"
+    source = target if conversion.needed else directory
+    return source, target / "parity.json" if conversion.record else None
 
 
 def _parity_fields(parity: Path | None) -> dict[str, str]:
@@ -160,9 +202,18 @@ def show_version(version: JsonObject) -> None:
     for field, value in version["proof"].items():
         if field == "parity":
             shown.add_row("proof: parity", escape(_stated(value)))
-            continue
-        shown.add_row(f"proof: {field}", f"{value:.6g}" if isinstance(value, float) else escape(str(value)))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                shown.add_row(f"{field}: {escape(key)}", escape(_written(item)))
+        else:
+            shown.add_row(f"proof: {field}", escape(_written(value)))
     out.print(shown)
+
+
+def _written(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_written, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _stated(record: JsonObject) -> str:
@@ -174,11 +225,6 @@ def _stated(record: JsonObject) -> str:
         return parity_text(ParityRecord.model_validate(record))
     except ValidationError:  # a newer server's
         return str(record)
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, console=err, transient=True)
 
 
 class _Counting:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from serving.cli.client import DEFAULT_SERVER, Client, ServerOption
+from serving.cli.client import DEFAULT_SERVER, Client, JsonObject, ServerOption
 from serving.cli.console import err, out, table, when
 
 
@@ -46,15 +46,16 @@ def usage(
         found = client.call("GET", "v1", "usage", params=query)
     shown = table(None, *groups, *(name.replace("_", " ") for name in _NUMBERS))
     for row in found["data"]:
-        shown.add_row(
-            *(_text(group, row[group]) for group in groups), *(f"{row[name]:,}" for name in _NUMBERS)
-        )
+        shown.add_row(*(_text(group, row) for group in groups), *(f"{row[name]:,}" for name in _NUMBERS))
     out.print(shown)
     if found["has_more"]:
         err.print("There is more than this table shows; narrow it with --hours or --tenant.")
 
 
-def _text(group: str, value: Any) -> str:
+def _text(group: str, row: JsonObject) -> str:
+    value = row[group]
     if group == By.HOUR:
         return when(value)
-    return escape(str(value)[:_DIGEST_CHARS] if group == By.ADAPTER else str(value) or "-")
+    if group == By.ADAPTER:
+        return escape(" ".join([str(value)[:_DIGEST_CHARS], *row.get("versions", ())]))
+    return escape(str(value) or "-")

@@ -94,6 +94,14 @@ class RayBackend:
             return error.info()
         return answer
 
+    async def activations(self, digest: str) -> bytes | ErrorInfo:
+        """See `Backend`. Asked of the delta's home, as its requests are."""
+        try:
+            answer: bytes | ErrorInfo = await self._ask("activations", digest, key=digest)
+        except DeltamuxError as error:
+            return error.info()
+        return answer
+
     async def release(self, digest: str) -> int:
         """See `Backend`. All replicas together. Raises Unavailable where one of them did not answer."""
         freed = 0

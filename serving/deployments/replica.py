@@ -56,6 +56,10 @@ class BackboneReplica:
         """See `Backend`."""
         return await self._backend.admit(digest)
 
+    async def activations(self, digest: str) -> bytes | ErrorInfo:
+        """See `Backend`."""
+        return await self._backend.activations(digest)
+
     async def release(self, digest: str) -> int:
         """See `Backend`."""
         return await self._backend.release(digest)

@@ -189,6 +189,14 @@ class LocalBackend:
         except DeltamuxError as error:
             return error.info()
 
+    async def activations(self, digest: str) -> bytes | ErrorInfo:
+        """See `Backend`."""
+        try:
+            delta = await asyncio.wrap_future(self.engine.deltas.host.request(digest))
+            return await asyncio.wrap_future(self.engine.find_activations(delta, digest))
+        except DeltamuxError as error:
+            return error.info()
+
     async def release(self, digest: str) -> int:
         """See `Backend`."""
         return await asyncio.wrap_future(self.engine.release(digest))

@@ -10,12 +10,12 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from adapters.errors import DeltamuxError, Overloaded, StoreError
 from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
 from serving.core import AdmissionProof
-from serving.engine.effect import measure_effect
+from serving.engine.effect import activations, measure_effect
 from serving.engine.runner import Runner
 from serving.engine.scheduler import NotYet
 from serving.memory.budget import MemoryBudget
@@ -28,11 +28,18 @@ from serving.model.programs import PlacedDelta
 log = logging.getLogger(__name__)
 
 
+class _Probe(NamedTuple):
+    """Something to measure on a delta in device memory, and who waits for it; `measure` is told the load's seconds."""
+
+    measure: Callable[[PlacedDelta, float], Any]
+    answer: Future[Any]
+
+
 class _Placing(NamedTuple):
-    """A delta on its way to the device: room is reserved, `proofs` wait for its admission probe."""
+    """A delta on its way to the device: room is reserved, `probes` wait for it."""
 
     reserved_bytes: int
-    proofs: list[tuple[Delta, Future[AdmissionProof]]]
+    probes: list[_Probe]
 
 
 class DeltaManager:
@@ -144,15 +151,15 @@ class DeltaManager:
         return True
 
     def _settle(self, digest: str, done: Future[tuple[PlacedDelta, float]]) -> None:
-        """Take over what was placed, and the seconds it took, or give the room back; answer who waits for the probe."""
-        reserved_bytes, proofs = self._placing.pop(digest)
+        """Take over what was placed, and the seconds it took, or give the room back; answer who waits for a probe."""
+        reserved_bytes, probes = self._placing.pop(digest)
         error = done.exception()
         if error is not None:
             self.residency.cancel(reserved_bytes)
             self._failed[digest] = _load_error(error, digest)
-            for _, proof in proofs:
-                proof.set_exception(self._failed[digest])
-            if proofs:  # they have been told
+            for probe in probes:
+                probe.answer.set_exception(self._failed[digest])
+            if probes:  # they have been told
                 del self._failed[digest]
             return
         placed, load_s = done.result()
@@ -162,8 +169,8 @@ class DeltaManager:
         self._metrics.adapter_load_seconds.observe(load_s)
         self._metrics.adapter_loads.inc()
         self._report()
-        for delta, proof in proofs:
-            self._prove(delta, digest, load_s, proof)
+        for probe in probes:
+            self._measure(digest, load_s, probe)
 
     def _evicted(self, digest: str) -> None:
         self._forget(digest)
@@ -189,30 +196,48 @@ class DeltaManager:
 
         It gets InvalidDelta for one without effect, Overloaded while there is no room for it.
         """
+
+        def prove(placed: PlacedDelta, load_s: float) -> AdmissionProof:
+            effect, scale = measure_effect(placed, self.runner.backbone)
+            return AdmissionProof(
+                effect=effect,
+                reference_scale=scale,
+                load_s=load_s,
+                host_bytes=delta.size_bytes,
+                device_bytes=placed.device_bytes,
+            )
+
+        self._probe(delta, digest, _Probe(prove, proof))
+
+    def find_activations(self, delta: Delta, digest: str, found: Future[bytes]) -> None:
+        """Place `delta` if need be, and tell `found` which neurons it activates; see `activations`."""
+        self._probe(delta, digest, _Probe(lambda placed, _: activations(self.runner.backbone, placed), found))
+
+    def _probe(self, delta: Delta, digest: str, probe: _Probe) -> None:
         try:
             if digest not in self.residency and digest not in self._placing:
-                self._admit_new(delta, digest)
+                self._place_for_probe(delta, digest)
         except DeltamuxError as error:
-            proof.set_exception(error)
+            probe.answer.set_exception(error)
             return
         if digest in self._placing:
-            self._placing[digest].proofs.append((delta, proof))
+            self._placing[digest].probes.append(probe)
         else:
-            self._prove(delta, digest, 0.0, proof)
+            self._measure(digest, 0.0, probe)
 
-    def _admit_new(self, delta: Delta, digest: str) -> None:
+    def _place_for_probe(self, delta: Delta, digest: str) -> None:
         if not self._start_placing(delta, digest):
             raise Overloaded(
                 "What is in use leaves no device memory for the admission probe.", remedy="Try again later."
             )
 
-    def _prove(self, delta: Delta, digest: str, load_s: float, proof: Future[AdmissionProof]) -> None:
-        """Answer `proof` with the effect of a resident delta; one that is refused leaves the device."""
+    def _measure(self, digest: str, load_s: float, probe: _Probe) -> None:
+        """Answer `probe` about a resident delta; one that is refused leaves the device."""
         try:
             placed = self.residency.lease(digest)
             assert placed is not None
             try:
-                effect, scale = measure_effect(placed, self.runner.backbone)
+                measured = probe.measure(placed, load_s)
             except DeltamuxError:
                 self.start_release(digest)
                 raise
@@ -221,17 +246,9 @@ class DeltaManager:
                 if self.residency.draining(digest):
                     self.finish_release(digest)
         except Exception as error:
-            proof.set_exception(error)
+            probe.answer.set_exception(error)
             return
-        proof.set_result(
-            AdmissionProof(
-                effect=effect,
-                reference_scale=scale,
-                load_s=load_s,
-                host_bytes=delta.size_bytes,
-                device_bytes=placed.device_bytes,
-            )
-        )
+        probe.answer.set_result(measured)
 
     def start_release(self, digest: str) -> None:
         """Admit no new request to `digest`."""

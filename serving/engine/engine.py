@@ -301,6 +301,12 @@ class Engine:
         self._post(lambda: self.deltas.admit(delta, digest, proof))
         return proof
 
+    def find_activations(self, delta: Delta, digest: str) -> Future[bytes]:
+        """Find which neurons a delta activates on the probe tokens, between two steps."""
+        found: Future[bytes] = Future()
+        self._post(lambda: self.deltas.find_activations(delta, digest, found))
+        return found
+
     def release(self, digest: str) -> Future[int]:
         """Drain a delta's requests, free it; the future holds the device bytes freed."""
         future: Future[int] = Future()

@@ -1,8 +1,8 @@
 """Which KV slot already holds the beginning of a prompt. No torch: an index from hash chains to slots.
 
 A chain has one hash for every full block of tokens; each covers the one before, so equal hashes mean equal beginnings.
-The first one covers whatever else shapes keys and values: the backbone, the delta, its virtual tokens, the token from
-which on it acts, and a salt that the server makes of the tenant, so that neither content nor timing crosses tenants.
+The first one covers whatever else shapes keys and values: the backbone, the delta, its virtual tokens, the tokens on
+which its parts act, and a salt that the server makes of the tenant, so that neither content nor timing crosses tenants.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import secrets
 import struct
 from collections.abc import Sequence
 from typing import Literal
+
+from adapters.positions import Cut
 
 BLOCK_TOKENS = 16
 """Tokens of one block: the granularity of matching, and of the KV cache's accounting."""
@@ -45,7 +47,7 @@ class PrefixKeys:
         adapter_digest: str | None,
         prefix_len: int,
         position_offset: int,
-        invoked_at: int,
+        cuts: tuple[Cut, ...],
     ) -> bytes:
         """What the chain of a request begins with."""
         salt = hmac.digest(self._secret, b"" if self._shared else b"tenant:" + tenant.encode(), "sha256")
@@ -54,7 +56,8 @@ class PrefixKeys:
             self._backbone,
             salt,
             b"none" if adapter_digest is None else b"delta:" + adapter_digest.encode(),
-            struct.pack("<QQQ", prefix_len, position_offset, invoked_at),
+            struct.pack("<QQ", prefix_len, position_offset),
+            repr(cuts).encode(),
         )
 
 

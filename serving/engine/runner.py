@@ -113,10 +113,12 @@ class Runner:
             states, segments, stop = [], list[DeltaSegment](), 0
             for index in chosen:
                 seq = batch.rows[index].seq
-                states.append(hidden[index][list(seq.request.masks)] if head == "masks" else hidden[index])
-                start, stop = stop, stop + len(states[-1])
-                if isinstance(seq.delta, PlacedDelta):
-                    _extend(segments, start, stop - start, 0, seq.delta)
+                tokens = seq.request.masks if head == "masks" else range(len(hidden[index]))
+                states.append(hidden[index][list(tokens)])
+                for at, token in enumerate(tokens, start=stop):
+                    if seq.delta is not None:
+                        _extend(segments, at, token, token + 1, seq)
+                stop += len(tokens)
             programs = compile_programs(
                 len(self.backbone.spec.modules),
                 self.backbone.kernels,
@@ -174,10 +176,8 @@ def build_batch(rows: Seq[ScheduledRow]) -> Batch:
         batch.hidden_rows += [_first_pooled(seq, start) + offset for offset in pooled]
         batch.hidden_counts.append(len(pooled))
         if seq.delta is not None:
-            assert isinstance(seq.delta, PlacedDelta)
-            before = seq.invoked_at - first  # tokens of this step that come before the delta's invocation
-            _extend(batch.token_segments, start, stop - start, before, seq.delta)
-            _extend(batch.logit_segments, logits_start, wanted, before - (count - wanted), seq.delta)
+            _extend(batch.token_segments, start, first + count - (stop - start), first + count, seq)
+            _extend(batch.logit_segments, logits_start, first + count - wanted, first + count, seq)
     return batch
 
 
@@ -203,16 +203,21 @@ def _inserted(seq: Sequence) -> Tensor | None:
     return seq.delta.virtual_tokens if isinstance(seq.delta, PlacedDelta) else None
 
 
-def _extend(segments: list[DeltaSegment], start: int, count: int, before: int, delta: PlacedDelta) -> None:
-    """Add `count` tokens, the first `before` of them before the delta's invocation.
+def _extend(segments: list[DeltaSegment], at: int, first: int, stop: int, seq: Sequence) -> None:
+    """Add tokens [first, stop) of `seq`, from the batch's token `at` on, cut where other parts of its delta act.
+
+    Tokens before 0 are virtual ones, and belong to the first part.
 
     A segment is joined with the one before it where that is alike.
     """
-    split = start + min(max(before, 0), count)
-    for begin, stop, form in ((start, split, delta.before), (split, start + count, delta)):
-        if begin == stop or form is None:
+    assert isinstance(seq.delta, PlacedDelta)
+    ends = [cut.start for cut in seq.cuts[1:]]
+    for cut, end in zip(seq.cuts, (*ends, stop), strict=True):
+        begin, until = max(cut.start, first) if cut.start else first, min(end, stop)
+        if begin >= until:
             continue
-        if segments and segments[-1].delta is form and segments[-1].stop == begin:
-            segments[-1] = DeltaSegment(segments[-1].start, stop, form)
+        form, offset = seq.delta.form_at(cut.positions), at - first
+        if segments and segments[-1].delta is form and segments[-1].stop == begin + offset:
+            segments[-1] = DeltaSegment(segments[-1].start, until + offset, form)
         else:
-            segments.append(DeltaSegment(begin, stop, form))
+            segments.append(DeltaSegment(begin + offset, until + offset, form))

@@ -229,7 +229,7 @@ class Scheduler:
                 adapter_digest=request.adapter_digest,
                 prefix_len=prefix_len,
                 position_offset=0 if delta is None else delta.position_offset,
-                invoked_at=seq.invocation_of(delta),
+                cuts=seq.cuts_of(delta),
             )
             seq.chain = HashChain(root)
         reused = None if seq.needs_whole_prompt else seq.chain

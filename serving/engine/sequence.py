@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from adapters.backbone_spec import BackboneSpec
 from adapters.errors import ContextLengthExceeded, InvalidRequest
 from adapters.normal_form import Site
+from adapters.positions import UNCUT, Cut, Positions, cuts
 from adapters.tasks import MEAN_EMBEDDING, HeadSpec, Task
 from serving.core import ROUTES, Request
 from serving.engine.prefix_cache import HashChain
@@ -30,7 +30,7 @@ class LeasedDelta(Protocol):
     def device_bytes(self) -> int: ...
 
     @property
-    def invocation(self) -> tuple[int, ...]: ...
+    def positions(self) -> frozenset[Positions]: ...
 
     @property
     def task(self) -> Task: ...
@@ -46,9 +46,8 @@ class Sequence:
     `arrival_s` and `order`, the place among all arrivals, are set on arrival. `slot`, `delta`, `max_len` are set on
     admission, and `slot` is -1 outside the batch. `num_charged` tokens were charged to the tenant; `num_cached` is
     what the admission that led to the first token found in the prefix cache. `state` belongs to the engine (sampler,
-    detokenizer). `invoked_at`: index of the token from which on all of the delta acts; before it, only what needs no
-    invocation. `pooled_tokens`: those of the prompt whose final hidden states a task head reads; `answered` when it
-    has.
+    detokenizer). `cuts`: where the tokens begin on which other parts of the delta act. `pooled_tokens`: those of the
+    prompt whose final hidden states a task head reads; `answered` when it has.
     """
 
     request: Request
@@ -63,7 +62,7 @@ class Sequence:
     delta: LeasedDelta | None = None
     chain: HashChain | None = None
     max_len: int = 0
-    invoked_at: int = 0
+    cuts: tuple[Cut, ...] = UNCUT
     pooled_tokens: range = range(0)
     answered: bool = False
     wants_prompt_logits: bool = field(init=False)
@@ -74,7 +73,7 @@ class Sequence:
     def admit(self, slot: int, delta: LeasedDelta | None) -> None:
         """Take a slot and a leased delta."""
         self.slot, self.delta = slot, delta
-        self.invoked_at = self.invocation_of(delta)
+        self.cuts = self.cuts_of(delta)
 
     def pool_for(self, delta: LeasedDelta | None, pad_token_id: int | None) -> None:
         """Note which tokens the task head reads. `pad_token_id` is the backbone's.
@@ -105,9 +104,9 @@ class Sequence:
             self.pooled_tokens and self.pooled_tokens[0] < self.num_prompt - 1
         )
 
-    def invocation_of(self, delta: LeasedDelta | None) -> int:
-        """Where in the prompt `delta` would begin to act."""
-        return last_occurrence(() if delta is None else delta.invocation, self.request.prompt_token_ids)
+    def cuts_of(self, delta: LeasedDelta | None) -> tuple[Cut, ...]:
+        """Where other parts of `delta` would begin to act."""
+        return UNCUT if delta is None else cuts(delta.positions, self.request.prompt_token_ids)
 
     @property
     def num_prompt(self) -> int:
@@ -219,14 +218,6 @@ def refuse_unanswerable(request: Request, spec: BackboneSpec) -> None:
             param="prompt",
             remedy="Leave it out.",
         )
-
-
-def last_occurrence(wanted: tuple[int, ...], tokens: tuple[int, ...]) -> int:
-    """Index at which `wanted` starts for the last time in `tokens`, 0 for an empty one; past all where it does not."""
-    if not wanted:
-        return 0
-    starts = range(len(tokens) - len(wanted), -1, -1)
-    return next((at for at in starts if tokens[at : at + len(wanted)] == wanted), sys.maxsize)
 
 
 def max_total_len(num_prompt: int, max_tokens: int | None, room: int) -> int:

@@ -54,6 +54,8 @@ Infer = Annotated[Principal, Depends(Requires(Scope.INFER))]
 Upload = Annotated[Principal, Depends(Requires(Scope.UPLOAD))]
 Manage = Annotated[Principal, Depends(Requires(Scope.MANAGE))]
 Admin = Annotated[Principal, Depends(Requires(Scope.ADMIN))]
+# what a delta does can be had with a key for inference, the weights themselves can not
+Download = Annotated[Principal, Depends(Requires(Scope.UPLOAD, Scope.MANAGE))]
 Read = Annotated[Principal, Depends(Requires(Scope.INFER, Scope.UPLOAD, Scope.MANAGE))]
 
 

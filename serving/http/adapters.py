@@ -16,7 +16,6 @@ from adapters.registry import AdapterPage, AdapterRecord, AliasRecord, Registry,
 from serving.http.access import Manage, Read, Upload
 from serving.http.edge import set_adapter_digest
 from serving.http.errors import JsonObject
-from serving.http.schemas import AliasBody
 from serving.http.services import Services
 from serving.http.threads import in_thread
 from serving.http.uploads import Uploads
@@ -28,8 +27,9 @@ _UPLOAD_BODY = {
     "requestBody": {
         "required": True,
         "description": "One part per file, whose file name says what it is; optional fields "
-        "`labels` (a JSON object of strings), `backbone_digest`, `alias` and `parity` (what `deltamux verify` wrote; "
-        "kept in the admission proof).",
+        "`labels` and `lineage` (JSON objects of strings; the lineage becomes part of the content, as "
+        '`{"initialised_from": "sha256:..."}`), `backbone_digest`, `alias`, `parity` (what `deltamux verify` '
+        "wrote; kept in the admission proof) and `signature` (Ed25519 over the digest, in base64).",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -37,9 +37,11 @@ _UPLOAD_BODY = {
                     "properties": {
                         "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
                         "labels": {"type": "string"},
+                        "lineage": {"type": "string"},
                         "backbone_digest": {"type": "string"},
                         "alias": {"type": "string"},
                         "parity": {"type": "string"},
+                        "signature": {"type": "string"},
                     },
                 }
             }
@@ -95,21 +97,6 @@ def adapters_router(services: Services) -> APIRouter:
         with own_delta(caller, name):
             return version_object(await in_thread(registry.get_version, caller.tenant, name, version))
 
-    @router.put("/v1/adapters/{name}/aliases/{alias}")
-    async def set_alias(name: str, alias: str, body: AliasBody, caller: Manage) -> JsonObject:
-        """Point an alias at a version, if it still is where the caller has seen it."""
-        with own_delta(caller, name):
-            moved = await in_thread(
-                registry.set_alias,
-                caller.tenant,
-                name,
-                alias,
-                body.version,
-                expected_revision=body.expected_revision,
-                actor=caller.actor,
-            )
-        return alias_object(moved)
-
     @router.delete("/v1/adapters/{name}")
     async def delete_adapter(name: str, caller: Manage) -> JsonObject:
         """Delete a delta with all its versions and aliases, and free its memory. Each version can be undeleted."""
@@ -158,12 +145,16 @@ def version_object(record: VersionRecord) -> JsonObject:
 
 
 def alias_object(record: AliasRecord) -> JsonObject:
-    """An alias as callers see it; `revision` is what the next compare-and-swap has to name."""
+    """An alias as callers see it; `revision` is what the next compare-and-swap has to name.
+
+    `weights`: the share of each version in percent, the main one's first.
+    """
     return {
         "id": f"{record.name}:{record.alias}",
         "object": "adapter.alias",
         "alias": record.alias,
         "version": record.version,
+        "weights": {str(version): percent for version, percent in record.weights.items()},
         "revision": record.revision,
         "updated": int(record.updated_at),
     }

@@ -11,6 +11,8 @@ from serving.core import Backend
 from serving.http.access import require_declared
 from serving.http.adapters import adapters_router
 from serving.http.admin import admin_router
+from serving.http.aliases import aliases_router
+from serving.http.contents import contents_router
 from serving.http.edge import Edge
 from serving.http.errors import install_handlers
 from serving.http.generation import generation_router
@@ -19,6 +21,8 @@ from serving.http.models import models_router
 from serving.http.operations import operations_router
 from serving.http.pooling import pooling_router
 from serving.http.services import Services
+from serving.http.signers import signers_router
+from serving.http.similar import similar_router
 from serving.http.usage import usage_router
 from serving.metrics import GatewayMetrics
 from serving.tenancy.tenancy import Tenancy
@@ -48,8 +52,12 @@ def create_app(
         generation_router,
         pooling_router,
         adapters_router,
+        aliases_router,
+        contents_router,
+        similar_router,
         grants_router,
         admin_router,
+        signers_router,
         usage_router,
         operations_router,
     )

@@ -45,6 +45,7 @@ ANSWERS: Mapping[type[errors.DeltamuxError], Answer] = {
     errors.InvalidRequest: Answer(400, INVALID_REQUEST_TYPE, "invalid_value"),
     errors.ContextLengthExceeded: Answer(400, INVALID_REQUEST_TYPE, "context_length_exceeded"),
     errors.InvalidDelta: Answer(400, INVALID_REQUEST_TYPE, "invalid_adapter"),
+    errors.InvalidSignature: Answer(400, INVALID_REQUEST_TYPE, "invalid_signature"),
     errors.PayloadTooLarge: Answer(413, INVALID_REQUEST_TYPE, "payload_too_large"),
     errors.Unauthenticated: Answer(
         401, INVALID_REQUEST_TYPE, "invalid_api_key", {"www-authenticate": "Bearer"}

@@ -17,7 +17,7 @@ from serving.http.edge import set_adapter_digest
 from serving.http.errors import JsonObject
 from serving.http.fanout import Patience
 from serving.http.generate import Job, Style, reply, stream
-from serving.http.models import resolve
+from serving.http.models import resolve, unit_of
 from serving.http.schemas import ChatBody, CompletionBody, GenerateBody
 from serving.http.services import Services
 from serving.http.sse import EventStream, unless_disconnected
@@ -99,7 +99,8 @@ def generation_router(services: Services) -> APIRouter:
     ) -> Job:
         _within_limits(body.num_samples, len(prompts), limits.max_n, limits.max_choices)
         info = await services.backbone()
-        target = await resolve(services, caller, body.model)
+        unit = unit_of(caller, user=body.user, request_id=request.state.request_id)
+        target = await resolve(services, caller, body.model, unit=unit)
         set_adapter_digest(request, target.digest)
         # not the x-request-id: callers choose that, and two may choose the same
         job_id = f"{id_prefix}-{uuid.uuid4().hex}"

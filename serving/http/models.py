@@ -39,8 +39,10 @@ class Target:
         return self.version.name if self.version else ""
 
 
-async def resolve(services: Services, caller: Principal, model: str) -> Target:
+async def resolve(services: Services, caller: Principal, model: str, *, unit: str | None = None) -> Target:
     """What the caller's `model` means at this moment. Raises NotFound, also for what does not parse.
+
+    `unit`: see `unit_of`; without one an alias with canaries means its main version.
 
     Nothing is cached: a name's meaning changes, and a stale one would be another delta's answer. What the caller may
     not use is refused before it is looked up, so the answer and its time are those for what does not exist.
@@ -58,10 +60,15 @@ async def resolve(services: Services, caller: Principal, model: str) -> Target:
         services.tenancy.grants.covers, owner, reference.name, caller.tenant
     ):
         raise not_found(reference)
-    version = await in_thread(services.registry.resolve, reference, default_tenant=caller.tenant)
+    version = await in_thread(services.registry.resolve, reference, default_tenant=caller.tenant, unit=unit)
     if version.status != "ready":
         raise not_found(reference)
     return Target(version)
+
+
+def unit_of(caller: Principal, *, user: str | None, request_id: str) -> str:
+    """On whose behalf a request comes, by which an alias with canaries chooses: the user, else the request itself."""
+    return f"{caller.tenant}/user/{user}" if user else f"{caller.tenant}/request/{request_id}"
 
 
 def models_router(services: Services) -> APIRouter:

@@ -20,7 +20,7 @@ MAX_FILES = 8
 MAX_LABELS = 32
 MAX_LABEL_CHARS = 256
 _MAX_FIELD_BYTES = MAX_RECORD_BYTES  # the largest of the fields
-_FIELDS = ("alias", "backbone_digest", "labels", "parity")
+_FIELDS = ("alias", "backbone_digest", "labels", "lineage", "parity", "signature")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,9 @@ class Parts:
     backbone_digest: str | None = None
     alias: str | None = None
     parity: ParityRecord | None = None
+    signature: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    lineage: Mapping[str, str] = field(default_factory=dict)
 
 
 async def receive_parts(request: Request, max_bytes: int) -> Parts:
@@ -70,7 +72,9 @@ async def receive_parts(request: Request, max_bytes: int) -> Parts:
         backbone_digest=fields.get("backbone_digest") or None,
         alias=check_name(fields["alias"], what="alias") if fields.get("alias") else None,
         parity=read_record(fields["parity"]) if fields.get("parity") else None,
-        labels=_labels(fields.get("labels") or "{}"),
+        signature=fields.get("signature") or None,
+        labels=_strings("labels", fields.get("labels") or "{}"),
+        lineage=_strings("lineage", fields.get("lineage") or "{}"),
     )
 
 
@@ -109,19 +113,19 @@ def _once(key: str, seen: Mapping[str, object], what: str) -> None:
         raise InvalidRequest(f"The {what} {key[:40]!a} came twice.", param=what, remedy="Send it once.")
 
 
-def _labels(text: str) -> Mapping[str, str]:
+def _strings(name: str, text: str) -> Mapping[str, str]:
     try:
-        labels = from_json(text, allow_inf_nan=False)
+        found = from_json(text, allow_inf_nan=False)
     except ValueError:
-        labels = None
+        found = None
     if (
-        not isinstance(labels, dict)
-        or len(labels) > MAX_LABELS
-        or not all(isinstance(value, str) for value in labels.values())
-        or any(len(part) > MAX_LABEL_CHARS for item in labels.items() for part in item)
+        not isinstance(found, dict)
+        or len(found) > MAX_LABELS
+        or not all(isinstance(value, str) for value in found.values())
+        or any(len(part) > MAX_LABEL_CHARS for item in found.items() for part in item)
     ):
         raise InvalidRequest(
-            f"labels: expected a JSON object of at most {MAX_LABELS} strings of {MAX_LABEL_CHARS} characters.",
-            param="labels",
+            f"{name}: expected a JSON object of at most {MAX_LABELS} strings of {MAX_LABEL_CHARS} characters.",
+            param=name,
         )
-    return labels
+    return found

@@ -1,6 +1,7 @@
 """The wire models of what callers send: types and finiteness here, ranges in `SamplingParams`.
 
-Strict: no value changes its type, no field is ignored (except `user`), and an unknown one is refused by name.
+Strict: no value changes its type, no field is ignored, and an unknown one is refused by name. `user` is who the end
+user is: where an alias divides its requests, one user gets one version.
 """
 
 from __future__ import annotations
@@ -254,11 +255,28 @@ class ChatBody(GenerateBody):
         return None
 
 
+_Revision = Annotated[int | None, Field(ge=0)]
+
+
 class AliasBody(RequestBody):
     """The body of `PUT /v1/adapters/{name}/aliases/{alias}`.
 
+    `canaries`: the percentage of the alias's requests that each of these other versions gets; none by default.
     `expected_revision`: the alias's revision that the caller has seen, 0 if it saw none; null moves it regardless.
     """
 
     version: int = Field(ge=1, lt=1_000_000_000)
-    expected_revision: int | None = Field(default=None, ge=0)
+    canaries: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], int] | None, Field(max_length=8)
+    ] = None
+    expected_revision: _Revision = None
+
+    def shares(self) -> dict[int, int]:
+        """Version -> percent."""
+        return {int(version): percent for version, percent in (self.canaries or {}).items()}
+
+
+class RollbackBody(RequestBody):
+    """The body of `POST /v1/adapters/{name}/aliases/{alias}/rollback`; `expected_revision` as in AliasBody."""
+
+    expected_revision: _Revision = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
@@ -17,6 +19,7 @@ from adapters.errors import (
     DeltamuxError,
     ErrorInfo,
     Forbidden,
+    InvalidRequest,
     Overloaded,
     Unavailable,
     from_info,
@@ -25,9 +28,10 @@ from adapters.formats import read_upload
 from adapters.names import check_name
 from adapters.normal_form import Delta
 from adapters.registry import VersionRecord
+from adapters.typology import describe
 from serving.core import AdmissionProof
 from serving.http.errors import reply_to
-from serving.http.multipart import Parts, receive_parts
+from serving.http.multipart import MAX_LABEL_CHARS, MAX_LABELS, Parts, receive_parts
 from serving.http.services import Services
 from serving.http.threads import in_thread
 from serving.tenancy.principal import Principal
@@ -116,14 +120,15 @@ class Uploads:
     async def _publish(self, caller: Principal, name: str, parts: Parts) -> VersionRecord:
         services = self._services
         info = await services.backbone()
-        delta, canonical = await in_thread(_read, parts, info.spec_json)
+        delta, canonical, facts = await in_thread(_read, parts, info.spec_json)
         digest = canonical.digest
+        signed = await in_thread(services.tenancy.signers.check, caller.tenant, digest, parts.signature)
         async with services.digest_lock(digest):
             # before the first byte: no collector, in whatever process, removes what is held
             hold = await in_thread(services.registry.blobs.hold, digest, self._hold_s)
             try:
                 await in_thread(services.store.put, digest, canonical.manifest, canonical.tensors)
-                proof = await self._admit(digest)
+                proof = asdict(await self._admit(digest)) | facts | signed
                 return await self._record(caller, name, delta, canonical, proof, parts, hold)
             except Exception:
                 await self._discard(digest, hold)
@@ -141,7 +146,7 @@ class Uploads:
         name: str,
         delta: Delta,
         canonical: Canonical,
-        proof: AdmissionProof,
+        proof: Mapping[str, Any],
         parts: Parts,
         hold: str,
     ) -> VersionRecord:
@@ -157,7 +162,7 @@ class Uploads:
             task=delta.task,
             size_bytes=canonical.size_bytes,
             labels=parts.labels,
-            proof=asdict(proof) | ({"parity": parts.parity.model_dump()} if parts.parity else {}),
+            proof=proof,
             alias=parts.alias,
             hold=hold,
             actor=caller.actor,
@@ -176,10 +181,30 @@ class Uploads:
             log.warning("a failed upload left sha256:%s behind: %s", digest, type(error).__name__)
 
 
-def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical]:
+def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical, dict[str, Any]]:
+    """The delta, its canonical form, and what the proof says of it beside what the backend measures."""
     spec = BackboneSpec.from_json(spec_json)
-    delta = read_upload(parts.files, spec, backbone_digest=parts.backbone_digest)
+    delta = _descending(read_upload(parts.files, spec, backbone_digest=parts.backbone_digest), parts.lineage)
     canonical = to_canonical(delta)
+    facts: dict[str, Any] = {"typology": describe(delta, canonical), "lineage": shown_lineage(delta.lineage)}
     if parts.parity is not None:
         parts.parity.require_proof_of(canonical.digest, delta.backbone_digest)
-    return delta, canonical
+        facts["parity"] = parts.parity.model_dump()
+    return delta, canonical, facts
+
+
+def _descending(delta: Delta, lineage: Mapping[str, str]) -> Delta:
+    """`delta` with what its uploader says of its origin. Raises InvalidRequest where the files say otherwise."""
+    if clash := sorted(key for key in lineage if delta.lineage.get(key, lineage[key]) != lineage[key]):
+        raise InvalidRequest(
+            f"lineage: {clash[0]!a} is {delta.lineage[clash[0]][:40]!a} already, by the files.",
+            param="lineage",
+            remedy="Use another key.",
+        )
+    return replace(delta, lineage={**lineage, **delta.lineage})
+
+
+def shown_lineage(lineage: Mapping[str, str]) -> dict[str, str]:
+    """What a proof says of a delta's origin: as much as an upload's field may hold. The manifest has all of it."""
+    short = {key: text for key, text in lineage.items() if max(len(key), len(text)) <= MAX_LABEL_CHARS}
+    return dict(sorted(short.items())[:MAX_LABELS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -40,7 +41,8 @@ def usage_router(services: Services) -> APIRouter:
         """Requests and tokens of the last day, or from `start_time` to before `end_time`, in groups.
 
         A tenant sees its own; administrators see all, or the `tenant` that they name. `adapter` is a digest, `base`
-        the bare backbone.
+        the bare backbone; beside it `versions` are the live versions of that tenant's, or of the caller's, that have
+        this content.
         """
         if not caller.may(Scope.ADMIN) and tenant not in (None, caller.tenant):
             raise Forbidden("This API key sees the usage of its own tenant only.", param="tenant")
@@ -62,13 +64,16 @@ def usage_router(services: Services) -> APIRouter:
             end=end,
             limit=limit + 1,
         )
-        data = [{"object": "usage", **_shown(row)} for row in rows[:limit]]
+        digests = {row["adapter"] for row in rows if "adapter" in row} - {BASE}
+        named = await in_thread(services.registry.versions_of, seen or caller.tenant, digests)
+        data = [{"object": "usage", **_shown(row, named)} for row in rows[:limit]]
         return {"object": "list", "data": data, "has_more": len(rows) > limit}
 
     return router
 
 
-def _shown(row: JsonObject) -> JsonObject:
+def _shown(row: JsonObject, named: Mapping[str, list[str]]) -> JsonObject:
     if row.get("adapter", BASE) != BASE:
-        return {**row, "adapter": f"sha256:{row['adapter']}"}
+        digest = row["adapter"]
+        return {**row, "adapter": f"sha256:{digest}", "versions": named.get(digest, [])}
     return row

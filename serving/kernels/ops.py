@@ -125,7 +125,8 @@ class PlacedModule:
     """One delta's ops at one module. `remote` LowRanks read a site that another module sees.
 
     `prompts` are attended to by the attention whose heads (`ctx`) the module reads. `reflections` are LowRanks that act
-    on the module's input, in place. `replacement` takes the place of the base module's own forward.
+    on the module's input, in place. `replacement` takes the place of the base module's own forward. `again` LowRanks
+    read the output of a norm; it runs again on its input with their results added.
     """
 
     prompts: list[PromptWeights] = field(default_factory=list)
@@ -133,6 +134,7 @@ class PlacedModule:
     input_maps: list[LinearMapWeights] = field(default_factory=list)
     reflections: list[LowRankWeights] = field(default_factory=list)
     replacement: Replacement | None = None
+    again: list[LowRankWeights] = field(default_factory=list)
     embeddings: list[RowsWeights] = field(default_factory=list)
     logits: list[RowsWeights] = field(default_factory=list)
     weight_deltas: list[WeightDeltaWeights] = field(default_factory=list)
@@ -145,7 +147,8 @@ class PlacedModule:
     @property
     def is_row_wise(self) -> bool:
         """True where all ops are LowRank, Affine or LinearMap, which `FusedRows` runs."""
-        return not (self.prompts or self.replacement or self.embeddings or self.logits or self.weight_deltas)
+        others = (self.prompts, self.again, self.embeddings, self.logits, self.weight_deltas)
+        return self.replacement is None and not any(others)
 
 
 class PromptSegment(NamedTuple):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.normal_form import Activation
+from adapters.activations import FUNCTIONS
 from serving.kernels.ops import (
     AffineSegment,
     CirculantWeights,
@@ -22,21 +22,6 @@ from serving.kernels.ops import (
     WeightDeltaSegment,
     WeightDeltaWeights,
 )
-
-
-def _gelu_new(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_new": _gelu_new,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "leaky_relu": F.leaky_relu,
-    "sigmoid": torch.sigmoid,
-}
 
 
 def _weight_delta(x: Tensor, w: WeightDeltaWeights) -> Tensor:
@@ -66,7 +51,7 @@ class ReferenceKernels:
             x = x_TI[start:stop]
             hidden = torch.mm(x, w.A.t()) if w.a_bias is None else torch.addmm(w.a_bias, x, w.A.t())
             if w.activation != "identity":
-                hidden = ACTIVATIONS[w.activation](hidden)
+                hidden = FUNCTIONS[w.activation](hidden)
             y = y_TO[start:stop, w.start : w.stop]
             y.addmm_(hidden, w.B, alpha=w.scaling)
             if w.b_bias is not None:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.activations import FUNCTIONS
 from adapters.normal_form import Delta, Head
 from adapters.tasks import MEAN_EMBEDDING, HeadSpec, Task
-from serving.kernels.reference import ACTIVATIONS
 from serving.model.place_matrices import Copy
 
 
@@ -111,7 +111,7 @@ def _stage(op: Head, to_device: Copy) -> PlacedStage:
     return PlacedStage(
         to_device(op.weight),
         _optional(op.bias, to_device),
-        None if op.activation is None else ACTIVATIONS[op.activation],
+        None if op.activation is None else FUNCTIONS[op.activation],
         _optional(op.norm_weight, to_device),
         _optional(op.norm_bias, to_device),
         op.norm_eps or 0.0,

@@ -22,9 +22,9 @@ from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 def mergeable_modules(delta: PlacedDelta, backbone: Backbone) -> list[int]:
     """Indices of the linear modules where all that `delta` does is affine in the module's own input.
 
-    None of a delta that acts from an invocation on: its rows are not alike.
+    None of a delta that acts on some tokens only: its rows are not alike.
     """
-    if delta.before is not None:
+    if delta.forms:
         return []
     return [
         index
@@ -70,5 +70,5 @@ def merge(delta: PlacedDelta, backbone: Backbone) -> Mapping[int, Forward]:
 
 def _is_affine(ops: PlacedModule) -> bool:
     low_ranks = [*ops.reflections, *ops.parallel, *ops.sequential]
-    others = ops.prompts or ops.replacement or ops.embeddings or ops.logits or ops.remote
+    others = ops.prompts or ops.replacement or ops.again or ops.embeddings or ops.logits or ops.remote
     return not others and all(w.activation == "identity" for w in low_ranks)

@@ -48,7 +48,15 @@ def place_weight_delta(
             assert op.indices is not None
             indices = to_device(op.indices, torch.int64)
             shape = (stop - start, d_in)
-            matrix = torch.sparse_coo_tensor(indices, to_device(values), shape, check_invariants=False)
+            # to coalesce what is in order already would copy indices that several modules share
+            places = op.indices[0].long() * d_in + op.indices[1]
+            matrix = torch.sparse_coo_tensor(
+                indices,
+                to_device(values),
+                shape,
+                check_invariants=False,
+                is_coalesced=bool((places.diff() > 0).all()),
+            )
             return SparseWeights(matrix.coalesce(), start, stop)
 
 

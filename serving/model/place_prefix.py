@@ -49,7 +49,7 @@ def place_prefix(delta: Delta, placed: PlacedDelta, backbone: Backbone) -> list[
     layers = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix) and op.merge == "joint"}
     virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
     if virtual is not None and backbone.spec.kind == "decoder":
-        return _run_virtual_tokens(virtual, placed.before or placed, backbone)
+        return _run_virtual_tokens(virtual, placed.forms.get(None, placed), backbone)
     if not layers:
         return None
     device, dtype = backbone.device, backbone.dtype

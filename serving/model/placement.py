@@ -27,6 +27,7 @@ from adapters.normal_form import (
     VirtualTokens,
     WeightDelta,
 )
+from adapters.positions import Positions
 from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
 from serving.model.backbone import Backbone
 from serving.model.heads import place_head_of
@@ -58,7 +59,9 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
         )
     placer = _Placer(backbone)
     for op in delta.ops:
-        if isinstance(op, LowRank):
+        if isinstance(op, LowRank) and (norm := backbone.spec.norm_around(op.write, op.read)) is not None:
+            placer.again[norm.path].append(op)
+        elif isinstance(op, LowRank):
             placer.low_ranks[backbone.spec.writer[op.write][0].path].append(op)
         elif isinstance(op, Affine):
             placer.affines[op.site, op.side].append(op)
@@ -70,8 +73,11 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
     placed = _placed(delta, digest, modules, placer)
     placed.head = place_head_of(delta, placer.to_device)
     placed.device_bytes = placer.device_bytes
-    if delta.invocation:
-        placed.before = _placed(delta, digest, _without(modules, placer.invoked), placer)
+    placed.forms = {
+        positions: _placed(delta, digest, _acting(modules, placer.positions, positions), placer)
+        for positions in (*delta.positions, None)
+        if delta.positions
+    }
     virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
     if virtual is not None and backbone.spec.kind == "encoder":
         placed.virtual_tokens = virtual.embeddings.to(backbone.device, torch.float32, copy=True)
@@ -98,18 +104,24 @@ def _placed(delta: Delta, digest: str, modules: Mapping[int, PlacedModule], plac
         device_bytes=0,
         encoded=encoded,
         general_modules=general,
-        invocation=delta.invocation,
     )
 
 
-def _without(modules: Mapping[int, PlacedModule], invoked: set[int]) -> dict[int, PlacedModule]:
-    """`modules` without the weights whose ids are in `invoked`; what is left of none is left out."""
+def _acting(
+    modules: Mapping[int, PlacedModule], positions_of: Mapping[int, Positions], positions: Positions | None
+) -> dict[int, PlacedModule]:
+    """`modules` with what acts everywhere or at `positions`; what is left of none is left out."""
+
+    def acts(weights: LowRankWeights) -> bool:
+        return positions_of.get(id(weights), positions) == positions
+
     kept = {
         index: replace(
             ops,
-            parallel=[w for w in ops.parallel if id(w) not in invoked],
-            remote=[(site, w) for site, w in ops.remote if id(w) not in invoked],
-            sequential=[w for w in ops.sequential if id(w) not in invoked],
+            again=[w for w in ops.again if acts(w)],
+            parallel=[w for w in ops.parallel if acts(w)],
+            remote=[(site, w) for site, w in ops.remote if acts(w)],
+            sequential=[w for w in ops.sequential if acts(w)],
         )
         for index, ops in modules.items()
     }
@@ -133,11 +145,12 @@ class _Placer:
         self.spec = backbone.spec
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
         self.low_ranks: dict[str, list[LowRank]] = defaultdict(list)
+        self.again: dict[str, list[LowRank]] = defaultdict(list)
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
         self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
-        self.invoked: set[int] = set()  # ids of the weights that act only from the invocation on
+        self.positions: dict[int, Positions] = {}  # id of the weights -> the only tokens on which they act
         self.device_bytes = 0
         self._copies: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
@@ -159,6 +172,10 @@ class _Placer:
             module = self.spec.by_path[path]
             for op, part in _join_fused(ops, module):
                 self._place_low_rank(placed[self.index[path]], op, part, module)
+        for path, ops in self.again.items():
+            module = self.spec.by_path[path]
+            for op in ops:
+                placed[self.index[path]].again.append(self._low_rank(op, module.writes[0]))
         for (site, side), affines in self.affines.items():
             module, part = self.spec.writer[site]
             target = placed[self.index[module.path]]
@@ -213,7 +230,7 @@ class _Placer:
                 self._output_affine(ops, module, part, bias if weight is not None else None)
             )
 
-    def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
+    def _low_rank(self, op: LowRank, part: Slice) -> LowRankWeights:
         weights = LowRankWeights(
             A=self.to_device(op.A),
             B=self.to_device(op.B, transpose=True),
@@ -225,7 +242,11 @@ class _Placer:
             stop=part.stop,
         )
         if op.positions is not None:
-            self.invoked.add(id(weights))
+            self.positions[id(weights)] = op.positions
+        return weights
+
+    def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
+        weights = self._low_rank(op, part)
         if op.sequential:
             target.sequential.append(weights)
         elif op.read == module.read:
@@ -256,7 +277,7 @@ class _Placer:
         factors = []
         for op in scales:
             assert op.scale is not None
-            norm = self._row_norms(module, part) if op.weight_normalized else 1.0
+            norm = self._row_norms(module, part, op.norm_scaling) if op.weight_normalized else 1.0
             factors.append(op.scale.float() / norm)
         scale = _product(factors)
         assert scale is not None
@@ -264,13 +285,13 @@ class _Placer:
         moved = scale * (new - old) if covered else new - scale * old
         return self._affine(scale, _sum([moved, shift]), part.start, part.stop)
 
-    def _row_norms(self, module: ModuleSpec, part: Slice) -> Tensor:
-        """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA)."""
+    def _row_norms(self, module: ModuleSpec, part: Slice, scaling: float | None) -> Tensor:
+        """Norms of the rows of W + s·B·A in fp32, from the served weights (DoRA). `scaling`: in place of each s."""
         weight = base_parameter(self.backbone, module, "weight")
         rows = (weight.t() if module.shape.kind == "conv1d" else weight)[part.start : part.stop].clone()
         for op in self.low_ranks[module.path]:
             if op.write == part.site and not op.sequential:
-                rows += op.scaling * (op.B.float() @ op.A.float())
+                rows += (op.scaling if scaling is None else scaling) * (op.B.float() @ op.A.float())
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
         return norms
 
@@ -288,7 +309,8 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
     """Undo the split of a fused projection: LowRanks that share A and write neighbouring columns become one."""
     parts = {part.site: part for part in module.writes}
     joined: list[tuple[LowRank, Slice]] = []
-    for op in sorted(ops, key=lambda op: (id(op.A), parts[op.write].start)):
+    # sequential ones act in their own order and are not joined
+    for op in sorted(ops, key=lambda op: (0, 0) if op.sequential else (id(op.A), parts[op.write].start)):
         part = parts[op.write]
         if joined:
             last, span = joined[-1]

@@ -10,13 +10,14 @@ Legend: T tokens, I input width, O output width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapters.normal_form import Site
+from adapters.positions import Positions
 from adapters.tasks import HeadSpec, Task
 from serving.kernels.ops import (
     AffineSegment,
@@ -45,9 +46,9 @@ class PlacedDelta:
 
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
-    `before`: what acts on the tokens before the last `invocation` in the prompt, where the delta has one. `head`: what
-    reads the final hidden states, None for a delta that generates. `virtual_tokens` [l, d]: on an encoder they are
-    tokens of every row, since they see what follows them.
+    `forms`: for a delta of which parts act on some tokens only, what acts there, and under None what acts on the
+    others; empty where all of it acts on every token. `head`: what reads the final hidden states, None for a delta that
+    generates. `virtual_tokens` [l, d]: on an encoder they are tokens of every row, since they see what follows.
     """
 
     digest: str
@@ -58,8 +59,7 @@ class PlacedDelta:
     device_bytes: int
     encoded: Any
     general_modules: frozenset[int]
-    invocation: tuple[int, ...] = ()
-    before: PlacedDelta | None = None
+    forms: Mapping[Positions | None, PlacedDelta] = field(default_factory=dict)
     head: PlacedHead | None = None
     virtual_tokens: Tensor | None = None
 
@@ -79,6 +79,15 @@ class PlacedDelta:
         return 0 if self.prefix is None else int(self.prefix[0][0].shape[0])
 
     @property
+    def positions(self) -> frozenset[Positions]:
+        """On what tokens some of its ops act; empty where all act on every one."""
+        return frozenset(positions for positions in self.forms if positions is not None)
+
+    def form_at(self, positions: Positions | None) -> PlacedDelta:
+        """What acts on tokens under `positions`."""
+        return self.forms[positions] if self.forms else self
+
+    @property
     def num_inserted(self) -> int:
         """Virtual tokens that run with every row."""
         return 0 if self.virtual_tokens is None else len(self.virtual_tokens)
@@ -96,6 +105,7 @@ class ModuleProgram:
     """What the deltas of one batch do at one module."""
 
     __slots__ = (
+        "again",
         "capture",
         "embeddings",
         "fused",
@@ -125,6 +135,7 @@ class ModuleProgram:
         self.input_maps: list[LinearMapSegment] = []
         self.reflections: list[LowRankSegment] = []
         self.replacements: list[tuple[int, int, Replacement]] = []
+        self.again: list[LowRankSegment] = []
         self.embeddings: list[RowsSegment] = []
         self.logits: list[RowsSegment] = []
         self.weight_deltas: list[WeightDeltaSegment] = []
@@ -142,6 +153,7 @@ class ModuleProgram:
         self.reflections += [LowRankSegment(start, stop, w) for w in ops.reflections]
         if ops.replacement is not None:
             self.replacements.append((start, stop, ops.replacement))
+        self.again += [LowRankSegment(start, stop, w) for w in ops.again]
         self.embeddings += [RowsSegment(start, stop, w) for w in ops.embeddings]
         self.logits += [RowsSegment(start, stop, w) for w in ops.logits]
         self.weight_deltas += [WeightDeltaSegment(start, stop, w) for w in ops.weight_deltas]
@@ -168,7 +180,7 @@ class ModuleProgram:
             fused.capture(self.index, x_TI)
         base_x = self._input(context, x)
         y: Tensor = base(base_x, *args, **kwargs)
-        out = self._general_output(context, base_x, x_TI, y) if self._has_general_output else None
+        out = self._general_output(context, base, base_x, x_TI, y) if self._has_general_output else None
         if fused is None or not fused.changes_output[self.index]:
             return y if out is None else out.to(y.dtype).view(y.shape)
         if out is None:  # in y itself: modules return fresh tensors
@@ -176,12 +188,19 @@ class ModuleProgram:
         fused.run_output(self.index, out, x_TI)
         return out.to(y.dtype).view(y.shape)
 
-    def _general_output(self, context: ForwardContext, base_x: Tensor, x_TI: Tensor, y: Tensor) -> Tensor:
+    def _general_output(
+        self, context: ForwardContext, base: Callable[..., Any], base_x: Tensor, x_TI: Tensor, y: Tensor
+    ) -> Tensor:
         # y itself where it is fp32 already
         out = y.reshape(-1, y.shape[-1]).to(torch.float32)
         base_TI = base_x.reshape(-1, base_x.shape[-1])
         for start, stop, replacement in self.replacements:
             out[start:stop] = replacement(base_TI[start:stop])
+        if self.again:
+            changed = base_TI.to(torch.float32, copy=True)
+            self.kernels.add_low_rank(changed, out, self.again)
+            for start, stop, _ in self.again:
+                out[start:stop] = base(changed[start:stop].to(base_x.dtype))
         if self.embeddings:  # there x is token ids
             self.kernels.replace_embeddings(out, base_x.reshape(-1), self.embeddings)
         if self.logits:
@@ -205,6 +224,7 @@ class ModuleProgram:
         """True where the general kernels act after the module's input."""
         return bool(
             self.replacements
+            or self.again
             or self.embeddings
             or self.logits
             or self.weight_deltas

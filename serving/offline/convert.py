@@ -1,7 +1,8 @@
-"""What the server refuses but the user's own PEFT loads -> the canonical pair that it takes, checked by logits.
+"""What the server refuses but the user's own library loads -> the canonical pair that it takes.
 
-A pickled adapter becomes the file that PEFT writes today and goes through the server's own reader. What the reader
-refuses goes through the probe. Either way the whole model must then give PEFT's logits.
+A pickled PEFT adapter becomes the file that PEFT writes today and goes through the server's own reader. What the reader
+refuses goes through the probe. Either way the whole model must then give PEFT's logits. What AdapterHub's library saved
+goes through the reader alone (`hub.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from adapters.formats import read_directory, read_upload
 from adapters.formats.peft_modules import MAX_LOWERED_BYTES
 from adapters.normal_form import Delta
 from adapters.parity import ParityRecord
+from serving.offline import hub
 from serving.offline.compress import Change
+from serving.offline.hub import is_hub, read_hub
 from serving.offline.job import CHANGES, UNPICKLED, Job, Result
 from serving.offline.lowering import to_delta
 from serving.offline.parity import NEW_TOKENS, compare, load, random_prompts, require_generating
@@ -39,24 +42,26 @@ Report = Callable[[str], object]
 class Conversion:
     """A converted delta. `needed`: the server can't read the adapter as it is.
 
-    `forms`: how many modules are held in which form; empty where the reader took it. `notes`: what PEFT warned of.
+    `record`: None where no reference could be run. `forms`: how many modules are held in which form; empty where the
+    reader took it. `notes`: what PEFT warned of, or what was left out.
     """
 
     delta: Delta
     canonical: Canonical
-    record: ParityRecord
+    record: ParityRecord | None
     needed: bool
     forms: Mapping[str, int]
     notes: tuple[str, ...]
 
     def write(self, out: Path) -> None:
-        """Write the pair and the parity record to the new directory `out`. Raises InvalidRequest where it is taken."""
+        """Write the pair and any parity record to the new directory `out`. Raises InvalidRequest where it is taken."""
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
             (partial / "manifest.json").write_bytes(self.canonical.manifest)
             (partial / "tensors.safetensors").write_bytes(self.canonical.tensors)
-            (partial / PARITY).write_text(self.record.model_dump_json())
+            if self.record is not None:
+                (partial / PARITY).write_text(self.record.model_dump_json())
             partial.chmod(0o755)
             os.replace(partial, out)  # an empty directory may be there
         except OSError as error:
@@ -71,15 +76,21 @@ def convert(
     quota_bytes: int = MAX_LOWERED_BYTES,
     report: Report = lambda _: None,
 ) -> Conversion:
-    """Convert the PEFT adapter in `directory` for the backbone.
+    """Convert the adapter in `directory` for the backbone.
 
     Raises InvalidDelta with every reason why it can't be, BackboneRefused, InvalidRequest, Unavailable.
     """
+    if (directory / CONFIG).is_file() and is_hub(directory):
+        report("loading the backbone")
+        delta, notes = read_hub(directory, load(backbone_path))
+        return Conversion(
+            delta, to_canonical(delta), None, not (directory / hub.TENSORS).is_file(), {}, notes
+        )
     if not (directory / CONFIG).is_file() or not any((directory / n).is_file() for n in (TENSORS, PICKLED)):
         raise InvalidRequest(
-            f"{directory} has no {CONFIG} with {TENSORS} or {PICKLED}.",
+            f"{directory} has no {CONFIG} with {TENSORS} or {PICKLED}, nor with {hub.TENSORS} or {hub.PICKLED}.",
             param="DIR",
-            remedy="Name a directory that PEFT's save_pretrained wrote.",
+            remedy="Name a directory that PEFT's save_pretrained or AdapterHub's save_adapter wrote.",
         )
     with TemporaryDirectory() as scratch:
         source = (

@@ -23,6 +23,7 @@ from transformers import Conv1D, PreTrainedModel
 
 from adapters.errors import InvalidDelta
 from serving.offline.compress import Change, smallest
+from serving.offline.pickled import read_tensors
 from serving.offline.probe import AffineMap, NotAffineError, check_equal, recover
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -35,22 +36,10 @@ TASK_METHODS = frozenset({"POLY", "MULTITASK_PROMPT_TUNING"})
 
 
 def unpickle(source: Path, into: Path) -> None:
-    """Write the pickled adapter in `source` as PEFT would write it today. Raises InvalidDelta.
-
-    torch's restricted unpickler builds tensors and plain containers only; any other object is refused.
-    """
-    try:
-        loaded = torch.load(source / PICKLED, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler passes on whatever a damaged file makes it raise
-        raise InvalidDelta(
-            [f"{PICKLED}: it holds more than tensors, or is damaged: {_first_line(error)}"], param=PICKLED
-        ) from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
-    ):
-        raise InvalidDelta([f"{PICKLED}: expected one tensor for each name."], param=PICKLED)
+    """Write the pickled adapter in `source` as PEFT would write it today. Raises InvalidDelta."""
+    loaded = read_tensors(source / PICKLED)
     shutil.copyfile(source / CONFIG, into / CONFIG)
-    save_file({key: value.detach().clone().contiguous() for key, value in loaded.items()}, into / TENSORS)
+    save_file({key: value.clone().contiguous() for key, value in loaded.items()}, into / TENSORS)
 
 
 def load_adapter(model: PreTrainedModel, source: Path) -> tuple[PeftModel, list[str]]:

@@ -17,6 +17,7 @@ from serving.tenancy.keyring import Keyring
 from serving.tenancy.keys import read_secret
 from serving.tenancy.ledger import Closed, Group, Ledger, report
 from serving.tenancy.principal import Principal
+from serving.tenancy.signers import Signers
 from serving.tenancy.tenants import Tenants
 
 
@@ -43,6 +44,7 @@ class Tenancy:
         self.tenants = Tenants(self._database, clock=clock)
         self.keys = Keyring(self._database, secret, clock=clock)
         self.grants = Grants(self._database, clock=clock)
+        self.signers = Signers(self._database, clock=clock)
         self.buckets: Buckets = (
             ProcessBuckets(clock=clock)
             if settings.limits.rates_counted_in == "process"

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from adapters.canonical import from_canonical, to_canonical
 from adapters.formats import read_directory, read_upload
+from adapters.positions import FromInvocation
 from serving.model.backbone import Backbone
 from serving.model.placement import place
 from serving.model.programs import PlacedDelta
@@ -185,7 +186,9 @@ def rows_for(
             if family in ENCODERS:
                 prefill, tokens = len(tokens), [2 if token == SKIPPED else token for token in tokens]
             if method.delta is not None:
-                _invoke(tokens, method.delta.invocation, len(mine))
+                for positions in method.delta.positions:
+                    if isinstance(positions, FromInvocation):
+                        _invoke(tokens, positions.tokens, len(mine))
             mine.append(Row(method.name, tokens, prefill, method.delta, chunk))
         rows.append(mine)
     return rows
@@ -193,7 +196,7 @@ def rows_for(
 
 def _invoke(tokens: list[int], invocation: tuple[int, ...], index: int) -> None:
     """Write the invocation into the prompt: further back with each prompt, in one twice, in the last not at all."""
-    if invocation and index < PROMPTS - 1:
+    if index < PROMPTS - 1:
         for wanted in {1 + 3 * index, 1 + index}:
             at = min(wanted, len(tokens) - len(invocation))
             tokens[at : at + len(invocation)] = invocation

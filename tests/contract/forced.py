@@ -16,7 +16,7 @@ from serving.engine.sequence import Sequence as EngineSequence
 from serving.model.programs import PlacedDelta
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """`tokens` of one request; the first `num_prefill` run at once, in chunks of `chunk`, the others one by one."""
 

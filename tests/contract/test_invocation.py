@@ -14,11 +14,12 @@ from torch import Tensor
 
 from adapters.formats import read_directory
 from adapters.normal_form import Delta
+from adapters.positions import FromInvocation
 from serving.config import Engine as EngineSettings
 from serving.core import Event, Request, SamplingParams, TokenEvent
 from serving.engine.engine import Engine
 from serving.engine.runner import Runner
-from serving.engine.sequence import ScheduledRow, last_occurrence
+from serving.engine.sequence import ScheduledRow
 from serving.engine.sequence import Sequence as EngineSequence
 from serving.metrics import EngineMetrics
 from serving.model.backbone import Backbone, adopt_backbone
@@ -49,7 +50,7 @@ def trained() -> tuple[PeftModel, Backbone, Delta]:
 @torch.no_grad()
 def peft_outputs(tokens: list[int], prompt: list[int]) -> Tensor:
     """[T, V] of the whole row at once, invoked where PEFT's `generate` finds the invocation in the prompt."""
-    at = last_occurrence(tuple(INVOCATION), tuple(prompt))
+    at, _ = FromInvocation(tuple(INVOCATION)).span(tuple(prompt))
     offset = len(tokens) - at if at < len(tokens) else None
     with quiet():
         adapted = trained()[0]
@@ -163,7 +164,6 @@ def test_greedy_tokens_equal_pefts_generate(budget: int) -> None:
 @pytest.mark.parametrize(
     ("wanted", "tokens", "at"),
     [
-        ((), (1, 2), 0),
         ((1,), (1, 2, 1), 2),
         ((1, 1), (1, 1, 1, 2), 1),
         ((1, 2), (1, 2), 0),
@@ -171,5 +171,5 @@ def test_greedy_tokens_equal_pefts_generate(budget: int) -> None:
     ],
 )
 def test_the_last_occurrence_counts(wanted: tuple[int, ...], tokens: tuple[int, ...], at: int | None) -> None:
-    found = last_occurrence(wanted, tokens)
+    found, _ = FromInvocation(wanted).span(tokens)
     assert found == at if at is not None else found >= len(tokens)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from serving.engine.runner import Runner
 from serving.kernels.select import Choice
@@ -120,6 +121,25 @@ def test_mixed_batch_equals_reference(
 def distance(row: Row, other: Row) -> float:
     """Largest difference of two runs of the same row."""
     return float((torch.cat(row.logits) - torch.cat(other.logits)).abs().max())
+
+
+@pytest.mark.parametrize("chunk", [1 << 30, 2], ids=["whole", "chunked"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_all_adapterhub_goldens_in_one_batch(family: Family, chunk: int) -> None:
+    """Every golden adapter of a backbone beside all others: AdapterHub's logits, whatever the neighbours."""
+    cases = [case for case in GOLDEN_CASES if case.family == family]
+    backbone = adopt_backbone(cases[0].backbone(), name=GOLDEN_NAME, device="cpu", dtype="float32")
+    runner = Runner(backbone, num_slots=2 * len(cases), max_len=32)
+    rows: dict[Row, tuple[GoldenCase, Tensor]] = {}
+    for case in cases:
+        delta = served(case.directory, backbone)
+        for stored in case.golden():
+            tokens = stored["input_ids"].tolist()
+            rows[Row(case.name, tokens, len(tokens) - 1, delta, chunk)] = case, stored["logits"]
+    run(runner, shuffled([[row] for row in rows]))
+    for row, (case, logits) in rows.items():
+        limit = LIMITS[case.tolerance] * max(1.0, float(logits.abs().max()))
+        assert max(errors(row, logits)) <= limit, case.name
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES, ids=case_id)

@@ -1,10 +1,10 @@
-"""Write the AdapterHub golden fixtures: tiny backbones, bottleneck adapters and the library's own logits.
+"""Write the AdapterHub golden fixtures: tiny backbones, adapters and the library's own logits.
 
 AdapterHub's library imports as `adapters`, the name of our own package, so it lives in its own environment:
 
     python3 -m venv ~/ahvenv
     ~/ahvenv/bin/pip install torch==2.13.0 adapters==1.3.0 transformers==4.57.6
-    ~/ahvenv/bin/python tests/golden/make_adapterhub.py     # 10 s, rewrites tests/golden/adapterhub
+    ~/ahvenv/bin/python tests/golden/make_adapterhub.py     # 20 s, rewrites tests/golden/adapterhub
 
 Everything is seeded: a second run writes the same bytes. `README.md` beside this file says what is in them.
 
@@ -14,32 +14,59 @@ Cases the library cannot produce, hence absent here:
 - `shared_W_phm` with `factorized_phm_W=False`, or with a `reduction_factor` map: fails while adding;
 - an integer `scaling`: ValueError, only float, "learned" and "channel" exist;
 - `stochastic_depth > 0`: asks for torchvision; inert outside training.
-And `use_gating` is left out by choice: its gate is a mean over the whole sequence, so a causal model's logits
-would depend on later tokens and no incremental decoder can agree with it.
+- DoRA and VeRA in GPT-2's attention: sizes that do not fit, while adding or running;
+- prompt tuning on decoders: the library has none.
+`use_gating` is in one case (`unipelt`), to be refused: its gate is a mean over the whole sequence, so a causal model's
+logits would depend on later tokens and no incremental decoder can agree with it.
 """
 
 import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from adapters.configuration.adapter_config import AdapterPlusConfig, CompacterConfig, CompacterPlusPlusConfig
+from adapters.configuration.adapter_config import (
+    AdapterPlusConfig,
+    CompacterConfig,
+    CompacterPlusPlusConfig,
+    DvoRAConfig,
+)
 from adapters.loading import AdapterLoader
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
 
 import adapters
 from adapters import (
     AdapterConfig,
+    ConfigUnion,
+    DiReftConfig,
+    DoRAConfig,
     DoubleSeqBnConfig,
+    IA3Config,
     LlamaAdapterModel,
+    LoRAConfig,
+    LoReftConfig,
+    MAMConfig,
+    NoReftConfig,
     ParBnConfig,
+    PrefixTuningConfig,
     SeqBnConfig,
     SeqBnInvConfig,
+    UniPELTConfig,
+    VeraConfig,
 )
 
 ROOT = Path(__file__).parent / "adapterhub"
@@ -71,13 +98,32 @@ GPT2 = GPT2Config(
     eos_token_id=0,
 )
 
+_ENCODER = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 34,
+    "type_vocab_size": 1,
+}
+ENCODERS = {"bert": BertConfig(**_ENCODER), "roberta": RobertaConfig(**_ENCODER, pad_token_id=1)}
+
 
 @dataclass(frozen=True)
 class Case:
-    """One adapter; `families` are the backbones it is made for."""
+    """One adapter; `families` are the backbones it is made for.
+
+    `added`: what its saved config must say besides, since the library honours it but does not write it.
+    """
 
     config: AdapterConfig
     families: tuple[str, ...] = ("llama", "gpt2")
+    added: Mapping[str, object] = field(default_factory=dict)
+
+
+SUBTRACTED, NOT_SUBTRACTED = {"subtract_projection": True}, {"subtract_projection": False}
+PICKLED = {("llama", "mam"), ("gpt2", "prefix_tuning")}  # saved by the library's default way too
 
 
 # Hidden 24 makes every bottleneck width differ from the head and FFN widths, so a swapped axis cannot pass.
@@ -122,6 +168,54 @@ CASES: dict[str, Case] = {
         CompacterPlusPlusConfig(reduction_factor=2, factorized_phm_W=False), ("llama",)
     ),
     "compacterpp_shared_w": Case(CompacterPlusPlusConfig(reduction_factor=2, shared_W_phm=True), ("llama",)),
+    "lora": Case(LoRAConfig(r=4, alpha=6)),
+    "lora_everywhere": Case(
+        LoRAConfig(r=3, alpha=5, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
+    ),
+    "lora_key": Case(LoRAConfig(r=2, alpha=3, attn_matrices=["k"], leave_out=[1])),
+    "dora": Case(DoRAConfig(r=4, alpha=6, intermediate_lora=True, output_lora=True), ("llama",)),
+    "ia3": Case(IA3Config()),
+    "ia3_everywhere": Case(IA3Config(alpha=2, attn_matrices=["q", "v"], output_lora=True)),
+    "vera": Case(VeraConfig(r=5, alpha=3, attn_matrices=["q"]), ("llama",)),
+    "vera_ffn": Case(VeraConfig(r=5, selfattn_lora=False, intermediate_lora=True), ("gpt2",)),
+    "dvora": Case(DvoRAConfig(r=5, alpha=3, attn_matrices=["v"]), ("llama",)),
+    "prefix_tuning": Case(PrefixTuningConfig(prefix_length=5, bottleneck_size=12)),
+    "prefix_tuning_flat": Case(PrefixTuningConfig(prefix_length=4, flat=True)),
+    "mam": Case(
+        MAMConfig(PrefixTuningConfig(prefix_length=3, bottleneck_size=8), ParBnConfig(reduction_factor=4))
+    ),
+    "union": Case(ConfigUnion(LoRAConfig(r=2), SeqBnConfig(reduction_factor=8))),
+    "unipelt": Case(
+        UniPELTConfig(
+            PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
+            SeqBnConfig(reduction_factor=8),
+            LoRAConfig(r=2),
+        ),
+        ("gpt2",),
+    ),
+    "loreft": Case(LoReftConfig(r=3, prefix_positions=2, suffix_positions=1)),
+    "noreft": Case(
+        NoReftConfig(r=2, prefix_positions=1, suffix_positions=2, layers=[0, 2]), added=SUBTRACTED
+    ),
+    "direft_tied": Case(
+        DiReftConfig(r=2, prefix_positions=2, suffix_positions=2, tied_weights=True, non_linearity="relu"),
+        added=NOT_SUBTRACTED,
+    ),
+}
+
+# What encoders have too: their norms follow the blocks, so the placements of bottlenecks mean something else.
+ENCODER_CASES: dict[str, AdapterConfig] = {
+    "seq_bn": SeqBnConfig(reduction_factor=4),
+    "seq_bn_mh": SeqBnConfig(reduction_factor=4, mh_adapter=True),
+    "double_seq_bn": DoubleSeqBnConfig(reduction_factor=4),
+    "par_bn": ParBnConfig(reduction_factor=4, mh_adapter=True),
+    "adapter_plus": AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0),
+    "seq_bn_inv": SeqBnInvConfig(reduction_factor=8),
+    "lora_everywhere": CASES["lora_everywhere"].config,
+    "dora": CASES["dora"].config,
+    "ia3_everywhere": CASES["ia3_everywhere"].config,
+    "mam": CASES["mam"].config,
+    "loreft": CASES["loreft"].config,
 }
 
 
@@ -136,13 +230,19 @@ def randomise(model: PreTrainedModel, seed_text: str, wanted: Callable[[str], bo
 
 
 def logits(model: PreTrainedModel) -> Tensors:
-    """Logits of each sequence alone, in fp32 and then fp64, under the names the golden file uses."""
+    """Logits of each sequence alone, in fp32 and then fp64, under the names the golden file uses.
+
+    Of an encoder its final hidden states.
+    """
+    decoder = model.config.model_type not in ENCODERS
     tensors: Tensors = {}
     for dtype, suffix in ((torch.float32, ""), (torch.float64, "_float64")):
         model.to(dtype)
         for index, ids in enumerate(SEQUENCES):
             with torch.no_grad():
-                output = model(torch.tensor([ids]), use_cache=False, return_dict=True).logits[0]
+                arguments = {"use_cache": False} if decoder else {"output_hidden_states": True}
+                found = model(torch.tensor([ids]), return_dict=True, **arguments)
+                output = found.logits[0] if decoder else found.hidden_states[-1][0]
             assert output.dtype == dtype
             tensors[f"logits{suffix}.{index}"] = output.contiguous()
     model.to(torch.float32)
@@ -154,10 +254,11 @@ def write_golden(directory: Path, tensors: Tensors) -> None:
     save_file(inputs | tensors, directory / "golden.safetensors")
 
 
-def make_backbone(family: str, config: LlamaConfig | GPT2Config) -> Tensors:
+def make_backbone(family: str, config: PretrainedConfig) -> Tensors:
     """Save a randomised backbone and its bare logits; return those logits."""
     directory = ROOT / family / "backbone"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    kind = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager").eval()
     randomise(model, f"{family}/backbone", lambda _: True, sigma=0.3)
     model.save_pretrained(directory)
     base = logits(model)
@@ -166,22 +267,40 @@ def make_backbone(family: str, config: LlamaConfig | GPT2Config) -> Tensors:
 
 
 def save_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:
-    """Save as the library does; with `ln_before` as a converter must, since the library refuses."""
-    if not model.adapters_config.get(name).ln_before:
+    """Save as the library does; what it refuses, as a converter must."""
+    tensors, config = AdapterLoader(model).save_to_state_dict(name)
+    if len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors):
         model.save_adapter(str(directory), name, with_head=hasattr(model, "heads"), use_safetensors=True)
         return
-    # The new norm is registered twice (adapter_norm_before, adapter_down.0) and safetensors rejects shared
-    # memory: the clones keep both keys, as the library's pickled file has them.
+    # `ln_before` registers its norm twice, prefix tuning its pool under every layer; safetensors rejects shared
+    # memory: the clones keep all keys, as the library's pickled file has them
     directory.mkdir(parents=True)
-    tensors, config = AdapterLoader(model).save_to_state_dict(name)
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, directory / "adapter.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-def make_case(family: str, name: str, model: PreTrainedModel, config: AdapterConfig, base: Tensors) -> None:
+def unset_reflections(model: PreTrainedModel, name: str) -> None:
+    """Make the diagonals of orthogonal parametrisations signs again, as torch keeps them and reads them."""
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key and key.endswith("parametrizations.weight.original"):
+            diagonal = parameter.data.diagonal()
+            diagonal.copy_(diagonal.sign())
+
+
+def make_case(
+    family: str,
+    name: str,
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    base: Tensors,
+    added: Mapping[str, object],
+) -> None:
     """Add, randomise, save and run one adapter on a model that already carries the library's hooks."""
     directory = ROOT / family / name
     model.config.name_or_path = BACKBONE_NAME
+    torch.manual_seed(
+        zlib.crc32(f"{family}/{name}/start".encode())
+    )  # orthogonal parametrisations keep their start
     model.add_adapter(name, config=config)
     model.set_active_adapters(name)
     model.eval()
@@ -189,7 +308,15 @@ def make_case(family: str, name: str, model: PreTrainedModel, config: AdapterCon
         randomise(model, f"{family}/{name}", lambda key: f".{name}." in key and "heads." not in key, SIGMA)
         > 0
     )
+    unset_reflections(model, name)
     save_adapter(model, name, directory)
+    if (family, name) in PICKLED:
+        model.save_adapter(str(directory), name, with_head=False, use_safetensors=False)
+    if added:
+        file = directory / "adapter_config.json"
+        saved = json.loads(file.read_text())
+        saved["config"] |= added
+        file.write_text(json.dumps(saved, indent=2, sort_keys=True))
     golden = logits(model)
     for index in range(len(SEQUENCES)):
         change = (golden[f"logits.{index}"] - base[f"logits.{index}"]).abs().max().item()
@@ -200,7 +327,8 @@ def make_case(family: str, name: str, model: PreTrainedModel, config: AdapterCon
 
 
 def load_backbone(family: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(ROOT / family / "backbone", attn_implementation="eager")
+    kind = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    model = kind.from_pretrained(ROOT / family / "backbone", attn_implementation="eager")
     adapters.init(model)
     return model
 
@@ -220,9 +348,15 @@ def main() -> None:
     base = {"llama": make_backbone("llama", LLAMA), "gpt2": make_backbone("gpt2", GPT2)}
     for name, case in CASES.items():
         for family in case.families:
-            make_case(family, name, load_backbone(family), case.config, base[family])
+            make_case(family, name, load_backbone(family), case.config, base[family], case.added)
+    for family, config in ENCODERS.items():
+        hidden = make_backbone(family, config)
+        for name, adapter in ENCODER_CASES.items():
+            make_case(family, name, load_backbone(family), adapter, hidden, {})
     name = "seq_bn_inv_flex_head"
-    make_case("llama", name, load_flex_head_backbone(name), SeqBnInvConfig(reduction_factor=8), base["llama"])
+    make_case(
+        "llama", name, load_flex_head_backbone(name), SeqBnInvConfig(reduction_factor=8), base["llama"], {}
+    )
     size_bytes = sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file())
     print(f"{len(list(ROOT.glob('*/*')))} directories, {size_bytes / 1024:.0f} KiB under {ROOT.name}/")
 

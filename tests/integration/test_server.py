@@ -158,7 +158,7 @@ def test_cli_push_promote_rollback_delete(server: ServerProcess, world: World) -
     assert "prod -> v1" in run("adapters", "show", "cli")
     failed = runner.invoke(app, ["adapters", "rollback", "cli", "--server", server.url])
     assert failed.exit_code == 1
-    assert "no ready version before v1" in failed.output
+    assert "no earlier version" in failed.output
     assert "deleted" in run("adapters", "delete", "cli", "--yes")
     assert "cli" not in run("adapters", "list")
     assert "ready" in runner.invoke(app, ["doctor", "--server", server.url]).output

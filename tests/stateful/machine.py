@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from adapters.collector import Collector
-from adapters.errors import Conflict, DeltamuxError, NotFound, StoreError
+from adapters.errors import Conflict, DeltamuxError, InvalidRequest, NotFound, StoreError
 from adapters.names import ModelReference
 from adapters.registry import DEFAULT_TENANT, Registry, Status
 
@@ -20,6 +20,7 @@ DIGESTS = ("a" * 64, "b" * 64, "c" * 64)
 T = DEFAULT_TENANT
 some_name, some_digest, some_alias = map(st.sampled_from, (NAMES, DIGESTS, ALIASES))
 some_version, some_revision = st.integers(1, 5), st.none() | st.integers(0, 4)
+some_canaries = st.just({}) | st.dictionaries(st.integers(1, 5), st.integers(1, 60), max_size=2)
 
 
 @dataclass
@@ -31,12 +32,38 @@ class Expected:
     used: int = 0
     aliases: dict[str, int] = field(default_factory=dict)
     revisions: dict[str, int] = field(default_factory=dict)
+    canaries: dict[str, dict[int, int]] = field(default_factory=dict)
+    back: dict[str, Any] = field(
+        default_factory=dict
+    )  # the versions that rollbacks return to, the next one first
 
-    def point(self, alias: str, version: int | None) -> None:
+    def point(self, alias: str, version: int | None, canaries: dict[int, int] | None = None) -> None:
+        before = self.aliases.get(alias)
+        if before is None:
+            self.back[alias] = None
+        elif before != version:
+            self.back[alias] = (before, self.back[alias])
+        self.move(alias, version, canaries or {})
+
+    def move(self, alias: str, version: int | None, canaries: dict[int, int]) -> None:
         self.revisions[alias] = self.revisions.get(alias, 0) + 1
         self.aliases.pop(alias, None)
+        self.canaries[alias] = canaries
         if version is not None:
             self.aliases[alias] = version
+
+    def roll_back(self, alias: str) -> bool:
+        back, version = self.back[alias], self.aliases[alias]
+        while not self.canaries[alias]:
+            if back is None:
+                return False
+            earlier, back = back
+            if earlier != version and self.versions.get(earlier, ("", ""))[1] == "ready":
+                version = earlier
+                break
+        self.back[alias] = back
+        self.move(alias, version, {})
+        return True
 
     def same(self, digest: str) -> list[int]:
         """The live version that has this content and did not fail."""
@@ -119,25 +146,52 @@ class RegistryMachine(RuleBasedStateMachine):
             model.versions[version] = (known[0], status)
             self.advance(model, version)
 
-    @rule(name=some_name, alias=some_alias, version=some_version, expected=some_revision)
-    def set_alias(self, name: str, alias: str, version: int, expected: int | None) -> None:
+    @rule(
+        name=some_name,
+        alias=some_alias,
+        version=some_version,
+        expected=some_revision,
+        canaries=some_canaries,
+    )
+    def set_alias(
+        self, name: str, alias: str, version: int, expected: int | None, canaries: dict[int, int]
+    ) -> None:
         model = self.model[name]
         current = model.revisions[alias] if alias in model.aliases else 0
         error: type[DeltamuxError] | None = None
-        if version not in model.versions:
+        named = (version, *canaries)
+        first_wrong = next((n for n in named if model.versions.get(n, ("", ""))[1] != "ready"), None)
+        if version in canaries or sum(canaries.values()) >= 100:
+            error = InvalidRequest
+        elif not set(named) <= set(model.versions):
             error = NotFound
-        elif model.versions[version][1] != "ready" or expected not in (None, current):
+        elif first_wrong is not None or expected not in (None, current):
             error = Conflict
         if self.attempt(
-            error, lambda: self.registry.set_alias(T, name, alias, version, expected_revision=expected)
+            error,
+            lambda: self.registry.set_alias(
+                T, name, alias, version, canaries=canaries, expected_revision=expected
+            ),
         ):
-            model.point(alias, version)
+            model.point(alias, version, canaries)
+
+    @rule(name=some_name, alias=some_alias, expected=some_revision)
+    def roll_back_alias(self, name: str, alias: str, expected: int | None) -> None:
+        model = self.model[name]
+        error: type[DeltamuxError] | None = None
+        if alias not in model.aliases:
+            error = NotFound
+        elif expected not in (None, model.revisions[alias]) or not model.roll_back(alias):
+            error = Conflict
+        self.attempt(error, lambda: self.registry.roll_back_alias(T, name, alias, expected_revision=expected))
 
     @rule(name=some_name, version=some_version)
     def delete_version(self, name: str, version: int) -> None:
         model = self.model[name]
         held = {alias for alias, target in model.aliases.items() if target == version}
-        error = NotFound if version not in model.versions else Conflict if held - {"latest"} else None
+        tried = any(version in model.canaries[alias] for alias in model.aliases)
+        in_use = tried or bool(held - {"latest"})
+        error = NotFound if version not in model.versions else Conflict if in_use else None
         if self.attempt(error, lambda: self.registry.delete_version(T, name, version)):
             model.deleted[version] = model.versions.pop(version)
             if "latest" in held:
@@ -199,8 +253,11 @@ class RegistryMachine(RuleBasedStateMachine):
         for name, model in live.items():
             records = self.registry.list_versions(T, name)
             assert {r.version: (r.digest, r.status) for r in records} == model.versions
-            got = {alias.alias: (alias.version, alias.revision) for alias in listed[name].aliases}
-            assert got == {alias: (target, model.revisions[alias]) for alias, target in model.aliases.items()}
+            got = {a.alias: (a.version, a.revision, a.canaries) for a in listed[name].aliases}
+            assert got == {
+                alias: (target, model.revisions[alias], model.canaries[alias])
+                for alias, target in model.aliases.items()
+            }
             for alias, target in model.aliases.items():
                 assert self.registry.resolve(ModelReference(None, name, alias=alias)).version == target
         assert self.registry.live_digests() == self.live() <= self.store.stored

@@ -15,7 +15,7 @@ ALLOWED = {
     "serving.core": {"adapters.errors", "adapters.tasks"},
     "serving.config": set(),
     "serving.metrics": {"serving.core"},
-    "serving.kernels": {"adapters.errors", "adapters.normal_form", "serving.kernels"},
+    "serving.kernels": {"adapters.activations", "adapters.errors", "adapters.normal_form", "serving.kernels"},
     "serving.memory": {"adapters", "serving.core", "serving.memory"},
     "serving.model": {"adapters", "serving.core", "serving.kernels", "serving.model"},
     "serving.engine": {

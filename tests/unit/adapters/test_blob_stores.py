@@ -49,6 +49,19 @@ class TestEveryStore:
         assert store.read(DIGEST) == WHOLE
         assert not store.exists(OTHER)
 
+    def test_reads_by_range(self, store: BlobStore) -> None:
+        store.put("a" * 64, b"manifest", b"0123456789")
+        assert list(store.sizes("a" * 64).items()) == [("manifest.json", 8), ("tensors.safetensors", 10)]
+        for start, stop in ((0, 10), (3, 5), (9, 10), (4, 4)):
+            got = store.read_range("a" * 64, "tensors.safetensors", start, stop)
+            assert got == b"0123456789"[start:stop]
+        for call in (
+            lambda: store.sizes("b" * 64),
+            lambda: store.read_range("b" * 64, "manifest.json", 0, 1),
+        ):
+            with pytest.raises(StoreError):
+                call()
+
     def test_copies_a_file(self, store: BlobStore, tmp_path: Path) -> None:
         source = tmp_path / "mine.safetensors"
         source.write_bytes(TENSORS)

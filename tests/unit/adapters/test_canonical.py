@@ -22,7 +22,6 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
-    FromInvocation,
     Head,
     LinearMap,
     LowRank,
@@ -32,6 +31,7 @@ from adapters.normal_form import (
     VirtualTokens,
     WeightDelta,
 )
+from adapters.positions import FromInvocation
 from tests.cases import (
     DIGEST,
     GOLDEN_CASES,
@@ -295,6 +295,10 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> tuple[bytes, bytes]:
         (lambda raw: raw["ops"][2].update(positions={"from_invocation": [True]}), "ids from 0 to 96"),
         (lambda raw: raw["ops"][2].update(positions={"from_invocation": []}), "0 invocation tokens"),
         (lambda raw: raw["ops"][2].update(positions={"from_invocation": 5}), "a from_invocation list"),
+        (lambda raw: raw["ops"][2].update(positions={"from_invocation": [[5]]}), "a from_invocation list"),
+        (lambda raw: raw["ops"][2].update(positions={"last_tokens": 0}), "expected 1 to 256 tokens"),
+        (lambda raw: raw["ops"][2].update(positions={"first_tokens": 257}), "expected 1 to 256 tokens"),
+        (lambda raw: raw["ops"][2].update(positions={"first_tokens": True}), "a number of first_tokens"),
         (lambda raw: raw["ops"][2].update(positions={"first": [5]}), "a from_invocation list"),
         (lambda raw: raw["ops"][2].update(positions={}), "manifest"),
         (lambda raw: raw["ops"][2].update(positions=[5]), "manifest"),

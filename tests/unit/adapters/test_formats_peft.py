@@ -29,13 +29,13 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
-    FromInvocation,
     LinearMap,
     LowRank,
     Site,
     VirtualTokens,
     WeightDelta,
 )
+from adapters.positions import FromInvocation
 from tests.cases import (
     DIGEST,
     LOW_RANK_FAMILY_CASES,
@@ -622,7 +622,7 @@ def test_alora_acts_from_its_invocation_on() -> None:
     assert len(ops) == 6
     assert {op.positions for op in ops if isinstance(op, LowRank)} == {FromInvocation((91, 7))}
     biased = read("gpt2-alora_bias")
-    assert biased.invocation == (91,)
+    assert biased.positions == {FromInvocation((91,))}
     assert {type(op) for op in biased.ops} == {LowRank, Affine}
 
 

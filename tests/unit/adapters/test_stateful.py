@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, delete
 
-from adapters.migrations.schema import aliases
+from adapters.migrations.schema import alias_history, aliases
 from adapters.registry import Registry
 from tests.postgres import PostgresServer
 from tests.stateful.__main__ import check_histories, check_model, databases
@@ -30,12 +31,13 @@ def test_the_model_sees_a_version_that_comes_back_under_its_old_number(
     point = Registry._point
 
     def forgets_revisions(
-        self: Registry, tx: Connection, adapter_id: int, alias: str, version: int | None
+        self: Registry, tx: Connection, adapter_id: int, alias: str, version: int | None, *shares: Any
     ) -> object:
         if version is None:
-            tx.execute(delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias))
+            for kept in (aliases, alias_history):
+                tx.execute(delete(kept).where(kept.c.adapter_id == adapter_id, kept.c.alias == alias))
             return 0, 0.0
-        return point(self, tx, adapter_id, alias, version)
+        return point(self, tx, adapter_id, alias, version, *shares)
 
     monkeypatch.setattr(Registry, "_point", forgets_revisions)
     with databases("sqlite") as make_url, pytest.raises(AssertionError):

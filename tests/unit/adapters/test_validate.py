@@ -15,7 +15,6 @@ from adapters.normal_form import (
     Affine,
     AttnPrefix,
     Delta,
-    FromInvocation,
     Head,
     LinearMap,
     LowRank,
@@ -25,6 +24,7 @@ from adapters.normal_form import (
     VirtualTokens,
     WeightDelta,
 )
+from adapters.positions import FirstTokens, FromInvocation, LastTokens
 from adapters.validate import check
 from tests.cases import DIGEST, spec_of, tiny_backbone
 
@@ -176,7 +176,7 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     ),
     (delta(low_rank("attn.r", "attn.x")), LLAMA, ("input_layernorm", "kind norm")),
     (
-        delta(LowRank(read=Site("embed"), write=Site("embed"), A=ones(4, 32), B=ones(32, 4))),
+        delta(LowRank(read=Site("attn.r", 0), write=Site("embed"), A=ones(4, 32), B=ones(32, 4))),
         LLAMA,
         ("kind embedding",),
     ),
@@ -352,6 +352,27 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
         delta(low_rank(positions=FromInvocation((5,))), low_rank(positions=FromInvocation((6,)))),
         LLAMA,
         ("different invocation tokens",),
+    ),
+    (
+        delta(low_rank(positions=FromInvocation((5,))), low_rank(positions=LastTokens(2))),
+        LLAMA,
+        ("from an invocation on and on first or last tokens",),
+    ),
+    (
+        delta(low_rank(positions=FirstTokens(1)), low_rank(positions=FirstTokens(2))),
+        LLAMA,
+        ("2 numbers of tokens in FirstTokens",),
+    ),
+    (delta(low_rank(positions=LastTokens(0))), LLAMA, ("positions: expected 1 to 256 tokens",)),
+    (
+        delta(Affine(site=low_rank().write, scale=ones(32), norm_scaling=1.0)),
+        LLAMA,
+        ("norm_scaling: belongs to weight_normalized",),
+    ),
+    (
+        delta(Affine(site=low_rank().write, scale=ones(32), weight_normalized=True, norm_scaling=math.inf)),
+        LLAMA,
+        ("scaling: expected a number",),
     ),
     (
         delta(

@@ -113,6 +113,7 @@ class FakeBackend:
     spec: BackboneSpec = SPEC
     script: Callable[[GenerateCall], Batches] = tokens
     admission: Callable[[str], AdmissionProof | ErrorInfo] = lambda digest: PROOF
+    activated: Callable[[str], bytes | ErrorInfo] = bytes.fromhex
     has_chat_template: bool = True
     hold: asyncio.Event | None = None  # where given, every call waits for it after its first batch
     admit_gate: asyncio.Event | None = None
@@ -153,6 +154,9 @@ class FakeBackend:
         if self.admit_gate:
             await self.admit_gate.wait()
         return self.admission(digest)
+
+    async def activations(self, digest: str) -> bytes | ErrorInfo:
+        return self.activated(digest)
 
     async def release(self, digest: str) -> int:
         self._fail()

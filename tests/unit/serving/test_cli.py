@@ -28,7 +28,7 @@ from serving.deployments.app import running
 from serving.deployments.ports import reserved_port
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
-COMMANDS = ("serve", "push", "adapters", "tenants", "keys", "usage", "audit", "demo", "doctor")
+COMMANDS = ("serve", "push", "adapters", "tenants", "keys", "signers", "usage", "audit", "demo", "doctor")
 
 
 def run(*arguments: str) -> Any:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from adapters.canonical import from_canonical
+from adapters.canonical import from_canonical, to_canonical
 from adapters.collector import Collector
 from adapters.errors import ErrorInfo, RegistryUnavailable, StoreError, Unavailable
 from adapters.registry import Registry
 from adapters.store import LocalBlobStore
+from adapters.typology import describe
 from serving.core import AdmissionProof
 from tests.unit.serving.http_support import (
     BACKBONE,
@@ -85,7 +86,7 @@ async def test_an_upload_becomes_a_version(tmp_path: Path) -> None:
             "task": "causal-lm",
             "backbone_digest": SPEC.digest,
             "labels": {"team": "a"},
-            "proof": asdict(PROOF),
+            "proof": {**asdict(PROOF), "typology": describe(lora(), to_canonical(lora())), "lineage": {}},
         }
         assert reply.headers["x-adapter-digest"] == f"sha256:{digest()}"
         blob = g.store.read(digest())
@@ -463,3 +464,25 @@ async def test_a_failed_upload_spares_what_can_still_be_undeleted(tmp_path: Path
         assert (await g.push()).status_code == 429
         assert (await g.http.post("/v1/adapters/delta/versions/1/undelete")).status_code == 200
         assert list(g.store.iter_digests()) == [digest()]
+
+
+async def test_lineage_becomes_part_of_the_content_and_is_shown(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        lineage = {"initialised_from": f"sha256:{digest(7)}", "dataset": "demo"}
+        reply = await g.http.put(PATH, files=peft_files(), data={"lineage": json.dumps(lineage)})
+        version = reply.raise_for_status().json()
+        assert version["proof"]["lineage"] == lineage | {"format": "peft"}
+        blob = g.store.read(version["digest"].removeprefix("sha256:"))
+        assert from_canonical(blob.manifest, blob.tensors).lineage == lineage | {"format": "peft"}
+        again = (await g.http.put(PATH, files=peft_files())).json()
+        assert (again["version"], again["digest"] == version["digest"]) == (2, False)
+
+
+@pytest.mark.parametrize(
+    "lineage", ['{"format": "mine"}', '["a"]', '{"a": 1}', "{", '{"a": "%s"}' % ("x" * 300)]
+)
+async def test_faulty_lineage(tmp_path: Path, lineage: str) -> None:
+    async with gateway(tmp_path) as g:
+        reply = await g.http.put(PATH, files=peft_files(), data={"lineage": lineage})
+        assert_envelope(reply, 400, "lineage")
+        assert list(g.store.iter_digests()) == []

@@ -264,7 +264,10 @@ async def test_usage_by_tenant_key_delta_hour_and_outcome(tmp_path: Path) -> Non
             {"tenant": "other", "requests": 1},
         ]
         delta = f"sha256:{digest()}"
-        by_delta = [{"adapter": "base", "requests": 1}, {"adapter": delta, "requests": 2}]
+        by_delta = [
+            {"adapter": "base", "requests": 1},
+            {"adapter": delta, "versions": ["delta@v1"], "requests": 2},
+        ]
         assert sorted(await usage(acme, "adapter"), key=str) == sorted(by_delta, key=str)
         assert await usage(acme, adapter=delta) == [{"requests": 2}]
         assert await usage(acme, adapter="base") == [{"requests": 1}]

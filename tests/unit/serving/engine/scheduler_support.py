@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.errors import DeltamuxError
+from adapters.positions import Positions
 from adapters.tasks import HeadSpec, Task
 from serving.core import Request, SamplingParams
 from serving.engine.fair_queue import FairQueue
@@ -28,7 +29,7 @@ class FakeDelta:
     prefix_len: int = 0
     num_inserted: int = 0
     position_offset: int = 0
-    invocation: tuple[int, ...] = ()
+    positions: frozenset[Positions] = frozenset()
     task: Task = Task.CAUSAL_LM
     head_spec: HeadSpec | None = None
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from adapters.positions import UNCUT, Cut, FirstTokens
 from serving.engine.prefix_cache import BLOCK_TOKENS, HashChain, PrefixIndex, PrefixKeys
 
 TOKENS = list(range(4 * BLOCK_TOKENS))
@@ -17,7 +18,7 @@ def root(keys: PrefixKeys, **changes: Any) -> bytes:
         "adapter_digest": "d" * 64,
         "prefix_len": 5,
         "position_offset": 5,
-        "invoked_at": 0,
+        "cuts": UNCUT,
     }
     return keys.root(**request | changes)
 
@@ -46,7 +47,8 @@ def test_equal_beginnings_have_equal_hashes_and_a_change_reaches_all_that_follow
         {"adapter_digest": "none"},
         {"prefix_len": 6},
         {"position_offset": 0},
-        {"invoked_at": 3},
+        {"cuts": (Cut(0, FirstTokens(3)), Cut(3, None))},
+        {"cuts": (Cut(0, FirstTokens(4)),)},
     ],
     ids=str,
 )

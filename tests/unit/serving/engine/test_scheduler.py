@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapters.errors import ContextLengthExceeded, NotFound, Overloaded
+from adapters.positions import FirstTokens, FromInvocation, LastTokens
 from serving.core import SamplingParams, ServiceClass
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from tests.unit.serving.engine.scheduler_support import BLOCK, FakeDelta, World
@@ -185,11 +186,25 @@ def test_another_tenant_or_delta_reuses_nothing(change: dict[str, str | None]) -
 
 
 def test_a_prompt_that_invokes_its_delta_elsewhere_reuses_nothing() -> None:
-    world = World(tokens=200, deltas=(FakeDelta("d", invocation=(102,)),))
+    world = World(tokens=200, deltas=(FakeDelta("d", positions=frozenset({FromInvocation((102,))})),))
     for name, prompt, cached in (
         ("first", PROMPT, 0),
         ("invoked again", [*PROMPT, 102, 7], 0),  # all that came before is computed as before an invocation
         ("continued", [*PROMPT, 7, 8], 4 * BLOCK_TOKENS),
+    ):
+        seq = world.add(name, prompt, adapter_digest="d")
+        while world.scheduler.running or len(world.scheduler.queue):
+            world.turn()
+        assert seq.num_cached == cached
+
+
+def test_a_prompt_whose_last_tokens_are_others_reuses_nothing() -> None:
+    """The last tokens of a shorter prompt were edited; those of an equally long one stand at the same places."""
+    world = World(tokens=200, deltas=(FakeDelta("d", positions=frozenset({FirstTokens(2), LastTokens(3)})),))
+    for name, prompt, cached in (
+        ("first", PROMPT, 0),
+        ("longer", [*PROMPT, 7], 0),
+        ("as long", [*PROMPT[:-1], 7], (len(PROMPT) - 1) // BLOCK_TOKENS * BLOCK_TOKENS),
     ):
         seq = world.add(name, prompt, adapter_digest="d")
         while world.scheduler.running or len(world.scheduler.queue):

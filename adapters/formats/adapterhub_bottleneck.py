@@ -1,0 +1,256 @@
+"""AdapterHub bottleneck adapters (no architecture), Compacter among them -> LowRank ops.
+
+With R the residual stream before a sub-block, D the sub-block's output and f the bottleneck with its biases, every
+adapter that is served here gives R + D + s·f(·), and f reads
+
+    D      sequential, original_ln_before=false (Houlsby)   read = write = o.out or down.out
+    D + R  sequential, original_ln_before=true (Pfeiffer)   read = write = layer.out, only after the feed-forward block
+    R      parallel (He et al.)                             read attn.r, write o.out; read ffn.r, write down.out
+
+Where a norm follows each block it takes the whole, LN(R + D + s·f(·)), and Pfeiffer's f reads LN(D + R): read
+attn.post, write attn.sum; read ffn.post, write ffn.sum.
+
+Keys `<layer>.{attention,output}_adapters.adapters.{n}.` and `adapter_down.0.*` · `adapter_up.*` · `scaling`; of
+Compacter (`adapterhub_phm.py`) what the two projections are made of. Source: `Adapter`, `ParallelAdapter` of the
+library; Houlsby et al. section 2; Pfeiffer et al. "AdapterFusion"; He et al. table 1; Mahabadi et al. "Compacter".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from adapters.backbone_spec import BackboneSpec
+from adapters.formats.adapterhub_config import ACTIVATIONS, BOTTLENECK, LAYOUT_KEYS
+from adapters.formats.adapterhub_invertible import read_invertible
+from adapters.formats.adapterhub_phm import PHM_KEYS, Phm
+from adapters.formats.adapterhub_stored import Part, Stored
+from adapters.formats.problems import Problems
+from adapters.formats.schema import check_config
+from adapters.normal_form import LowRank, Op, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a layer may carry an adapter: the config key that switches it on, what its tensors are under, its sites.
+
+    `names`: of the layer's part that holds adapters, and in the library's BERT, where that part is a module of BERT's.
+    """
+
+    switch: str
+    names: tuple[str, str]
+    block: str  # D
+    residual: str  # R
+    total: str | None  # D + R, where a module computes it
+    summed: str  # D + R, where a norm follows
+    normed: str  # LN(D + R)
+
+    def prefix(self, model_type: str) -> str:
+        """What its tensors are under."""
+        return self.names[model_type in LIKE_BERT]
+
+
+LIKE_BERT = frozenset({"bert", "roberta", "xlm-roberta", "electra"})
+
+PLACES = (
+    Place(
+        "mh_adapter",
+        ("attention_adapters", "attention.output"),
+        block="o.out",
+        residual="attn.r",
+        total=None,
+        summed="attn.sum",
+        normed="attn.post",
+    ),
+    Place(
+        "output_adapter",
+        ("output_adapters", "output"),
+        block="down.out",
+        residual="ffn.r",
+        total="layer.out",
+        summed="ffn.sum",
+        normed="ffn.post",
+    ),
+)
+
+PLAIN: Mapping[str, str] = {
+    "adapter_down.0.weight": "A",
+    "adapter_down.0.bias": "a_bias",
+    "adapter_up.weight": "B",
+    "adapter_up.bias": "b_bias",
+}
+"""End of the key -> field of a LowRank."""
+
+
+def read_bottleneck(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | None:
+    """The ops of a bottleneck adapter; what does not fit is noted."""
+    config = check_config(raw, BOTTLENECK, stored.problems, prefix=path)
+    if any(raw.get(key) for key in LAYOUT_KEYS):
+        return None
+    if any(value is None for key, value in config.items() if key not in ("inv_adapter", *PHM_KEYS)):
+        return None
+    if config["inv_adapter"] is None and raw.get("inv_adapter") is not None:  # refused
+        return None
+    phm = Phm.read(raw, path, stored) if config["phm_layer"] else None
+    if config["phm_layer"] and phm is None:
+        return None
+    ops = [*_lower(config, path, phm, stored)]
+    if config["inv_adapter"] is not None:
+        ops += read_invertible(raw, path, stored)
+    return _method(config), tuple(ops)
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    """AdapterHub's own word for this kind of bottleneck."""
+    if config["is_parallel"]:
+        return "par_bn"
+    return "double_seq_bn" if config["mh_adapter"] and config["output_adapter"] else "seq_bn"
+
+
+def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored) -> Iterator[Op]:
+    spec, problems = stored.spec, stored.problems
+    places = [
+        (place, _sites(place, config, spec, path, problems)) for place in PLACES if config[place.switch]
+    ]
+    if not places:
+        problems.add(
+            f"adapter_config.json: {path[:-1]}: neither mh_adapter nor output_adapter is on: it changes nothing."
+        )
+    for layer in range(spec.num_layers):
+        if layer in config["leave_out"]:
+            continue
+        rank = _width(config["reduction_factor"], layer, spec.hidden_size)
+        if rank is None:
+            problems.add(
+                f"adapter_config.json: {path}reduction_factor: the map has neither layer {layer} nor 'default'.",
+                param="reduction_factor",
+            )
+        for place, sites in places:
+            layer_path = spec.writer[Site("layer.out", layer)][0].path
+            stem = stored.at(layer_path, f"{place.prefix(spec.model_type)}.adapters")
+            found = _projections(stem, rank or 1, config, phm, stored)
+            if found is not None and sites is not None and rank is not None:
+                read, write = (Site(site, layer) for site in sites)
+                yield _low_rank(read, write, found, config)
+
+
+def _projections(
+    stem: str, rank: int, config: Mapping[str, Any], phm: Phm | None, stored: Stored
+) -> dict[str, Tensor] | None:
+    """A [r, d], B [d, r], their biases and the stored scaling of one adapter."""
+    hidden = stored.spec.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(config["scaling"], str):
+        shapes["scaling"] = (1,) if config["scaling"] == "learned" else (hidden,)
+    if phm is not None:
+        down = phm.take(stem + "adapter_down.0.", "down", hidden, rank, stored)
+        up = phm.take(stem + "adapter_up.", "up", rank, hidden, stored)
+        rest = stored.take(stem, shapes)
+        if down is None or up is None or rest is None:
+            return None
+        return {"A": down[0], "B": up[0], **_named("a_bias", down[1]), **_named("b_bias", up[1]), **rest}
+    shapes |= dict(zip(PLAIN, ((rank, hidden), (rank,), (hidden, rank), (hidden,)), strict=True))
+    found = stored.take(stem, shapes)
+    return None if found is None else {PLAIN.get(key, key): tensor for key, tensor in found.items()}
+
+
+def _named(name: str, tensor: Tensor | None) -> dict[str, Tensor]:
+    return {} if tensor is None else {name: tensor}
+
+
+def _sites(
+    place: Place, config: Mapping[str, Any], spec: BackboneSpec, path: str, problems: Problems
+) -> tuple[str, str] | None:
+    """(read, write) of an adapter at `place`; None, with the reason noted, where no pair of sites is exact.
+
+    The residual stream must come out exactly once: `original_ln_*` are, without a norm of their own, additions of R.
+    """
+    if Site(place.summed, 0) in spec.site_width:
+        return _sites_around_norm(place, config, path, problems)
+    parallel, before = config["is_parallel"], config["original_ln_before"]
+    stream_count = int(config["original_ln_after"])
+    if not parallel:
+        stream_count += int(before and not config["residual_before_ln"])
+    if stream_count != 1:
+        problems.add(
+            f"adapter_config.json: {path}original_ln_after: at {place.names[0]} the residual stream would be added "
+            f"{stream_count} times with these values of original_ln_before, original_ln_after and residual_before_ln; "
+            "served is once.",
+            param="original_ln_after",
+        )
+        return None
+    if Site("ffn.post", 0) in spec.writer and (parallel or not before):
+        problems.add(
+            f"adapter_config.json: {path[:-1]}: {spec.model_type} norms the output of each block, and whether the "
+            f"adapter at {place.names[0]} acts before or after that norm is not defined; served is seq_bn "
+            "(original_ln_before).",
+            param="adapter",
+        )
+        return None
+    if parallel:
+        return place.residual, place.block
+    if not before:
+        return place.block, place.block
+    if place.total is None:
+        problems.add(
+            f"adapter_config.json: {path}mh_adapter: with original_ln_before the adapter at {place.names[0]} reads the "
+            "sum of attention output and residual stream, which no module of the backbone computes.",
+            param="mh_adapter",
+        )
+        return None
+    return place.total, place.total
+
+
+def _sites_around_norm(
+    place: Place, config: Mapping[str, Any], path: str, problems: Problems
+) -> tuple[str, str] | None:
+    """As `_sites` where the block's own norm follows, and `original_ln_*` are runs of it."""
+    parallel, before, after = (
+        config[key] for key in ("is_parallel", "original_ln_before", "original_ln_after")
+    )
+    if parallel and after:  # LN(s·f(R) + D + R)
+        return place.residual, place.block
+    match parallel, before, after, config["residual_before_ln"]:
+        case False, False, True, _:  # LN(f(D) + D + R)
+            return place.block, place.block
+        case False, True, True, True:  # LN(f(LN(D + R)) + D + R)
+            return place.normed, place.summed
+        case False, True, False, False:  # x + f(x), x = LN(D + R)
+            return place.normed, place.normed
+    problems.add(
+        f"adapter_config.json: {path}original_ln_after: at {place.names[0]} the residual stream would not be added "
+        "once with these values of original_ln_before, original_ln_after and residual_before_ln.",
+        param="original_ln_after",
+    )
+    return None
+
+
+def _low_rank(read: Site, write: Site, found: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
+    B, b_bias, scaling = found["B"], found.get("b_bias"), config["scaling"]
+    if scaling == "learned":
+        scaling = found["scaling"].item()
+    elif scaling == "channel":
+        factor = found["scaling"].float()
+        B, scaling = factor[:, None] * B.float(), 1.0
+        b_bias = None if b_bias is None else factor * b_bias.float()
+    return LowRank(
+        read=read,
+        write=write,
+        A=found["A"],
+        B=B,
+        a_bias=found.get("a_bias"),
+        b_bias=b_bias,
+        scaling=float(scaling),
+        activation=ACTIVATIONS[config["non_linearity"].lower()],
+    )
+
+
+def _width(reduction_factor: float | Mapping[str, float], layer: int, hidden: int) -> int | None:
+    """The bottleneck's width as the library computes it; None where a map does not cover the layer."""
+    if isinstance(reduction_factor, Mapping):
+        factor = reduction_factor.get(str(layer), reduction_factor.get("default"))
+        return None if factor is None else max(1, int(hidden // factor))
+    return max(1, int(hidden // reduction_factor))
