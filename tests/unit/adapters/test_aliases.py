@@ -202,6 +202,8 @@ def test_an_alias_of_before_the_history_was_kept_rolls_back_from_its_next_move(
     with engine.begin() as tx:  # as the release before left it
         tx.execute(text("DROP TABLE alias_history"))
         tx.execute(text("ALTER TABLE aliases DROP COLUMN canaries"))
+        tx.execute(text("DROP TABLE signers"))
+        tx.execute(text("ALTER TABLE tenants DROP COLUMN signatures_required_at"))
         tx.execute(text("UPDATE alembic_version SET version_num = '0005'"))
     engine.dispose()
     with Registry(url) as registry:
