@@ -26,18 +26,19 @@ They cross process borders as `ErrorInfo`, never as pickled exceptions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorInfo:
-    """An error as plain values: class name, message, field, remedy and, for uploads, every problem."""
+    """An error as plain values: class name, message, field, remedy; every problem of an upload; when to try again."""
 
     kind: str
     message: str
     param: str | None = None
     remedy: str | None = None
     problems: tuple[str, ...] = ()
+    retry_after_s: float | None = None
 
 
 class DeltamuxError(Exception):
@@ -112,11 +113,7 @@ class Conflict(DeltamuxError):
 
 
 class Overloaded(DeltamuxError):
-    """A bounded queue or budget is full; the same request may pass later."""
-
-
-class RateLimited(Overloaded):
-    """The tenant has used its share for now. `retry_after_s`: when the same request would pass."""
+    """A bounded queue or budget is full; the same request may pass after `retry_after_s`."""
 
     def __init__(
         self,
@@ -128,6 +125,13 @@ class RateLimited(Overloaded):
     ) -> None:
         super().__init__(message, param=param, remedy=remedy)
         self.retry_after_s = retry_after_s
+
+    def info(self) -> ErrorInfo:
+        return replace(super().info(), retry_after_s=self.retry_after_s)
+
+
+class RateLimited(Overloaded):
+    """The tenant has used its share for now."""
 
 
 class QuotaExceeded(Overloaded):
@@ -162,4 +166,6 @@ def from_info(info: ErrorInfo) -> DeltamuxError:
     kind = _tree(DeltamuxError)[info.kind]
     if issubclass(kind, InvalidDelta):
         return kind(info.problems, param=info.param, remedy=info.remedy)
+    if issubclass(kind, Overloaded) and info.retry_after_s is not None:
+        return kind(info.message, retry_after_s=info.retry_after_s, param=info.param, remedy=info.remedy)
     return kind(info.message, param=info.param, remedy=info.remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,6 +17,9 @@ COMMANDS = {
     "scale": ("loadtest.scale", "1 to 10,000 registered deltas: resolve, list, generate"),
     "pooling": ("loadtest.pooling", "ten tasks of one encoder against PEFT, one by one and in processes"),
     "soak": ("loadtest.soak", "churn over residency with deltas that sign every token"),
+    "isolation": ("loadtest.isolation", "tenants over one server, every token signed, replicas killed"),
+    "abuse": ("loadtest.abuse", "one tenant at ten times its share: what the others wait, by policy"),
+    "upload": ("loadtest.upload", "streams' gaps while deltas are uploaded, against without"),
     "http": ("loadtest.http", "any OpenAI-compatible server, streaming"),
     "report": ("loadtest.page", "one HTML page of tables and plots from result files"),
 }  # fmt: skip
@@ -32,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     command = parser.parse_args(given[:1]).command
+    if (
+        command != "http"
+    ):  # threads wait as a replica's do, unless the caller says otherwise; read when torch is loaded
+        for name, value in import_module("serving.deployments.environment").WAITING_THREADS.items():
+            os.environ.setdefault(name, value)
     import_module(COMMANDS[command][0]).main(given[1:])
 
 

@@ -60,7 +60,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Reply:
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(f"{response.status_code}: {(await response.aread())[:500]!r}")
-        async for chunk in _chunks(response):
+        async for chunk in chunks(response):
             if "error" in chunk:
                 raise RuntimeError(f"the stream ended with {chunk['error']}")
             usage = chunk.get("usage") or usage
@@ -73,7 +73,8 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Reply:
     return Reply(times[0] - started, gaps, tokens)
 
 
-async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The objects of a stream of server-sent events."""
     async for line in response.aiter_lines():
         data = line.removeprefix("data:").strip()
         if line.startswith("data:") and data != "[DONE]":

@@ -30,7 +30,8 @@ KV_TOKENS = 256
 """Room for keys and values of so many tokens a row beside the deltas', which share one budget with them."""
 
 
-def _slot_bytes(backbone: Backbone) -> int:
+def slot_bytes(backbone: Backbone) -> int:
+    """Bytes of `KV_TOKENS` tokens' keys and values."""
     spec = backbone.spec
     return KV_TOKENS * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * backbone.dtype.itemsize
 
@@ -73,7 +74,7 @@ class InProcess:
         self.requests: dict[str, Outcome] = {}
         chosen = {"max_queue": 100_000, "prefix_cache": "off", **settings}  # rounds repeat their prompts
         if delta_bytes is not None:
-            chosen["memory_bytes"] = delta_bytes + _slot_bytes(backbone) * int(settings["max_num_seqs"])
+            chosen["memory_bytes"] = delta_bytes + slot_bytes(backbone) * int(settings["max_num_seqs"])
         self._delta_bytes = delta_bytes
         self.settings = EngineSettings(**chosen)
         self.engine = Engine(
@@ -102,6 +103,7 @@ class InProcess:
         *,
         logprobs: int | None = None,
         arrived: float | None = None,
+        tenant: str = "default",
     ) -> str:
         """Queue one greedy request that ends after `output_tokens`; returns its id."""
         request_id = str(next(self._ids))
@@ -115,6 +117,7 @@ class InProcess:
                 prompt_token_ids=tuple(prompt),
                 sampling=sampling,
                 adapter_digest=digest,
+                tenant=tenant,
             )
         )
         return request_id

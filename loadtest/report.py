@@ -120,6 +120,7 @@ def environment(command: str) -> dict[str, Any]:
         "peft": version("peft"),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "command": f"python -m loadtest {command}",
     }
 

@@ -1,9 +1,7 @@
 """Churn of deltas over little room, with the right answer known for every token.
 
-Each delta signs: whatever the prompt, every token it generates is its own signature token s. A row of the last layers'
-residual stream is pushed so far along row s of the language model head that nothing else can win: by the relu
-bottleneck c * w_s * relu(A x + 10) after a block's output, by a shift of it, or by a low-rank delta with a bias; beside
-that the delta has random LoRAs of its own rank or a random prefix, so that segments, ranks, KV slots and positions are
+Each delta signs: whatever the prompt, every token it generates is its own signature token (see `signed.py`). Beside
+what signs it has random LoRAs of its own rank or a random prefix, so that segments, ranks, KV slots and positions are
 all in play. Bare rows must repeat, token for token, what the same prompt gave alone, for prompts whose top two logits
 are never close.
 
@@ -27,21 +25,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from adapters.normal_form import Affine, Delta, LowRank, Op, Site
 from loadtest.backbones import SIZES, random_backbone
-from loadtest.deltas import RANKS, placed_bytes, random_delta, random_lora
+from loadtest.deltas import placed_bytes
 from loadtest.inprocess import PAUSE_S, InProcess
 from loadtest.report import Record, Spread, make_parser, publish
+from loadtest.signed import head_of, signature_of, signed_delta
 from loadtest.workload import VOCAB_SIZE, random_prompts
-from serving.model.backbone import Backbone
-from serving.model.packed import plain_weight
 
 PREFIX = "signed-"
-STRENGTH = 1e3
-"""Length of the push along the head's row, against a residual stream of length about 1 to 10."""
-
 OUTPUT_TOKENS = 24
 BARE_PROMPTS = 8
 SAFE_GAP = 1e-3
@@ -49,48 +41,6 @@ SAFE_GAP = 1e-3
 
 CANCELLED, UNLOADED, BARE = 0.1, 0.02, 0.15
 """Shares of the requests that are cancelled, that begin with an unload of some delta, that are bare."""
-
-
-def signature_of(index: int) -> int:
-    """The token that delta `index` generates."""
-    return 3 + (7919 * index) % (VOCAB_SIZE - 3)
-
-
-def signed_delta(backbone: Backbone, head: Tensor, index: int) -> Delta:
-    """Delta number `index`: a body of random ops and one that signs, both turning with the index."""
-    spec = backbone.spec
-    rank = RANKS[index % len(RANKS)]
-    if index % 3 == 2:
-        body = random_delta(spec, "PREFIX_TUNING", rank, index + 1)
-    else:
-        body = random_lora(spec, rank, index + 1)
-    row = head[signature_of(index)]
-    push = STRENGTH * row / row.norm()
-    site = Site(("down.out", "o.out")[index % 2], spec.num_layers - 1)
-    draw = torch.Generator().manual_seed(index)
-    low = 0.01 * torch.randn(4, spec.hidden_size, generator=draw)
-    sign: Op
-    match index % 4:
-        case 0:  # relu keeps the sign: A x is small against its bias
-            sign = LowRank(
-                read=site, write=site, A=low, B=push[:, None].repeat(1, 4) / 40, activation="relu",
-                a_bias=torch.full((4,), 10.0),
-            )  # fmt: skip
-        case 1:
-            sign = Affine(site=site, shift=push)
-        case 2:
-            sign = LowRank(read=site, write=site, A=low, B=low.t().contiguous(), b_bias=push)
-        case _:
-            read = Site("ctx" if site.name == "o.out" else "ffn.a", site.layer)
-            width = spec.writer[site][0].shape.d_in
-            far = 0.01 * torch.randn(4, width, generator=draw)
-            sign = LowRank(read=read, write=site, A=far, B=low.t().contiguous(), b_bias=push)
-    return Delta(
-        method=body.method,
-        ops=(*body.ops, sign),
-        position_offset=body.position_offset,
-        backbone_digest=spec.digest,
-    )
 
 
 @dataclass(slots=True)
@@ -234,7 +184,7 @@ def soak(
 ) -> Tally:
     """Run the soak; `problems` of the tally names what was wrong and what leaked."""
     backbone = random_backbone(size, "float32")
-    head = plain_weight(backbone.model.get_submodule("lm_head")).float()
+    head = head_of(backbone)
     largest = max(placed_bytes(signed_delta(backbone, head, i), backbone) for i in range(12))
     with InProcess(
         backbone,

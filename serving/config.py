@@ -57,11 +57,15 @@ class Server(_Group):
     """Port to listen on; 0 takes a free one."""
     insecure: bool = False
     """Listen beyond loopback although there are no keys: whoever reaches the port may do everything."""
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port for `/v1/admin` alone, which `port` then does not have; 0 takes a free one. By default there is none."""
+    admin_host: str = "127.0.0.1"
+    """Address of `admin_port`; as for `host`, only a loopback one without keys."""
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches `host`."""
-        return _is_loopback(self.host)
+        """Whether only this machine reaches the addresses that are listened on."""
+        return _is_loopback(self.host) and (self.admin_port is None or _is_loopback(self.admin_host))
 
 
 class Backbone(_Group):
@@ -94,13 +98,15 @@ class Engine(_Group):
     max_queue: int = Field(default=256, ge=0)
     """Requests that may wait for a place in the batch; one more is answered 429."""
     max_queue_s: float = Field(default=120.0, gt=0)
-    """Longest wait for a place in the batch; a request that waited longer is answered 429."""
+    """Longest wait for a place in the batch; a request that would wait longer, or has, is answered 429."""
     scheduling: Literal["fair", "first_come"] = "fair"
     """Whom to admit next: by service received per tenant, weight and class, or in order of arrival."""
     max_wait_s: float = Field(default=2.0, gt=0)
-    """Wait after which a request goes before all others, whatever its tenant, class or delta."""
+    """Wait after which a tenant of which nothing was admitted has a turn before all others, whatever its class."""
     max_lead_tokens: int = Field(default=1024, ge=0)
     """How far ahead of others, in weighted tokens, a tenant may get because its delta is on the device already."""
+    headroom: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the batch that a tenant with more than its own share leaves free while others are active; 0: none."""
     prefix_cache: Literal["tenant", "shared", "off"] = "tenant"
     """Whose computed prompts a new one may reuse: its tenant's, anybody's (which timing can reveal), or nobody's."""
     memory_bytes: int | None = Field(default=None, ge=1)
@@ -156,12 +162,19 @@ class Limits(_Group):
     """Most choices of one request: its prompts times `n`."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Longest duration of one request, from its first byte to its last."""
-    max_wait_s: float | None = Field(default=None, gt=0)
+    first_token_timeout_s: float | None = Field(default=None, gt=0)
     """Longest wait for a request's first token, in the queue and in prefill; then it is ended and answered 429."""
-    rates_counted_in: Literal["process", "database"] = "process"
-    """Where tenants' rates are counted. `process`: G gateways let up to G times a limit through. `database`: exact."""
+    counted_in: Literal["process", "database"] = "process"
+    """Where limits are counted. `process`: G gateways let up to G times a limit through. `database`: exact."""
     max_heartbeat_age_s: float = Field(default=30.0, gt=0)
     """Age of the engine's last turn beyond which `/health/ready` answers 503."""
+
+
+class Ledger(_Group):
+    """What is kept of requests."""
+
+    keep_days: float = Field(default=400.0, ge=0)
+    """Days for which a request's row is kept, and so how far back usage is known; 0: for ever."""
 
 
 class Settings(_Group):
@@ -181,6 +194,8 @@ class Settings(_Group):
     """How keys are checked."""
     limits: Limits = Limits()
     """Bounds on what one caller can ask for."""
+    ledger: Ledger = Ledger()
+    """What is kept of requests."""
     replicas: int = Field(default=1, ge=1, le=1024)
     """Copies of the backbone, each with its own engine."""
     profile: Literal["laptop", "load"] = "laptop"

@@ -147,7 +147,8 @@ class GenerateCall:
 
     `prompt`: text, token ids, or chat messages. `adapter_digest` is a content digest, resolved by the gateway; it is
     BASE for the bare backbone. `adapter_name` labels metrics and errors only. `tenant` is who asks, `weight` its
-    share against other tenants' (1: an ordinary one), as the gateway's operator set them.
+    share against other tenants' (1: an ordinary one), as the gateway's operator set them. `max_wait_s`: how long it is
+    worth waiting for a place; a call that would wait longer is refused at once.
     """
 
     request_id: str
@@ -159,6 +160,7 @@ class GenerateCall:
     weight: float = 1.0
     service_class: ServiceClass = ServiceClass.STANDARD
     pooling: PoolingParams | None = None
+    max_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +178,7 @@ class Request:
     tenant: str = "default"
     weight: float = 1.0
     service_class: ServiceClass = ServiceClass.STANDARD
+    max_wait_s: float | None = None
     pooling: PoolingParams | None = None
     token_types: tuple[int, ...] = ()
     masks: tuple[int, ...] = ()

@@ -67,7 +67,7 @@ class GatewayMetrics:
         self.uploads_open = Gauge("deltamux_uploads_open", "Delta uploads in progress.", registry=registry)
         self.usage_requests = Counter(
             "deltamux_usage_requests_total",
-            "Requests closed in the ledger, by outcome (completed, cancelled, failed).",
+            "Requests closed in the ledger, by outcome (completed, cancelled, failed; crashed: by a gateway before).",
             ("outcome",),
             registry=registry,
         )

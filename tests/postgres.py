@@ -81,7 +81,7 @@ class PostgresServer:
         """Leave only the rows that migrations put there, and end whoever holds one; the URL of the database."""
         tables = (
             "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
-            " AND tablename NOT IN ('alembic_version', 'tenants', 'audit_head')"
+            " AND tablename NOT IN ('alembic_version', 'tenants')"
         )
         others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> %s"
         with psycopg.connect(self.url(database), autocommit=True) as connection:
@@ -89,7 +89,10 @@ class PostgresServer:
             names = ", ".join(f'"{name}"' for (name,) in connection.execute(tables))
             connection.execute(f"TRUNCATE {names} RESTART IDENTITY")
             connection.execute("DELETE FROM tenants WHERE name <> 'default'")
-            connection.execute("UPDATE audit_head SET seq = 0, hash = repeat('0', 64)")
+            full = "INSERT INTO buckets (tenant, kind, level, at) VALUES ('default', %s, 1e18, 0)"
+            for kind in ("requests", "tokens"):
+                connection.execute(full, [kind])
+            connection.execute("INSERT INTO audit_head (id, seq, hash) VALUES (1, 0, repeat('0', 64))")
         return self.url(database)
 
     def wait(self, process: subprocess.Popen[bytes], log: Path) -> None:

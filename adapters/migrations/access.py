@@ -1,4 +1,4 @@
-"""The tables of access: tenants, their keys, grants between them, and the audit log.
+"""The tables of access: tenants, their keys, limits, usage, grants between them, and the audit log.
 
 They are in the registry's database because a mutation and its line of the audit log are one transaction. Times are
 Unix seconds.
@@ -125,4 +125,14 @@ usage = Table(
         "outcome IN ('open', 'completed', 'cancelled', 'failed', 'crashed')", name="ck_usage_outcome"
     ),
     Index("ix_usage_tenant_hour", "tenant", "hour"),
+    Index("ix_usage_hour", "hour"),
+)
+
+places = Table(
+    "places",
+    metadata,
+    Column("id", String(64), primary_key=True),  # of a request in progress
+    Column("tenant", String(63), ForeignKey("tenants.name"), nullable=False),
+    Column("expires_at", Float, nullable=False),  # put off for as long as its gateway lives
+    Index("ix_places_tenant", "tenant"),
 )

@@ -112,7 +112,10 @@ def _reachable(others: list[str]) -> None:
         ports = table(f"Open ports of {state.url}", "address", "port", "process", "verdict")
         for listener in found:
             ports.add_row(
-                listener.address, str(listener.port), escape(listener.process), verdict(listener, state.url)
+                listener.address,
+                str(listener.port),
+                escape(listener.process),
+                verdict(listener, *filter(None, (state.url, state.admin_url))),
             )
         out.print(ports)
         if any(not listener.is_loopback for listener in found):
@@ -129,9 +132,9 @@ def _health(url: str) -> str:
     return "ready" if answer.is_success else f"not ready ({answer.status_code})"
 
 
-def verdict(listener: Listener, url: str) -> str:
-    """What to think of one open port of the server at `url`."""
-    if listener.port == httpx.URL(url).port:
+def verdict(listener: Listener, *urls: str) -> str:
+    """What to think of one open port of the server that answers at `urls`."""
+    if listener.port in [httpx.URL(url).port for url in urls]:
         if listener.is_loopback:
             return "[green]as meant[/]: HTTP, loopback only"
         return "[yellow]open[/]: HTTP; callers need a key, unless --insecure is all that allows it"

@@ -79,6 +79,10 @@ def run(flags: Mapping[str, Any], config: Path | None) -> None:
         )
         model = f"model [bold]{escape(settings.backbone.served_name)}[/]"
         out.print(f"{model}, metrics at {server.url}/metrics, logs in {server.logs}")
+        if server.admin_url is not None:
+            out.print(
+                f"administration at {server.admin_url}, and only there: deltamux keys, tenants --server ..."
+            )
         if server.has_keys:
             out.print("callers need a key: see `deltamux keys`")
         elif settings.server.is_loopback:

@@ -16,7 +16,7 @@ from types import FrameType
 from adapters.errors import BackboneRefused, InvalidRequest, Unavailable
 from serving.config import Settings
 from serving.deployments.environment import ray_environment
-from serving.deployments.ports import reserved_port
+from serving.deployments.ports import bound_socket, reserved_port
 from serving.deployments.session import ServerState, Session
 
 SAME_SIGNAL_S = 1.0
@@ -28,10 +28,12 @@ MAX_OPEN_FILES = 65536
 class RunningServer:
     """A server that answers. `start_s`: seconds from the first call to ready. `logs`: where Ray and Serve write.
 
-    `has_keys`: callers need one; else the server is single-tenant and open to whoever reaches it.
+    `has_keys`: callers need one; else the server is single-tenant and open to whoever reaches it. `admin_url`: where
+    administrators' routes are, None where they are among the others.
     """
 
     url: str
+    admin_url: str | None
     start_s: float
     logs: Path
     has_keys: bool
@@ -54,8 +56,13 @@ def running(settings: Settings, report: Callable[[str], None]) -> Iterator[Runni
             stack.callback(signal.signal, number, signal.getsignal(number))
         _end_on_signals()
         port = stack.enter_context(reserved_port(host, settings.server.port))
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        session = stack.enter_context(Session(ServerState(os.getpid(), url, settings.backbone.served_name)))
+        url = _url(host, port)
+        admin_url = None
+        if settings.server.admin_port is not None:
+            admin = stack.enter_context(bound_socket(settings.server.admin_host, settings.server.admin_port))
+            admin_url = _url(settings.server.admin_host, admin.getsockname()[1])
+        state = ServerState(os.getpid(), url, settings.backbone.served_name, admin_url)
+        session = stack.enter_context(Session(state))
         os.environ.update(ray_environment(settings, session.path))
         report("starting Ray")
         # now that the environment is set
@@ -73,7 +80,16 @@ def running(settings: Settings, report: Callable[[str], None]) -> Iterator[Runni
                 f"The server failed to start: {error}", remedy=f"The logs are in {session.path}."
             ) from None
         stack.callback(cluster.stop)
-        yield RunningServer(url, time.monotonic() - began, session.path / "session_latest" / "logs", has_keys)
+        if admin_url is not None:
+            from serving.deployments import administration  # noqa: PLC0415  (heavy)
+
+            stack.enter_context(administration.answering(settings, admin))
+        logs = session.path / "session_latest" / "logs"
+        yield RunningServer(url, admin_url, time.monotonic() - began, logs, has_keys)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def wait() -> None:
@@ -94,8 +110,9 @@ def check_exposure(settings: Settings) -> bool:
     with Tenancy(settings) as tenancy:
         has_keys = tenancy.keys.any()
     if not (has_keys or settings.server.is_loopback or settings.server.insecure):
+        hosts = f"{settings.server.host!r} and, for administrators, {settings.server.admin_host!r}"
         raise InvalidRequest(
-            f"host: got {settings.server.host!r}, expected a loopback address, since there are no keys.",
+            f"host: got {hosts}, expected loopback addresses, since there are no keys.",
             param="server.host",
             remedy="Make one with `deltamux keys bootstrap`, listen on 127.0.0.1, or set insecure (--insecure) if "
             "all who reach the port may do everything.",

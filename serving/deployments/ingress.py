@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
 from serving.config import Settings
+from serving.deployments.heap import settle
 from serving.deployments.logs import write_to_serves_file
 
 _LOCK = "gateway.lock"
@@ -35,11 +36,13 @@ class Gateway:
         from adapters.store import LocalBlobStore, open_store  # noqa: PLC0415
         from serving.deployments.collection import start_collecting  # noqa: PLC0415
         from serving.deployments.handle import RayBackend  # noqa: PLC0415
+        from serving.deployments.housekeeping import start_keeping  # noqa: PLC0415
         from serving.http.app import create_app  # noqa: PLC0415
         from serving.metrics import GatewayMetrics  # noqa: PLC0415
         from serving.tenancy.tenancy import Tenancy  # noqa: PLC0415
 
         store = open_store(self._settings.store.path)
+        alone = False  # whether no other gateway runs: known of a directory, which is one machine's
         if isinstance(store, LocalBlobStore):
             self._lock, alone = _share_store(Path(self._settings.store.path))
             # what a killed server left; with other gateways on the store, only what is old
@@ -49,13 +52,17 @@ class Gateway:
         collector = Collector(registry, store, grace_s=self._settings.store.grace_s)
         start_collecting(collector, metrics, self._settings.store.collect_every_s)
         timeout_s = self._settings.limits.request_timeout_s
-        metrics = GatewayMetrics(CollectorRegistry())
         tenancy = Tenancy(
             self._settings, on_closed=lambda outcome, tokens: metrics.count_usage(outcome, asdict(tokens))
         )
-        # requests that a killed gateway left open; while others run, only those that can't be theirs any more
-        tenancy.ledger.recover(older_than_s=0.0 if alone else timeout_s + ABANDONED_AFTER_S)
-        return create_app(
+        if alone:  # requests that a killed gateway left open
+            tenancy.ledger.recover(older_than_s=0.0)
+        start_keeping(
+            tenancy.ledger,
+            keep_days=self._settings.ledger.keep_days,
+            abandoned_after_s=timeout_s + ABANDONED_AFTER_S,  # they can't be a living gateway's any more
+        )
+        app = create_app(
             backend=RayBackend(self._backbone, timeout_s=timeout_s),
             registry=registry,
             store=store,
@@ -63,6 +70,8 @@ class Gateway:
             settings=self._settings,
             metrics=metrics,
         )
+        settle()
+        return app
 
 
 def _share_store(root: Path) -> tuple[int, bool]:

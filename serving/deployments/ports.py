@@ -1,4 +1,4 @@
-"""The HTTP port, checked and kept before the minute-long start rather than found taken at its end."""
+"""The HTTP ports, checked and kept before the minute-long start rather than found taken at its end."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ def reserved_port(host: str, port: int) -> Iterator[int]:
             keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             keeper.bind((host, chosen))
         yield chosen
+
+
+@contextmanager
+def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket of this process on `port`, or a free one for 0, that does not listen yet; closed with the body.
+
+    Raises InvalidRequest where the port can't be had.
+    """
+    with _explained(host, port):
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        made = socket.socket(family, socket.SOCK_STREAM)
+    with closing(made):
+        with _explained(host, port):
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind((host, port))
+        yield made
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from ray import serve
 from adapters.errors import ErrorInfo, Unavailable
 from serving.config import Settings
 from serving.core import AdmissionProof, BackboneInfo, Event, GenerateCall, MetricFamily
+from serving.deployments.heap import settle
 from serving.deployments.logs import write_to_serves_file
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class BackboneReplica:
         self._max_heartbeat_age_s = settings.limits.max_heartbeat_age_s
         self._labels = {"replica": str(serve.get_replica_context().rank.rank)}
         self._backend = await asyncio.to_thread(_build, settings)
+        settle()
         self._backend.start()
 
     async def check_health(self) -> None:

@@ -24,6 +24,7 @@ class ServerState:
     pid: int
     url: str
     backbone: str
+    admin_url: str | None = None
 
 
 class Session:

@@ -1,7 +1,8 @@
 """Deltas as the engine sees them: host cache, placement and leases in one place.
 
 A lease is granted from device memory. A digest that is not there is loaded by the host cache's threads; when it has
-arrived and there is room, another thread places it, and the engine thread only takes it over between two steps.
+arrived and there is room, another thread places it, and the engine thread only takes it over between two steps. A delta
+that is small beside the backbone is placed between two steps: waiting for a thread would cost it a whole step.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from adapters.errors import DeltamuxError, Overloaded, StoreError
-from adapters.normal_form import AttnPrefix, Delta, LinearMap, Op, VirtualTokens, WeightDelta
+from adapters.normal_form import Affine, AttnPrefix, Delta, LinearMap, LowRank, Op, VirtualTokens
 from serving.core import AdmissionProof
-from serving.engine.effect import activations, measure_effect
+from serving.engine.effect import Prober
 from serving.engine.runner import Runner
 from serving.engine.scheduler import NotYet
 from serving.memory.budget import MemoryBudget
 from serving.memory.host_cache import HostCache
 from serving.memory.residency import Residency
 from serving.metrics import EngineMetrics
+from serving.model.placed_size import max_device_bytes
 from serving.model.placement import place
 from serving.model.programs import PlacedDelta
 
@@ -33,6 +35,11 @@ class _Probe(NamedTuple):
 
     measure: Callable[[PlacedDelta, float], Any]
     answer: Future[Any]
+
+
+AT_ONCE_SHARE = 1 / 64
+"""Bytes of deltas that are placed between two steps, as a share of the backbone's, all of which a step reads: a few
+percent of a step's time. On CPU the other rows lose no less to a thread that places them beside the step."""
 
 
 class _Placing(NamedTuple):
@@ -67,6 +74,14 @@ class DeltaManager:
         self._placing: dict[str, _Placing] = {}
         self._failed: dict[str, DeltamuxError] = {}
         self._releasing: set[str] = set()
+        self._prober = Prober(runner.backbone)
+        self._at_once_bytes = 0
+
+    def start_step(self) -> None:
+        """A step begins: some deltas may be placed at once again."""
+        shapes = (module.shape for module in self.runner.backbone.spec.modules)
+        weights = sum(shape.d_in * shape.d_out for shape in shapes) * self.runner.backbone.dtype.itemsize
+        self._at_once_bytes = int(weights * AT_ONCE_SHARE)
 
     def try_lease(self, digest: str) -> PlacedDelta | NotYet:
         """See `DeltaLeases`. Raises the load's own error, or Overloaded for a delta larger than the whole budget."""
@@ -116,11 +131,11 @@ class DeltaManager:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _start_placing(self, delta: Delta, digest: str) -> bool:
-        """Reserve room and place `delta` on a thread of its own; False while what is in use leaves no room.
+        """Reserve room and place `delta`, on a thread of its own or at once; False while what is in use leaves no room.
 
         Virtual tokens need a forward pass, which the engine thread alone may run: such a delta is there at once.
         """
-        needed, capacity = self._device_bytes(delta), self.residency.budget.capacity_bytes
+        needed, capacity = max_device_bytes(delta, self.runner.backbone), self.residency.budget.capacity_bytes
         if needed > capacity:
             raise Overloaded(
                 f"The delta needs {needed} bytes of device memory, the budget is {capacity}.",
@@ -136,7 +151,9 @@ class DeltaManager:
             placed = place(delta, digest, self.runner.backbone)
             return placed, time.perf_counter() - started
 
-        if any(isinstance(op, VirtualTokens) for op in delta.ops):
+        copied = needed <= self._at_once_bytes and all(_is_copied(op) for op in delta.ops)
+        if copied or any(isinstance(op, VirtualTokens) for op in delta.ops):
+            self._at_once_bytes -= needed
             done: Future[tuple[PlacedDelta, float]] = Future()
             try:
                 done.set_result(work())
@@ -177,20 +194,6 @@ class DeltaManager:
         self._metrics.adapter_evictions.inc()
         self._report()
 
-    def _device_bytes(self, delta: Delta) -> int:
-        """What `place` will take: fp32 weights, and keys and values in the backbone's dtype."""
-        spec, width = self.runner.backbone.spec, self.runner.backbone.dtype.itemsize
-        prefixes = [op for op in delta.ops if isinstance(op, VirtualTokens) or _is_joint(op)]
-        entries = delta.num_virtual_tokens * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
-        in_prefixes = sum(t.numel() for i, _, t in delta.tensors() if delta.ops[i] in prefixes)
-        # places become int64, kernels spectra, reflections a pair of factors: at most twice their size
-        doubled = sum(
-            t.numel()
-            for i, name, t in delta.tensors()
-            if name == "ids" or isinstance(delta.ops[i], LinearMap | WeightDelta | AttnPrefix)
-        )
-        return 4 * (delta.num_parameters - in_prefixes + doubled) + (entries * width if prefixes else 0)
-
     def admit(self, delta: Delta, digest: str, proof: Future[AdmissionProof]) -> None:
         """Place `delta`, measure what it does, and tell `proof`.
 
@@ -198,7 +201,7 @@ class DeltaManager:
         """
 
         def prove(placed: PlacedDelta, load_s: float) -> AdmissionProof:
-            effect, scale = measure_effect(placed, self.runner.backbone)
+            effect, scale = self._prober.effect(placed)
             return AdmissionProof(
                 effect=effect,
                 reference_scale=scale,
@@ -211,7 +214,7 @@ class DeltaManager:
 
     def find_activations(self, delta: Delta, digest: str, found: Future[bytes]) -> None:
         """Place `delta` if need be, and tell `found` which neurons it activates; see `activations`."""
-        self._probe(delta, digest, _Probe(lambda placed, _: activations(self.runner.backbone, placed), found))
+        self._probe(delta, digest, _Probe(lambda placed, _: self._prober.activations(placed), found))
 
     def _probe(self, delta: Delta, digest: str, probe: _Probe) -> None:
         try:
@@ -292,5 +295,16 @@ def _load_error(error: BaseException, digest: str) -> DeltamuxError:
     return StoreError("The delta can't be loaded.", param="model", remedy="Upload it again.")
 
 
-def _is_joint(op: Op) -> bool:
-    return isinstance(op, AttnPrefix) and op.merge == "joint"
+def _is_copied(op: Op) -> bool:
+    """True where placing is no more than a copy: nothing is computed from the base weights, or from its own."""
+    match op:
+        case LowRank() | VirtualTokens():
+            return True
+        case Affine():
+            return not op.weight_normalized
+        case AttnPrefix():
+            return op.merge == "joint"
+        case LinearMap():
+            return op.reflections is None
+        case _:
+            return False

@@ -114,6 +114,7 @@ class Engine:
             policy = FairQueue(
                 max_wait_s=settings.max_wait_s,
                 max_lead=settings.max_lead_tokens,
+                num_kept=int(settings.headroom * settings.max_num_seqs),
                 is_resident=lambda seq: (
                     seq.request.adapter_digest is None or self.deltas.is_resident(seq.request.adapter_digest)
                 ),
@@ -133,6 +134,7 @@ class Engine:
 
     def step(self) -> bool:
         """Run one batch. False when there was nothing to run."""
+        self.deltas.start_step()
         self._serve_inbox()
         rows, failed = self.scheduler.schedule()
         for seq, error in failed:

@@ -6,7 +6,11 @@ more than a bound that does not grow with time. Who comes back after a pause is 
 queue: idleness earns no credit. Counters belong to tenants, never to deltas: a hundred deltas are one share.
 
 - Service classes have counters of the same kind with fixed weights, so that `batch` is slow but never starves.
-- Whoever waited longer than the age cap goes before everything else, oldest first.
+- A tenant whose requests of a class wait, and of which none was admitted for longer than the age cap, goes before
+  everything else, once: then its next turn counts. So nobody starves, and a queue of old requests is no claim: a
+  tenant that asks for more than its share has nothing else. Within a tenant an old request goes before resident ones.
+- A tenant that has its share of the batch, and asks for much more than the others, leaves the last places to them: who
+  asks for little finds a place at once instead of waiting for somebody's end.
 - Among tenants whose counters differ by less than `max_lead`, a request whose delta is resident goes first (the
   deficit of DLPM, arXiv 2501.14312, with residency in place of the longest prefix).
 """
@@ -14,13 +18,13 @@ queue: idleness earns no credit. Counters belong to tenants, never to deltas: a 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 
 from serving.core import ServiceClass
 from serving.engine.sequence import Sequence
-from serving.engine.waiting import LOOK_AHEAD, FirstComeQueue
+from serving.engine.waiting import LOOK_AHEAD, Batch, FirstComeQueue
 
 CLASS_WEIGHTS: Mapping[ServiceClass, float] = {
     ServiceClass.REALTIME: 16.0,
@@ -29,15 +33,22 @@ CLASS_WEIGHTS: Mapping[ServiceClass, float] = {
 }
 """Shares of a full engine, highest class first."""
 
+ACTIVE_S = 30.0
+"""For so long after its last token a tenant counts when the batch is divided into shares."""
+
 CLASS_RANK: Mapping[ServiceClass, int] = {name: rank for rank, name in enumerate(CLASS_WEIGHTS)}
 """0 is the highest class."""
 
 
 class _Line:
-    """The waiting requests of one class, by tenant. `order` has (counter, tenant), lowest first."""
+    """The waiting requests of one class, by tenant. `order` has (counter, tenant), lowest first.
+
+    `turns`: since when each of these tenants waits for its turn, longest first.
+    """
 
     def __init__(self) -> None:
         self.served = 0.0
+        self.turns: OrderedDict[str, float] = OrderedDict()
         self.queues: dict[str, OrderedDict[Sequence, None]] = {}
         self.order: list[tuple[float, str]] = []
 
@@ -49,17 +60,29 @@ class _Line:
 
 
 class FairQueue:
-    """`WaitingQueue` by virtual token counters. `is_resident` tells whether a request's delta is on the device."""
+    """`WaitingQueue` by virtual token counters.
+
+    `num_kept`: places that `_held_back` is about; `is_resident`: whether a request's delta is on the device.
+    """
 
     def __init__(
-        self, *, max_wait_s: float, max_lead: float, is_resident: Callable[[Sequence], bool]
+        self,
+        *,
+        max_wait_s: float,
+        max_lead: float,
+        num_kept: int,
+        is_resident: Callable[[Sequence], bool],
     ) -> None:
         self._max_wait_s = max_wait_s
         self._max_lead = max_lead
+        self._num_kept = num_kept
         self._is_resident = is_resident
         self._by_age = FirstComeQueue()
         self._lines: dict[ServiceClass, _Line] = {name: _Line() for name in CLASS_WEIGHTS}
         self._served: defaultdict[str, float] = defaultdict(float)
+        self._active: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tenant -> (last served, weight)
+        self._active_weight = 0.0
+        self._now_s = 0.0
         self._last_tenant: str | None = None
         self._last_class: ServiceClass | None = None
 
@@ -77,12 +100,26 @@ class FairQueue:
         """See `WaitingQueue`."""
         self._lift(seq)
         self._by_age.add(seq)
-        self._enter(seq)[seq] = None
+        self._enter(seq, seq.arrival_s)[seq] = None
+
+    def num_ahead(self, seq: Sequence) -> float:
+        """See `WaitingQueue`. Those of its tenant and class, and what the others get meanwhile by their weights."""
+        request = seq.request
+        lines = {name: line for name, line in self._lines.items() if line.queues}
+        waiting = lines.get(request.service_class, _Line()).queues
+        own = len(waiting.get(request.tenant, ()))
+        weights = sum(
+            next(iter(q)).request.weight for tenant, q in waiting.items() if tenant != request.tenant
+        )
+        classes = sum(CLASS_WEIGHTS[name] for name in lines if name is not request.service_class)
+        own_class = CLASS_WEIGHTS[request.service_class]
+        ahead = own * (weights + request.weight) / request.weight * (classes + own_class) / own_class
+        return min(ahead, float(len(self)))
 
     def put_back(self, seq: Sequence) -> None:
         """See `WaitingQueue`. It comes back with the counter it has: being preempted is no pause."""
         self._by_age.put_back(seq)
-        queue = self._enter(seq)
+        queue = self._enter(seq, self._now_s)
         queue[seq] = None
         queue.move_to_end(seq, last=False)
 
@@ -91,8 +128,10 @@ class FairQueue:
         self._by_age.remove(seq)
         tenant, line = seq.request.tenant, self._lines[seq.request.service_class]
         del line.queues[tenant][seq]
+        line.turns[tenant] = self._now_s
+        line.turns.move_to_end(tenant)
         if not line.queues[tenant]:
-            del line.queues[tenant]
+            del line.queues[tenant], line.turns[tenant]
             del line.order[bisect_left(line.order, (self._served[tenant], tenant))]
             self._last_tenant, self._last_class = tenant, seq.request.service_class
 
@@ -101,6 +140,9 @@ class FairQueue:
         request = seq.request
         before = self._served[request.tenant]
         self._set(request.tenant, before + cost / request.weight)
+        _, known = self._active.pop(request.tenant, (0.0, 0.0))
+        self._active[request.tenant] = (self._now_s, request.weight)
+        self._active_weight += request.weight - known
         self._lines[request.service_class].served += cost / CLASS_WEIGHTS[request.service_class]
 
     def should_yield(self, running: Sequence, to: Sequence) -> bool:
@@ -116,42 +158,90 @@ class FairQueue:
         """See `WaitingQueue`."""
         return self._by_age.expired(arrived_before_s)
 
-    def candidates(self, now_s: float) -> Iterator[Sequence]:
+    def candidates(self, now_s: float, batch: Batch | None = None) -> Iterator[Sequence]:
         """See `WaitingQueue`."""
+        self._now_s = now_s
         seen = set()
-        for seq in self._by_age.overdue(now_s - self._max_wait_s):
-            seen.add(seq)
-            yield seq
+        for seq in self._overdue():
+            if seq.request.tenant not in self._held_back(batch):
+                seen.add(seq)
+                yield seq
         passed = 0
-        while passed < LOOK_AHEAD and (candidate := self._next(seen)) is not None:
+        while passed < LOOK_AHEAD and (candidate := self._next(seen, self._held_back(batch))) is not None:
             seen.add(candidate)
             yield candidate
             passed += candidate in self._by_age
 
-    def _next(self, seen: set[Sequence]) -> Sequence | None:
+    def _overdue(self) -> list[Sequence]:
+        """The oldest request of each tenant whose turn is overdue, oldest first."""
+        since_s = self._now_s - self._max_wait_s
+        heads = []
+        for line in self._lines.values():
+            for tenant, waits_since_s in islice(line.turns.items(), LOOK_AHEAD):
+                if waits_since_s >= since_s:
+                    break
+                heads.append(next(iter(line.queues[tenant])))
+        return sorted(heads, key=lambda seq: seq.order)
+
+    def _held_back(self, batch: Batch | None) -> Collection[str]:
+        """The tenants that the last places are not for: they have their share, and ask for much more than the others.
+
+        That is half of what the one asks for that asks for most, running and waiting. A share is by weight, of all
+        places, among the tenants that were served lately; who has nothing running is never held back.
+        """
+        if batch is None or not 0 < batch.num_free <= self._num_kept:
+            return ()
+        self._forget_inactive()
+        if len(self._active) < 2:  # nobody else to keep a place for
+            return ()
+        share = (len(batch.running) + batch.num_free) / self._active_weight
+        weights = {seq.request.tenant: seq.request.weight for seq in batch.running}
+        rows = Counter(seq.request.tenant for seq in batch.running)
+        asks = {
+            tenant: (count + self._num_waiting(tenant)) / weights[tenant]
+            for tenant, count in rows.items()
+            if count >= share * weights[tenant]
+        }
+        return [tenant for tenant, asked in asks.items() if 2 * asked >= max(asks.values())]
+
+    def _num_waiting(self, tenant: str) -> int:
+        return sum(len(line.queues.get(tenant, ())) for line in self._lines.values())
+
+    def _forget_inactive(self) -> None:
+        while self._active and next(iter(self._active.values()))[0] < self._now_s - ACTIVE_S:
+            _, (_, weight) = self._active.popitem(last=False)
+            self._active_weight -= weight
+
+    def _next(self, seen: set[Sequence], held_back: Collection[str]) -> Sequence | None:
         lines = sorted(
             self._lines.values(), key=lambda line: line.served
         )  # stable: ties go to the higher class
-        return next((seq for line in lines if (seq := self._next_in(line, seen)) is not None), None)
+        found = (self._next_in(line, seen, held_back) for line in lines)
+        return next((seq for seq in found if seq is not None), None)
 
-    def _next_in(self, line: _Line, seen: set[Sequence]) -> Sequence | None:
+    def _next_in(self, line: _Line, seen: set[Sequence], held_back: Collection[str]) -> Sequence | None:
         """The first resident request among tenants close to the lowest counter, else the first of the lowest."""
         choice: Sequence | None = None
         for counter, tenant in islice(line.order, LOOK_AHEAD):
             if choice is not None and counter > line.order[0][0] + self._max_lead:
                 break
+            if tenant in held_back:
+                continue
             for seq in islice(line.queues[tenant], LOOK_AHEAD):
                 if seq in seen:
                     continue
+                if choice is None and seq.arrival_s < self._now_s - self._max_wait_s:
+                    return seq
                 if self._is_resident(seq):
                     return seq
                 choice = choice or seq
         return choice
 
-    def _enter(self, seq: Sequence) -> OrderedDict[Sequence, None]:
+    def _enter(self, seq: Sequence, since_s: float) -> OrderedDict[Sequence, None]:
         tenant, line = seq.request.tenant, self._lines[seq.request.service_class]
         if tenant not in line.queues:
             line.queues[tenant] = OrderedDict()
+            line.turns[tenant] = since_s
             insort(line.order, (self._served[tenant], tenant))
         return line.queues[tenant]
 

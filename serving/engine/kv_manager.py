@@ -52,8 +52,8 @@ class KVManager(Protocol):
         ...
 
     @property
-    def has_free_slot(self) -> bool:
-        """Whether one more request could run, memory aside."""
+    def num_free_slots(self) -> int:
+        """How many more requests could run, memory aside."""
         ...
 
     def open(
@@ -123,9 +123,9 @@ class SlotKVManager:
         return min(self.max_len, room // self.block_bytes * BLOCK_TOKENS)
 
     @property
-    def has_free_slot(self) -> bool:
+    def num_free_slots(self) -> int:
         """See `KVManager`."""
-        return len(self._live) < self.num_slots
+        return self.num_slots - len(self._live)
 
     @property
     def usage(self) -> float:
@@ -139,7 +139,7 @@ class SlotKVManager:
         self, chain: HashChain | None, tokens: list[int], prefix_len: int, *, headroom: int
     ) -> Opened | None:
         """See `KVManager`."""
-        if not self.has_free_slot:
+        if not self.num_free_slots:
             return None
         blocks: int = 0
         holders: list[int] = []

@@ -23,7 +23,7 @@ from serving.engine.fair_queue import CLASS_RANK
 from serving.engine.kv_manager import KVManager
 from serving.engine.prefix_cache import HashChain, PrefixKeys
 from serving.engine.sequence import LeasedDelta, ScheduledRow, Sequence, max_total_len
-from serving.engine.waiting import WaitingQueue
+from serving.engine.waiting import AdmissionRate, WaitingQueue
 
 OUTPUT_COST = 2.0
 """What a generated token is charged, in computed prompt tokens (S-LoRA's weights for the VTC)."""
@@ -131,7 +131,14 @@ class Scheduler:
         self._clock = clock
         self._pad_token_id = pad_token_id
         self._arrivals = count()
+        self._rate = AdmissionRate()
+        self._num_admitted = 0
         self._awaited: Counter[str | None] = Counter()
+
+    @property
+    def num_free(self) -> int:
+        """See `waiting.Batch`."""
+        return self.kv.num_free_slots
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -144,7 +151,9 @@ class Scheduler:
         step = _Step(self.limits.max_num_batched_tokens, self.limits.whole_rows)
         self._continue_running(step)
         carried = list(step.rows)
+        self._num_admitted = 0
         self._admit_waiting(step, failed, now_s)
+        self._rate.note(now_s, self._num_admitted, len(self.queue))
         for seq in carried:
             self._charge(seq, step.rows.get(seq, 0))
         return [ScheduledRow(seq, num_tokens) for seq, num_tokens in step.rows.items()], failed
@@ -165,7 +174,7 @@ class Scheduler:
         comes in, and the delta with the fewest requests takes no more of them, so that it drains.
         """
         crowded, closed = False, None
-        for seq in self.queue.candidates(now_s):
+        for seq in self.queue.candidates(now_s, self):
             if step.budget <= 0:
                 return
             digest = seq.request.adapter_digest
@@ -190,7 +199,7 @@ class Scheduler:
     def _admit(self, seq: Sequence, step: _Step, now_s: float) -> _Outcome:
         """Try to admit `seq`, in the place of running requests that should yield to it if need be."""
         while True:
-            outcome = self._try_admit(seq, now_s) if self.kv.has_free_slot else _Outcome.FULL
+            outcome = self._try_admit(seq, now_s) if self.kv.num_free_slots else _Outcome.FULL
             if outcome is not _Outcome.FULL:
                 return outcome
             yielding = [
@@ -244,16 +253,18 @@ class Scheduler:
             seq.num_cached = opened.num_cached
         self._leave_queue(seq)
         self.running.append(seq)
+        self._num_admitted += 1
         return _Outcome.ADMITTED
 
     # -- requests come and go -----------------------------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """Queue `seq`. Raises Overloaded when the queue is full."""
+        """Queue `seq`. Raises Overloaded when the queue is full, or when it would wait longer than it may."""
         if len(self.queue) >= self.limits.max_queue:
             raise Overloaded(
                 f"{len(self.queue)} requests are waiting, which is the limit.", remedy="Try again later."
             )
+        self._refuse_in_vain(seq)
         seq.arrival_s, seq.order = self._clock(), next(self._arrivals)
         self.queue.add(seq)
         digest = seq.request.adapter_digest
@@ -302,6 +313,17 @@ class Scheduler:
         self._awaited[digest] -= 1
         if not self._awaited[digest]:
             del self._awaited[digest]
+
+    def _refuse_in_vain(self, seq: Sequence) -> None:
+        """Raise Overloaded where `seq` would be refused later anyhow: its caller learns it now, and when to return."""
+        may_wait_s = min(self.limits.max_queue_s, seq.request.max_wait_s or math.inf)
+        will_wait_s = self._rate.wait_s(self.queue.num_ahead(seq))
+        if will_wait_s > may_wait_s:
+            raise Overloaded(
+                f"The request would wait {will_wait_s:.0f} s for a place; the limit is {may_wait_s:g} s.",
+                retry_after_s=will_wait_s - may_wait_s,
+                remedy="Try again later.",
+            )
 
     def _refuse_expired(self, now_s: float) -> list[Failed]:
         failed = []

@@ -7,17 +7,18 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import Field
 
 from serving.core import ServiceClass
 from serving.http.access import Admin
 from serving.http.errors import JsonObject
 from serving.http.schemas import RequestBody
-from serving.http.services import Services
 from serving.http.threads import in_thread
 from serving.tenancy.keyring import KeyRecord
 from serving.tenancy.keys import NewKey
 from serving.tenancy.principal import Limits, Scope
+from serving.tenancy.tenancy import Tenancy
 from serving.tenancy.tenants import Tenant
 
 DAY_S = 86400.0
@@ -73,10 +74,10 @@ class RotateBody(RequestBody):
     overlap_s: Annotated[float, Field(ge=0, le=90 * DAY_S)] = DAY_S
 
 
-def admin_router(services: Services) -> APIRouter:
-    """`/v1/admin` and below."""
-    tenants, keys = services.tenancy.tenants, services.tenancy.keys
-    router = APIRouter(route_class=services.route_class, prefix="/v1/admin", tags=["administration"])
+def admin_router(tenancy: Tenancy, route_class: type[APIRoute]) -> APIRouter:
+    """`/v1/admin` and below. `route_class`: one that guards its routes."""
+    tenants, keys = tenancy.tenants, tenancy.keys
+    router = APIRouter(route_class=route_class, prefix="/v1/admin", tags=["administration"])
 
     @router.get("/tenants")
     async def list_tenants(caller: Admin) -> JsonObject:  # noqa: ARG001

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -16,27 +15,23 @@ from contextlib import asynccontextmanager
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from adapters.errors import DeltamuxError, RateLimited
+from adapters.errors import DeltamuxError
 from serving.http.counting import Usage
 from serving.http.edge import set_answer_headers
 from serving.http.errors import log_unhandled
 from serving.tenancy.buckets import Buckets, Kind, Share, Standings
 from serving.tenancy.ledger import Ledger, Outcome
+from serving.tenancy.places import Places
 from serving.tenancy.principal import Limits, Principal
-
-CONCURRENCY_RETRY_S = 1.0
 
 
 class Admission:
-    """Admits requests of all tenants. Use from one event loop.
+    """Admits requests of all tenants. Use from one event loop."""
 
-    Concurrency is counted here, per gateway: a count that several processes share would have to survive their deaths.
-    """
-
-    def __init__(self, buckets: Buckets, ledger: Ledger) -> None:
+    def __init__(self, buckets: Buckets, places: Places, ledger: Ledger) -> None:
         self._buckets = buckets
+        self._places = places
         self._ledger = ledger
-        self._running: Counter[str] = Counter()
         self._giving: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -49,8 +44,7 @@ class Admission:
         await before its first output: then the request is in the ledger. Raises RateLimited, QuotaExceeded, after
         which the request has cost nothing.
         """
-        await self._take(request, caller, usage)
-        self._running[caller.tenant] += 1
+        await self._take(request, caller, job_id, usage.reserved_tokens)
         written = self._ledger.open(
             job_id,
             caller.tenant,
@@ -67,44 +61,39 @@ class Admission:
             outcome = Outcome.CANCELLED
             raise
         finally:
-            self._running[caller.tenant] -= 1
-            if not self._running[caller.tenant]:
-                del self._running[caller.tenant]
+            self._places.free(caller.tenant, job_id)
             used = usage.spent(unknown_prompts=outcome is Outcome.CANCELLED)
             self._give_back(caller, tokens=usage.reserved_tokens - used, requests=0)
             self._ledger.close(job_id, outcome, usage.tokens())
 
-    async def _take(self, request: Request, caller: Principal, usage: Usage) -> None:
-        shares = _shares(caller.limits, requests=1, tokens=usage.reserved_tokens)
+    async def _take(self, request: Request, caller: Principal, job_id: str, tokens: int) -> None:
+        """Take rates and a place. It goes on where its caller does not: what it took then comes back."""
+
+        def undo(taking: asyncio.Future[None]) -> None:
+            if not taking.cancelled() and taking.exception() is None:
+                self._places.free(caller.tenant, job_id)
+                self._give_back(caller, tokens=tokens, requests=1)
+
+        taking = asyncio.ensure_future(self._take_all(request, caller, job_id, tokens))
+        try:
+            await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(undo)
+            raise
+
+    async def _take_all(self, request: Request, caller: Principal, job_id: str, tokens: int) -> None:
+        shares = _shares(caller.limits, requests=1, tokens=tokens)
         if shares:
             try:
-                standings = await self._taken(caller, usage, shares)
+                standings = await self._buckets.take(caller.tenant, shares)
             except DeltamuxError:
                 set_answer_headers(request, _headers(await self._buckets.standings(caller.tenant, shares)))
                 raise
             set_answer_headers(request, _headers(standings))
-        most = caller.limits.max_concurrency
-        if most is not None and self._running[caller.tenant] >= most:
-            self._give_back(caller, tokens=usage.reserved_tokens, requests=1)
-            raise RateLimited(
-                f"{most} requests of this tenant are in progress, which is its limit.",
-                retry_after_s=CONCURRENCY_RETRY_S,
-                remedy="Wait for one of them to end.",
-            )
-
-    async def _taken(self, caller: Principal, usage: Usage, shares: Sequence[Share]) -> Standings:
-        """`Buckets.take`, which goes on where its caller does not: what it took then comes back."""
-        tokens = usage.reserved_tokens
-
-        def undo(taking: asyncio.Future[Standings]) -> None:
-            if not taking.cancelled() and taking.exception() is None:
-                self._give_back(caller, tokens=tokens, requests=1)
-
-        taking = asyncio.ensure_future(self._buckets.take(caller.tenant, shares))
         try:
-            return await asyncio.shield(taking)
-        except asyncio.CancelledError:
-            taking.add_done_callback(undo)
+            await self._places.take(caller.tenant, job_id, caller.limits.max_concurrency)
+        except BaseException:
+            self._give_back(caller, tokens=tokens, requests=1)
             raise
 
     def _give_back(self, caller: Principal, *, tokens: int, requests: int) -> None:

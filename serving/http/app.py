@@ -8,16 +8,18 @@ from adapters.registry import Registry
 from adapters.store import BlobStore
 from serving.config import Settings
 from serving.core import Backend
-from serving.http.access import require_declared
+from serving.http.access import Access, require_declared
 from serving.http.adapters import adapters_router
 from serving.http.admin import admin_router
 from serving.http.aliases import aliases_router
+from serving.http.bodies import json_route
 from serving.http.contents import contents_router
 from serving.http.edge import Edge
 from serving.http.errors import install_handlers
 from serving.http.generation import generation_router
 from serving.http.grants import grants_router
 from serving.http.models import models_router
+from serving.http.openapi import DescribedApp
 from serving.http.operations import operations_router
 from serving.http.pooling import pooling_router
 from serving.http.services import Services
@@ -37,16 +39,14 @@ def create_app(
     settings: Settings,
     metrics: GatewayMetrics,
 ) -> FastAPI:
-    """The application over these parts, which the caller opens and closes. It runs on one event loop."""
+    """The application over these parts, which the caller opens and closes. It runs on one event loop.
+
+    Administrators' routes are among its own unless the settings give them a port.
+    """
     services = Services(
         backend=backend, registry=registry, store=store, tenancy=tenancy, settings=settings, metrics=metrics
     )
-    # no redirects: a path that is not a route is answered in the envelope
-    app = FastAPI(
-        title="deltamux", summary="Many PEFT deltas over one frozen backbone", redirect_slashes=False
-    )
-    app.add_middleware(Edge, metrics=metrics)
-    install_handlers(app)
+    app = _application(metrics)
     routers = (
         models_router,
         generation_router,
@@ -56,12 +56,34 @@ def create_app(
         contents_router,
         similar_router,
         grants_router,
-        admin_router,
         signers_router,
         usage_router,
         operations_router,
     )
     for make_router in routers:
         app.include_router(make_router(services))
+    if settings.server.admin_port is None:  # else `create_admin_app` has them
+        app.include_router(admin_router(tenancy, services.route_class))
     require_declared(app)
+    return app
+
+
+def create_admin_app(*, tenancy: Tenancy, settings: Settings, metrics: GatewayMetrics) -> FastAPI:
+    """The routes of administrators alone, for a port of their own. Runs on one event loop."""
+    app = _application(metrics)
+    route_class = json_route(settings.limits.max_body_bytes, Access(tenancy).gate)
+    app.include_router(admin_router(tenancy, route_class))
+    require_declared(app)
+    return app
+
+
+def _application(metrics: GatewayMetrics) -> FastAPI:
+    # no redirects: a path that is not a route is answered in the envelope
+    app = DescribedApp(
+        title="deltamux",
+        summary="Many PEFT deltas over one frozen backbone",
+        redirect_slashes=False,
+    )
+    app.add_middleware(Edge, metrics=metrics)
+    install_handlers(app)
     return app

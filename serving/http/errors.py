@@ -13,7 +13,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from adapters import errors
 
@@ -54,7 +56,7 @@ ANSWERS: Mapping[type[errors.DeltamuxError], Answer] = {
     errors.NotFound: Answer(404, INVALID_REQUEST_TYPE, "not_found"),
     # the SDK repeats every 409 unless told otherwise; a lost compare-and-swap stays lost
     errors.Conflict: Answer(409, INVALID_REQUEST_TYPE, "conflict", {"x-should-retry": "false"}),
-    errors.Overloaded: Answer(429, "rate_limit_error", "rate_limit_exceeded", _RETRY_SOON),
+    errors.Overloaded: Answer(429, "rate_limit_error", "rate_limit_exceeded"),
     errors.RateLimited: Answer(429, "rate_limit_error", "rate_limit_exceeded", {"x-should-retry": "true"}),
     errors.QuotaExceeded: Answer(
         429, "insufficient_quota", "insufficient_quota", {"x-should-retry": "false"}
@@ -104,7 +106,9 @@ def reply_to(error: BaseException) -> ErrorReply:
     if isinstance(error, errors.InvalidDelta):
         body["error"]["problems"] = list(error.problems)
     headers = dict(answer.headers)
-    if isinstance(error, errors.RateLimited):  # the SDK prefers the milliseconds
+    if isinstance(error, errors.Overloaded) and not isinstance(
+        error, errors.QuotaExceeded
+    ):  # the SDK prefers the milliseconds
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
         headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
     return ErrorReply(answer.status, body, headers)
@@ -122,14 +126,17 @@ def install_handlers(app: FastAPI) -> None:
     async def ours(_: Request, error: Exception) -> JSONResponse:
         return reply_to(error).response()
 
-    async def framework(_: Request, error: Exception) -> JSONResponse:
+    async def framework(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException), type(error)
+        headers = error.headers
+        if error.status_code == 405:  # the router names the methods of the first route of this path only
+            headers = {"allow": ", ".join(sorted(_methods(app, request.scope["path"])))}
         code = _HTTP_CODES.get(error.status_code, "http_error")
         message = _HTTP_MESSAGES.get(error.status_code, str(error.detail))
         body = _envelope(message, INVALID_REQUEST_TYPE, None, code)
         # A 413 leaves the connection open: closed under a body that is still being sent, most clients (httpx, and
         # so the SDK) report the reset and never read the answer. The server drops what still comes.
-        return JSONResponse(body, error.status_code, error.headers)
+        return JSONResponse(body, error.status_code, headers)
 
     async def validation(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), type(error)
@@ -138,6 +145,16 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(errors.DeltamuxError, ours)
     app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(RequestValidationError, validation)
+
+
+def _methods(app: FastAPI, path: str) -> set[str]:
+    """Every method that some route of `app` takes at `path`."""
+    return {
+        method
+        for route in iter_route_contexts(app.routes)
+        if route.path is not None and compile_path(route.path)[0].match(path)
+        for method in route.methods or ()
+    }
 
 
 def _envelope(message: str, kind: str, param: str | None, code: str) -> JsonObject:

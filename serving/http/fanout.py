@@ -7,7 +7,7 @@ import contextvars
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapters.errors import DeltamuxError, Overloaded, Unavailable, from_info
 from serving.core import Backend, Event, FailureEvent, FinishReason, GenerateCall, PromptEvent, TokenEvent
@@ -44,7 +44,10 @@ async def run(
     queue: asyncio.Queue[_Item] = asyncio.Queue(_QUEUED_BATCHES_PER_CALL * len(calls))
     # An empty context each: concurrent Ray handle calls that share a request's context leave one another unrouted.
     tasks = [
-        asyncio.create_task(_pump(backend, index, call, queue), context=contextvars.Context())
+        asyncio.create_task(
+            _pump(backend, index, replace(call, max_wait_s=patience.wait_s), queue),
+            context=contextvars.Context(),
+        )
         for index, call in enumerate(calls)
     ]
     clocks = [_TokenClock(metrics) for _ in calls]

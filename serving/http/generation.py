@@ -125,7 +125,7 @@ def generation_router(services: Services) -> APIRouter:
             calls=tuple(calls),
             usage=planned_usage(prompts, body.num_samples, samplings[0].max_tokens, info.max_model_len),
             include_usage=body.include_usage,
-            patience=Patience(limits.request_timeout_s, limits.max_wait_s),
+            patience=Patience(limits.request_timeout_s, limits.first_token_timeout_s),
         )
 
     return router

@@ -83,7 +83,7 @@ class Heads:
             calls=tuple(calls),
             usage=planned_usage([asked.longest for asked in inputs], 1, 0, info.max_model_len),
             include_usage=False,
-            patience=Patience(limits.request_timeout_s, limits.max_wait_s),
+            patience=Patience(limits.request_timeout_s, limits.first_token_timeout_s),
         )
         return job, await unless_disconnected(request.receive, self._collected(request, caller, job))
 

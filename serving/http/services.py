@@ -35,7 +35,7 @@ class Services:
         self.registry = registry
         self.store = store
         self.tenancy = tenancy
-        self.admission = Admission(tenancy.buckets, tenancy.ledger)
+        self.admission = Admission(tenancy.buckets, tenancy.places, tenancy.ledger)
         self.route_class = json_route(settings.limits.max_body_bytes, Access(tenancy).gate)
         self.settings = settings
         self.metrics = metrics

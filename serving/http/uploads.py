@@ -25,6 +25,7 @@ from adapters.errors import (
     from_info,
 )
 from adapters.formats import read_upload
+from adapters.formats.bounded import check_bounds
 from adapters.names import check_name
 from adapters.normal_form import Delta
 from adapters.registry import VersionRecord
@@ -183,6 +184,7 @@ class Uploads:
 
 def _read(parts: Parts, spec_json: str) -> tuple[Delta, Canonical, dict[str, Any]]:
     """The delta, its canonical form, and what the proof says of it beside what the backend measures."""
+    check_bounds(parts.files)
     spec = BackboneSpec.from_json(spec_json)
     delta = _descending(read_upload(parts.files, spec, backbone_digest=parts.backbone_digest), parts.lineage)
     canonical = to_canonical(delta)

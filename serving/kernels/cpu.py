@@ -33,6 +33,9 @@ OP_DTYPE = np.dtype(
     + [(name, np.int32) for name in NUMBERS]
     + [("scaling", np.float32), ("unused", np.int32)]
 )
+OP_FIELDS = OP_DTYPE.names or ()
+_Op = tuple[float, ...]
+"""One op, by `OP_FIELDS`."""
 SEGMENT_DTYPE = np.dtype(
     [("ops", np.uint64), ("offsets", np.uint64), ("start", np.int32), ("stop", np.int32)]
 )
@@ -73,6 +76,7 @@ class EncodedDelta:
     after: EncodedPhase
     taps: frozenset[int]
     weights: tuple[Tensor, ...]
+    num_weights: int
 
 
 class CpuRows:
@@ -87,8 +91,8 @@ class CpuRows:
         self.run = library.deltamux_run_rows
         self.run.restype = None
         self.run.argtypes = (
-            ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p,
-            ctypes.c_void_p, ctypes.c_int32,
+            ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32,
         )  # fmt: skip
 
     def encode(
@@ -96,8 +100,8 @@ class CpuRows:
     ) -> EncodedDelta:
         """See `FusedRows`."""
         weights: list[Tensor] = []
-        before: list[list[npt.NDArray[Any]]] = [[] for _ in range(num_modules)]
-        after: list[list[npt.NDArray[Any]]] = [[] for _ in range(num_modules)]
+        before: list[list[_Op]] = [[] for _ in range(num_modules)]
+        after: list[list[_Op]] = [[] for _ in range(num_modules)]
         for index, ops in modules.items():
             assert ops.is_row_wise, index
             before[index] = [
@@ -113,7 +117,9 @@ class CpuRows:
                 *(_low_rank(w, ADD_FROM_OUTPUT, weights) for w in ops.sequential),
             ]
         read = frozenset(taps[site] for ops in modules.values() for site, _ in ops.remote)
-        return EncodedDelta(_phase(before), _phase(after), read, tuple(weights))
+        return EncodedDelta(
+            _phase(before), _phase(after), read, tuple(weights), sum(t.numel() for t in weights)
+        )
 
     def bind(self, segments: Sequence[FusedSegment]) -> CpuBatch:
         """See `FusedRows`."""
@@ -127,11 +133,14 @@ class CpuBatch:
         self._run = kernels.run
         self._threads = torch.get_num_threads()
         if self._threads > 1:
-            segments = [piece for segment in segments for piece in _pieces(segment)]
+            # largest first: threads take them in this order, and who comes last should have little left
+            ordered = sorted(segments, key=lambda segment: segment.encoded.num_weights, reverse=True)
+            segments = [piece for segment in ordered for piece in _pieces(segment)]
         encoded: list[EncodedDelta] = [segment.encoded for segment in segments]
         self._encoded = encoded
         self._before = _table(segments, [delta.before for delta in encoded])
         self._after = _table(segments, [delta.after for delta in encoded])
+        self._before_at, self._after_at = self._before.ctypes.data, self._after.ctypes.data
         self.changes_input = np.logical_or.reduce([delta.before.touched for delta in encoded]).tolist()
         self.changes_output = np.logical_or.reduce([delta.after.touched for delta in encoded]).tolist()
         self.taps = frozenset().union(*(delta.taps for delta in encoded))
@@ -146,23 +155,20 @@ class CpuBatch:
 
     def run_input(self, module: int, x_TI: Tensor) -> None:
         """See `FusedBatch`."""
-        self._call(self._before, module, x_TI, None)
+        self._call(self._before_at, module, x_TI, None)
 
     def run_output(self, module: int, y_TO: Tensor, x_TI: Tensor) -> None:
         """See `FusedBatch`."""
-        self._call(self._after, module, y_TO, x_TI.contiguous())
+        self._call(self._after_at, module, y_TO, x_TI.contiguous())
 
-    def _call(self, table: npt.NDArray[Any], module: int, y: Tensor, x: Tensor | None) -> None:
+    def _call(self, table: int, module: int, y: Tensor, x: Tensor | None) -> None:
+        # plain numbers: a struct for each matrix would cost as much as the rest of the call
         assert y.is_contiguous(), y.stride()
+        read = (None, 0, 0) if x is None else (x.data_ptr(), x.shape[1], DTYPE_CODES[x.dtype])
         self._run(
-            table.ctypes.data,
-            len(table),
-            module,
-            ctypes.byref(_matrix(y)),
-            None if x is None else ctypes.byref(_matrix(x)),
-            self._captured,
-            self._threads,
-        )
+            table, len(self._encoded), module, y.data_ptr(), y.shape[1], DTYPE_CODES[y.dtype], *read,
+            self._captured, self._threads,
+        )  # fmt: skip
 
 
 def _pieces(segment: FusedSegment) -> Iterator[FusedSegment]:
@@ -183,13 +189,12 @@ def _table(segments: Sequence[FusedSegment], phases: Sequence[EncodedPhase]) -> 
     return table
 
 
-def _phase(by_module: Sequence[Sequence[npt.NDArray[Any]]]) -> EncodedPhase:
+def _phase(by_module: Sequence[Sequence[_Op]]) -> EncodedPhase:
     offsets = np.concatenate([[0], np.cumsum([len(ops) for ops in by_module])]).astype(np.int32)
-    ops = [op for module in by_module for op in module]
-    return EncodedPhase(np.concatenate(ops) if ops else np.zeros(0, OP_DTYPE), offsets)
+    return EncodedPhase(np.array([op for ops in by_module for op in ops], OP_DTYPE), offsets)
 
 
-def _low_rank(w: LowRankWeights, kind: int, weights: list[Tensor], *, tap: int = -1) -> npt.NDArray[Any]:
+def _low_rank(w: LowRankWeights, kind: int, weights: list[Tensor], *, tap: int = -1) -> _Op:
     rank, width = w.A.shape
     return _op(
         weights, kind=kind, activation=ACTIVATION_CODES[w.activation], rank=rank, width=width, start=w.start,
@@ -197,11 +202,11 @@ def _low_rank(w: LowRankWeights, kind: int, weights: list[Tensor], *, tap: int =
     )  # fmt: skip
 
 
-def _affine(w: AffineWeights, weights: list[Tensor]) -> npt.NDArray[Any]:
+def _affine(w: AffineWeights, weights: list[Tensor]) -> _Op:
     return _op(weights, kind=AFFINE, start=w.start, stop=w.stop, a=w.scale, b=w.shift)
 
 
-def _blocks(w: LinearMapWeights, weights: list[Tensor]) -> npt.NDArray[Any]:
+def _blocks(w: LinearMapWeights, weights: list[Tensor]) -> _Op:
     stages, runs, block, _ = w.blocks.shape
     shared = runs > 1 and w.blocks.stride(1) == 0  # one block for all runs is one block in memory
     return _op(
@@ -210,14 +215,12 @@ def _blocks(w: LinearMapWeights, weights: list[Tensor]) -> npt.NDArray[Any]:
     )  # fmt: skip
 
 
-def _op(weights: list[Tensor], **fields: Any) -> npt.NDArray[Any]:
-    op = np.zeros(1, OP_DTYPE)
-    for name, value in fields.items():
-        if isinstance(value, Tensor):
-            assert value.is_contiguous(), name
-            assert value.device.type == "cpu", name
-            weights.append(value)
-            op[name] = value.data_ptr()
-        elif value is not None:
-            op[name] = value
-    return op
+def _op(weights: list[Tensor], **fields: Any) -> _Op:
+    for name in POINTERS:
+        tensor = fields.get(name)
+        if tensor is not None:
+            assert tensor.is_contiguous(), name
+            assert tensor.device.type == "cpu", name
+            weights.append(tensor)
+            fields[name] = tensor.data_ptr()
+    return tuple(fields.get(name) or 0 for name in OP_FIELDS)

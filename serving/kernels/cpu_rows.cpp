@@ -5,6 +5,7 @@
 // The structs mirror OP_DTYPE and SEGMENT_DTYPE of cpu.py, which builds them. Semantics: kernels/ops.py.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -40,6 +41,7 @@ struct Matrix {  // rows of `width` elements, contiguous
   int32_t dtype, unused;
 };
 
+constexpr int32_t GROUP = 4;                // rows of a factor that are read side by side
 constexpr int64_t PARALLEL_FROM = 1 << 19;  // multiply-adds: below, waking a sleeping thread costs what it saves
 
 // Rows [start, stop) as fp32: in place where they are, else through a buffer.
@@ -85,75 +87,97 @@ float activate(float x, int32_t kind) {
   }
 }
 
-// Weights are read once, so hardware prefetchers start too late: ask for `size` floats of what comes next.
-inline void prefetch(const float* next, int64_t size) {
-  for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(next + i);
+// Weights are read once and in pieces too short for hardware prefetchers, so each loop asks for what is read after it,
+// a little at a time: memory is never idle, and never asked for more than it can have under way.
+struct Ahead {
+  const float* next;
+  int64_t size;
+};
+
+// What an op reads first.
+Ahead beginning(const Op& op) {
+  switch (op.kind) {
+    case AFFINE: return {op.a, op.a ? op.stop - op.start : 0};
+    case BLOCKS: return {op.a, int64_t(op.block) * op.block};
+    default: return {op.a, int64_t(std::min(op.rank, GROUP)) * op.width};
+  }
 }
 
-// hidden[t, r] = x[t] . A[r]; four rows of A at a time, each read from memory once for all tokens
-void shrink(const Op& op, const Rows& x, int32_t count, float* hidden) {
+// What is read when row r of `rows`, of `size` floats each, is next; `after` where there is none left.
+Ahead following(const float* base, int32_t r, int32_t rows, int64_t size, Ahead after) {
+  return r < rows ? Ahead{base + r * size, std::min(GROUP, rows - r) * size} : after;
+}
+
+// Calls body(i) for every whole vector of `size` floats while asking for `ahead`; returns where the rest begins.
+template <int LINES, typename Body>
+inline int64_t each_vector(int64_t size, Ahead ahead, const Body& body) {
+  const int64_t asked = std::min(size, ahead.size / LINES);
+  int64_t i = 0;
+  for (; i + LANES <= asked; i += LANES) {
+    for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead.next + LINES * i + line * LANES);
+    body(i);
+  }
+  for (; i + LANES <= size; i += LANES) body(i);
+  return i;
+}
+
+// hidden[t, r] = x[t] . A[r] for N rows of A, each read from memory once for all tokens
+template <int N>
+void shrink_rows(const Op& op, const Rows& x, int32_t count, float* hidden, int32_t r, Ahead ahead) {
   const int64_t width = op.width;
-  int32_t r = 0;
-  for (; r + 4 <= op.rank; r += 4) {
-    const float *a0 = op.a + r * width, *a1 = a0 + width, *a2 = a1 + width, *a3 = a2 + width;
-    if (r + 8 <= op.rank) {
-      prefetch(a0 + 4 * width, 4 * width);
-    } else {
-      prefetch(op.b, 4 * (op.stop - op.start));
-    }
-    for (int32_t t = 0; t < count; ++t) {
-      const float* row = x.row(t);
-      float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-      for (int64_t i = 0; i < width; ++i) {
-        s0 += row[i] * a0[i];
-        s1 += row[i] * a1[i];
-        s2 += row[i] * a2[i];
-        s3 += row[i] * a3[i];
-      }
-      float* out = hidden + int64_t(t) * op.rank + r;
-      out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
-    }
-  }
-  for (; r < op.rank; ++r) {
-    const float* a0 = op.a + r * width;
-    for (int32_t t = 0; t < count; ++t) {
-      const float* row = x.row(t);
-      float s0 = 0;
-#pragma omp simd reduction(+ : s0)
-      for (int64_t i = 0; i < width; ++i) s0 += row[i] * a0[i];
-      hidden[int64_t(t) * op.rank + r] = s0;
+  const float* a = op.a + r * width;
+  for (int32_t t = 0; t < count; ++t) {
+    const float* row = x.row(t);
+    Vector sums[N] = {};
+    const int64_t rest = each_vector<N>(width, t == 0 ? ahead : Ahead{}, [&](int64_t i) {
+      const Vector v = load_vector(row + i);
+      for (int n = 0; n < N; ++n) sums[n] += v * load_vector(a + n * width + i);
+    });
+    for (int n = 0; n < N; ++n) {
+      float sum = sum_of(sums[n]);
+      for (int64_t i = rest; i < width; ++i) sum += row[i] * a[n * width + i];
+      hidden[int64_t(t) * op.rank + r + n] = sum;
     }
   }
 }
 
-// y[t, start:stop] += hidden[t] @ B, hidden scaled before
-void expand(const Op& op, const Rows& y, int32_t count, const float* hidden) {
+void shrink(const Op& op, const Rows& x, int32_t count, float* hidden) {
+  const int64_t columns = op.stop - op.start;
+  const Ahead b = {op.b, std::min(op.rank, GROUP) * columns};
+  int32_t r = 0;
+  for (; r + GROUP <= op.rank; r += GROUP)
+    shrink_rows<GROUP>(op, x, count, hidden, r, following(op.a, r + GROUP, op.rank, op.width, b));
+  for (; r < op.rank; ++r) shrink_rows<1>(op, x, count, hidden, r, {});
+}
+
+// y[t, start:stop] += hidden[t] @ B for N rows of B, hidden scaled before
+template <int N>
+void expand_rows(const Op& op, const Rows& y, int32_t count, const float* hidden, int32_t r, Ahead ahead) {
+  const int64_t columns = op.stop - op.start;
+  const float* b = op.b + r * columns;
+  for (int32_t t = 0; t < count; ++t) {
+    float* out = y.row(t) + op.start;
+    float h[N];
+    for (int n = 0; n < N; ++n) h[n] = hidden[int64_t(t) * op.rank + r + n];
+    const int64_t rest = each_vector<N>(columns, t == 0 ? ahead : Ahead{}, [&](int64_t c) {
+      Vector sum = load_vector(out + c);
+      for (int n = 0; n < N; ++n) sum += h[n] * load_vector(b + n * columns + c);
+      store_vector(out + c, sum);
+    });
+    for (int64_t c = rest; c < columns; ++c)
+      for (int n = 0; n < N; ++n) out[c] += h[n] * b[n * columns + c];
+  }
+}
+
+void expand(const Op& op, const Rows& y, int32_t count, const float* hidden, Ahead after) {
   const int64_t columns = op.stop - op.start;
   int32_t r = 0;
-  for (; r + 4 <= op.rank; r += 4) {
-    const float *b0 = op.b + r * columns, *b1 = b0 + columns, *b2 = b1 + columns, *b3 = b2 + columns;
-    if (r + 8 <= op.rank) prefetch(b0 + 4 * columns, 4 * columns);
-    for (int32_t t = 0; t < count; ++t) {
-      float* out = y.row(t) + op.start;
-      const float* h = hidden + int64_t(t) * op.rank + r;
-      const float h0 = h[0], h1 = h[1], h2 = h[2], h3 = h[3];
-#pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) out[c] += h0 * b0[c] + h1 * b1[c] + h2 * b2[c] + h3 * b3[c];
-    }
-  }
-  for (; r < op.rank; ++r) {
-    const float* b0 = op.b + r * columns;
-    for (int32_t t = 0; t < count; ++t) {
-      float* out = y.row(t) + op.start;
-      const float h0 = hidden[int64_t(t) * op.rank + r];
-#pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) out[c] += h0 * b0[c];
-    }
-  }
+  for (; r + GROUP <= op.rank; r += GROUP)
+    expand_rows<GROUP>(op, y, count, hidden, r, following(op.b, r + GROUP, op.rank, columns, after));
+  for (; r < op.rank; ++r) expand_rows<1>(op, y, count, hidden, r, {});
 }
 
-void low_rank(const Op& op, const Rows& y, const Rows& x, int32_t count, std::vector<float>& scratch) {
+void low_rank(const Op& op, const Rows& y, const Rows& x, int32_t count, std::vector<float>& scratch, Ahead after) {
   scratch.resize(int64_t(count) * op.rank);
   float* hidden = scratch.data();
   shrink(op, x, count, hidden);  // whole, before y changes: x may be y
@@ -164,7 +188,7 @@ void low_rank(const Op& op, const Rows& y, const Rows& x, int32_t count, std::ve
       h[r] = op.scaling * activate(sum, op.activation);
     }
   }
-  expand(op, y, count, hidden);
+  expand(op, y, count, hidden, after);
   if (!op.b_bias) return;
   for (int32_t t = 0; t < count; ++t) {
     float* out = y.row(t) + op.start;
@@ -172,27 +196,52 @@ void low_rank(const Op& op, const Rows& y, const Rows& x, int32_t count, std::ve
   }
 }
 
-void affine(const Op& op, const Rows& y, int32_t count) {
-  const int32_t columns = op.stop - op.start;
+void affine(const Op& op, const Rows& y, int32_t count, Ahead after) {
+  const int64_t columns = op.stop - op.start;
   for (int32_t t = 0; t < count; ++t) {
     float* out = y.row(t) + op.start;
-    for (int32_t c = 0; c < columns; ++c) {
+    const int64_t rest = each_vector<GROUP>(columns, t == 0 ? after : Ahead{}, [&](int64_t c) {
+      Vector v = load_vector(out + c);
+      if (op.a) v *= load_vector(op.a + c);
+      if (op.b) v += load_vector(op.b + c);
+      store_vector(out + c, v);
+    });
+    for (int64_t c = rest; c < columns; ++c) {
       const float scaled = op.a ? out[c] * op.a[c] : out[c];
       out[c] = op.b ? scaled + op.b[c] : scaled;
     }
   }
 }
 
-// sum = z @ matrix [block, block], block a multiple of the vector width: sums stay in registers
+// sum = z @ matrix [block, block], block a multiple of N vectors
+template <int N>
 void turn_vectors(const float* z, const float* matrix, int64_t block, float* sum) {
-  for (int64_t j = 0; j < block; j += LANES) {
-    Vector even = {}, odd = {};
-    for (int64_t k = 0; k < block; k += 2) {
-      even += z[k] * load_vector(matrix + k * block + j);
-      odd += z[k + 1] * load_vector(matrix + (k + 1) * block + j);
+  constexpr int CHAINS = 4 / N > 1 ? 4 / N : 2;  // sums of their own, since each waits for its last addition
+  for (int64_t j = 0; j < block; j += N * LANES) {
+    Vector sums[CHAINS][N] = {};
+    for (int64_t k = 0; k < block; k += CHAINS)
+      for (int chain = 0; chain < CHAINS; ++chain) {
+        const int64_t at = (k + chain) * block + j;
+        for (int n = 0; n < N; ++n) sums[chain][n] += z[k + chain] * load_vector(matrix + at + n * LANES);
+      }
+    for (int n = 0; n < N; ++n) {
+      Vector total = sums[0][n] + sums[1][n];
+      for (int chain = 2; chain < CHAINS; chain += 2) total += sums[chain][n] + sums[chain + 1][n];
+      store_vector(sum + j + n * LANES, total);
     }
-    store_vector(sum + j, even + odd);
   }
+}
+
+// the same for blocks of 8: a vector holds two rows of the matrix
+void turn_eights(const float* z, const float* matrix, int64_t, float* sum) {
+  Vector chains[2] = {};
+  for (int pair = 0; pair < 4; ++pair) {
+    Vector both;
+    for (int lane = 0; lane < LANES; ++lane) both[lane] = z[2 * pair + lane / 8];
+    chains[pair % 2] += both * load_vector(matrix + pair * LANES);
+  }
+  const Vector total = chains[0] + chains[1];
+  for (int j = 0; j < 8; ++j) sum[j] = total[j] + total[j + 8];
 }
 
 // the same for any block; a size known at compile time is unrolled
@@ -207,8 +256,10 @@ void turn(const float* z, const float* matrix, int64_t block, float* sum) {
 using Turn = void (*)(const float*, const float*, int64_t, float*);
 
 Turn turn_of(int64_t block) {
-  if (block % LANES == 0) return turn_vectors;
-  if (block == 8) return turn<8>;
+  if (block % (4 * LANES) == 0) return turn_vectors<4>;
+  if (block % (2 * LANES) == 0) return turn_vectors<2>;
+  if (block % LANES == 0) return turn_vectors<1>;
+  if (block == 8) return turn_eights;
   if (block == 4) return turn<4>;
   if (block == 2) return turn<2>;
   return turn<0>;
@@ -232,9 +283,9 @@ void blocks(const Op& op, const Rows& y, int32_t count, std::vector<float>& scra
       }
       for (int64_t run = 0; run < runs; ++run) {
         const float *matrix = matrices + (op.shared ? 0 : run * area), *z = turned + run * block;
-        if (t == 0 && !op.shared) prefetch(matrix + 2 * area, area);
-        turn_run(z, matrix, block, sum);
-        for (int64_t j = 0; j < block; ++j) out[order ? order[run * block + j] : run * block + j] = sum[j];
+        turn_run(z, matrix, block, order ? sum : out + run * block);
+        if (order)
+          for (int64_t j = 0; j < block; ++j) out[order[run * block + j]] = sum[j];
       }
     }
   }
@@ -248,18 +299,23 @@ int64_t multiply_adds(const Op& op) {
   return op.rank * (op.width + columns);
 }
 
-void run_segment(const Segment& segment, int32_t module, const Matrix& y, const Matrix* x, const Matrix* taps) {
+// `after`: what this thread reads next
+void run_segment(const Segment& segment, int32_t module, const Matrix& y, const Matrix& x, const Matrix* taps,
+                 Ahead after) {
   const int32_t first = segment.offsets[module], last = segment.offsets[module + 1];
   if (first == last) return;
   const int32_t count = segment.stop - segment.start;
   thread_local std::vector<float> scratch;
   const Rows out(y, segment.start, segment.stop);
   for (const Op* op = segment.ops + first; op != segment.ops + last; ++op) {
+    const Ahead then = op + 1 == segment.ops + last ? after : beginning(op[1]);
     switch (op->kind) {
-      case ADD_FROM_INPUT: low_rank(*op, out, Rows(*x, segment.start, segment.stop), count, scratch); break;
-      case ADD_FROM_TAP: low_rank(*op, out, Rows(taps[op->tap], segment.start, segment.stop), count, scratch); break;
-      case ADD_FROM_OUTPUT: low_rank(*op, out, out, count, scratch); break;
-      case AFFINE: affine(*op, out, count); break;
+      case ADD_FROM_INPUT: low_rank(*op, out, Rows(x, segment.start, segment.stop), count, scratch, then); break;
+      case ADD_FROM_TAP:
+        low_rank(*op, out, Rows(taps[op->tap], segment.start, segment.stop), count, scratch, then);
+        break;
+      case ADD_FROM_OUTPUT: low_rank(*op, out, out, count, scratch, then); break;
+      case AFFINE: affine(*op, out, count, then); break;
       case BLOCKS: blocks(*op, out, count, scratch); break;
     }
   }
@@ -268,19 +324,38 @@ void run_segment(const Segment& segment, int32_t module, const Matrix& y, const 
 
 }  // namespace
 
-// Run every segment's ops at `module` on y [T, O] in place. `x` is the module's input, `taps[i]` the input of module i.
-extern "C" void deltamux_run_rows(const Segment* segments, int32_t num_segments, int32_t module, const Matrix* y,
-                                  const Matrix* x, const Matrix* taps, int32_t num_threads) {
+// Run every segment's ops at `module` on y [T, O] in place. x [T, I] is the module's input, `taps[i]` that of module i.
+extern "C" void deltamux_run_rows(const Segment* segments, int32_t num_segments, int32_t module, void* y_data,
+                                  int64_t y_width, int32_t y_dtype, void* x_data, int64_t x_width, int32_t x_dtype,
+                                  const Matrix* taps, int32_t num_threads) {
+  const Matrix y = {y_data, y_width, y_dtype, 0}, x = {x_data, x_width, x_dtype, 0};
+  std::vector<int32_t> busy;  // segments with something to do
   int64_t work = 0;
-  for (int32_t s = 0; s < num_segments; ++s)
-    for (int32_t i = segments[s].offsets[module]; i < segments[s].offsets[module + 1]; ++i)
-      work += multiply_adds(segments[s].ops[i]) * (segments[s].stop - segments[s].start);
-  if (num_threads == 1 || num_segments == 1 || work < PARALLEL_FROM) {
-    for (int32_t s = 0; s < num_segments; ++s) run_segment(segments[s], module, *y, x, taps);
+  for (int32_t s = 0; s < num_segments; ++s) {
+    const Segment& segment = segments[s];
+    if (segment.offsets[module] == segment.offsets[module + 1]) continue;
+    busy.push_back(s);
+    for (int32_t i = segment.offsets[module]; i < segment.offsets[module + 1]; ++i)
+      work += multiply_adds(segment.ops[i]) * (segment.stop - segment.start);
+  }
+  const int32_t num_busy = int32_t(busy.size());
+  const auto run = [&](int32_t i, int32_t next) {
+    Ahead after = {};
+    if (next < num_busy) after = beginning(segments[busy[next]].ops[segments[busy[next]].offsets[module]]);
+    run_segment(segments[busy[i]], module, y, x, taps, after);
+  };
+  if (num_threads == 1 || num_busy == 1 || work < PARALLEL_FROM) {
+    for (int32_t i = 0; i < num_busy; ++i) run(i, i + 1);
     return;
   }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
-  for (int32_t s = 0; s < num_segments; ++s) run_segment(segments[s], module, *y, x, taps);
+  // Whoever is free takes the next one, since a thread may wake late; each knows one ahead what it will read.
+  std::atomic<int32_t> taken{0};
+#pragma omp parallel num_threads(num_threads)
+  for (int32_t i = taken++; i < num_busy;) {
+    const int32_t next = taken++;
+    run(i, next);
+    i = next;
+  }
 }
 
 // Sizes of the structs, for the check that both sides agree.

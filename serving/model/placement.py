@@ -41,7 +41,9 @@ from serving.model.place_matrices import (
     place_weight_delta,
 )
 from serving.model.place_prefix import base_parameter, place_prefix, place_prompt
+from serving.model.placed_size import weight_bytes
 from serving.model.programs import PlacedDelta
+from serving.model.weight_block import WeightBlock
 
 
 def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
@@ -57,7 +59,7 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
                 f" {backbone.spec.digest[:12]}, which this server runs."
             ]
         )
-    placer = _Placer(backbone)
+    placer = _Placer(backbone, weight_bytes(delta, backbone))
     for op in delta.ops:
         if isinstance(op, LowRank) and (norm := backbone.spec.norm_around(op.write, op.read)) is not None:
             placer.again[norm.path].append(op)
@@ -138,9 +140,12 @@ def _general_modules(modules: Mapping[int, PlacedModule], backbone: Backbone) ->
 
 
 class _Placer:
-    """Collects the ops of one delta by module and copies their tensors, shared ones once."""
+    """Collects the ops of one delta by module and copies their tensors, shared ones once.
 
-    def __init__(self, backbone: Backbone) -> None:
+    On CPU into one block of `weight_bytes`, those of a module side by side.
+    """
+
+    def __init__(self, backbone: Backbone, weight_bytes: int) -> None:
         self.backbone = backbone
         self.spec = backbone.spec
         self.index = {module.path: i for i, module in enumerate(self.spec.modules)}
@@ -151,7 +156,7 @@ class _Placer:
         self.prompts: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
         self.positions: dict[int, Positions] = {}  # id of the weights -> the only tokens on which they act
-        self.device_bytes = 0
+        self._block = WeightBlock(weight_bytes) if backbone.device.type == "cpu" else None
         self._copies: dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
     def to_device(
@@ -161,22 +166,32 @@ class _Placer:
         key = (id(tensor), dtype, transpose)
         if key not in self._copies:
             source = tensor.t() if transpose else tensor
-            copy = source.to(self.backbone.device, dtype, copy=True).contiguous()
+            if self._block is not None:
+                copy = self._block.take(source.shape, dtype).copy_(source)
+            else:
+                copy = source.to(self.backbone.device, dtype, copy=True).contiguous()
             self._copies[key] = (tensor, copy)  # the source too: a freed tensor's id comes back
-            self.device_bytes += copy.nbytes
         return self._copies[key][1]
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of memory that the copies take."""
+        if self._block is not None:
+            return self._block.taken_bytes
+        return sum(copy.nbytes for _, copy in self._copies.values())
+
     def modules(self) -> dict[int, PlacedModule]:
+        """What was collected, each kind placed in the order in which the modules run."""
         placed: dict[int, PlacedModule] = defaultdict(PlacedModule)
-        for path, ops in self.low_ranks.items():
+        for path, ops in sorted(self.low_ranks.items(), key=lambda item: self.index[item[0]]):
             module = self.spec.by_path[path]
             for op, part in _join_fused(ops, module):
                 self._place_low_rank(placed[self.index[path]], op, part, module)
-        for path, ops in self.again.items():
+        for path, ops in sorted(self.again.items(), key=lambda item: self.index[item[0]]):
             module = self.spec.by_path[path]
             for op in ops:
                 placed[self.index[path]].again.append(self._low_rank(op, module.writes[0]))
-        for (site, side), affines in self.affines.items():
+        for (site, side), affines in sorted(self.affines.items(), key=lambda item: self._writer(item[0][0])):
             module, part = self.spec.writer[site]
             target = placed[self.index[module.path]]
             if side == "input":
@@ -185,7 +200,7 @@ class _Placer:
                 target.inputs.append(self._affine(scale, shift, 0, module.shape.d_in))
             else:
                 self._place_output_affines(target, affines, module, part)
-        for matrix in self.matrices:
+        for matrix in sorted(self.matrices, key=lambda op: self._writer(op.site)):
             module, part = self.spec.writer[matrix.site]
             self._place_matrix(placed[self.index[module.path]], matrix, part, module)
         for prompt in self.prompts:
@@ -194,6 +209,9 @@ class _Placer:
                 place_prompt(prompt, self.backbone, self.to_device)
             )
         return dict(placed)
+
+    def _writer(self, site: Site) -> int:
+        return self.index[self.spec.writer[site][0].path]
 
     def _place_matrix(
         self, target: PlacedModule, op: LinearMap | WeightDelta | Rows | Head, part: Slice, module: ModuleSpec

@@ -109,6 +109,7 @@ class ModuleProgram:
         "capture",
         "embeddings",
         "fused",
+        "has_general_output",
         "index",
         "input_maps",
         "inputs",
@@ -129,6 +130,7 @@ class ModuleProgram:
         self.index = index
         self.kernels = kernels
         self.fused = fused
+        self.has_general_output = False
         self.capture: Site | None = None
         self.prompts: list[PromptSegment] = []
         self.inputs: list[AffineSegment] = []
@@ -163,6 +165,18 @@ class ModuleProgram:
         self.outputs += [AffineSegment(start, stop, w) for w in ops.outputs]
         self.output_maps += [LinearMapSegment(start, stop, w) for w in ops.output_maps]
         self.sequential += [LowRankSegment(start, stop, w) for w in ops.sequential]
+        self.has_general_output = bool(
+            self.replacements
+            or self.again
+            or self.embeddings
+            or self.logits
+            or self.weight_deltas
+            or self.parallel
+            or self.remote
+            or self.outputs
+            or self.output_maps
+            or self.sequential
+        )
 
     def run(
         self, context: ForwardContext, base: Callable[..., Any], x: Tensor, args: Any, kwargs: dict[str, Any]
@@ -180,13 +194,17 @@ class ModuleProgram:
             fused.capture(self.index, x_TI)
         base_x = self._input(context, x)
         y: Tensor = base(base_x, *args, **kwargs)
-        out = self._general_output(context, base, base_x, x_TI, y) if self._has_general_output else None
-        if fused is None or not fused.changes_output[self.index]:
-            return y if out is None else out.to(y.dtype).view(y.shape)
-        if out is None:  # in y itself: modules return fresh tensors
+        acts = fused is not None and fused.changes_output[self.index]
+        if self.has_general_output:
+            out = self._general_output(context, base, base_x, x_TI, y)
+            if fused is not None and acts:
+                fused.run_output(self.index, out, x_TI)
+            return out.to(y.dtype).view(y.shape)
+        if fused is not None and acts:  # in y itself: modules return fresh tensors
             out = y.reshape(-1, y.shape[-1]).contiguous()
-        fused.run_output(self.index, out, x_TI)
-        return out.to(y.dtype).view(y.shape)
+            fused.run_output(self.index, out, x_TI)
+            return out.view(y.shape)  # another tensor than y: that one says that nothing acted
+        return y
 
     def _general_output(
         self, context: ForwardContext, base: Callable[..., Any], base_x: Tensor, x_TI: Tensor, y: Tensor
@@ -218,22 +236,6 @@ class ModuleProgram:
         if self.sequential:
             self.kernels.add_low_rank(out, out, self.sequential)
         return out
-
-    @property
-    def _has_general_output(self) -> bool:
-        """True where the general kernels act after the module's input."""
-        return bool(
-            self.replacements
-            or self.again
-            or self.embeddings
-            or self.logits
-            or self.weight_deltas
-            or self.parallel
-            or self.remote
-            or self.outputs
-            or self.output_maps
-            or self.sequential
-        )
 
     def _input(self, context: ForwardContext, x: Tensor) -> Tensor:
         """What the base module reads: x with attention to prompts added, scaled and mapped, rounded to x's dtype."""

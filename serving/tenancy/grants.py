@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sqlalchemy import Connection, Exists, delete, exists, insert, select
+from sqlalchemy import Connection, Exists, Select, delete, exists, insert, select
 
 from adapters import audit
 from adapters.errors import InvalidRequest
@@ -12,11 +12,12 @@ from adapters.migrations.access import grants
 from adapters.migrations.database import Database
 from adapters.migrations.queries import LIVE, not_found
 from adapters.migrations.schema import adapters, versions
-from adapters.names import ModelReference
-from serving.tenancy.tenants import require_tenant
+from adapters.names import ModelReference, check_name
 
 EVERYONE = "*"
 """The grantee of a shared delta; no tenant can have this name."""
+MAX_GRANTS = 1000
+"""Grantees of one delta: what a tenant may write here is bounded."""
 
 
 class Grants:
@@ -33,16 +34,25 @@ class Grants:
     def grant(self, owner: str, adapter: str, grantee: str, *, actor: str) -> None:
         """Let `grantee` use a live delta of `owner`; once more changes nothing.
 
-        Raises NotFound for the delta or the tenant, InvalidRequest where the two are the same.
+        A name that no tenant has is taken like any other: an owner must not learn who else is a tenant here. Raises
+        NotFound for the delta, InvalidReference for what is no name, InvalidRequest where the grantee is the owner
+        or MAX_GRANTS are reached.
         """
         if grantee == owner:
             raise InvalidRequest("tenant: got the owner, who needs no grant.", param="tenant")
+        if grantee != EVERYONE:
+            check_name(grantee, what="tenant")
         with self._database.write() as tx:
             _require_adapter(tx, owner, adapter)
-            if grantee != EVERYONE:
-                require_tenant(tx, grantee)
-            if tx.scalar(select(_found(owner, adapter, grantee))):
+            grantees = set(tx.scalars(_of(owner, adapter)))
+            if grantee in grantees:
                 return
+            if len(grantees) >= MAX_GRANTS:
+                raise InvalidRequest(
+                    f"tenant: {len(grantees)} have a grant for this delta, which is the most.",
+                    param="tenant",
+                    remedy=f"Withdraw one, or grant it to everyone ({EVERYONE}).",
+                )
             now = self._clock()
             row = {"owner": owner, "adapter": adapter, "grantee": grantee, "created_at": now}
             tx.execute(insert(grants).values(row))
@@ -62,10 +72,9 @@ class Grants:
 
     def of(self, owner: str, adapter: str) -> list[str]:
         """The grantees of a live delta, sorted. Raises NotFound."""
-        query = select(grants.c.grantee).where(grants.c.owner == owner, grants.c.adapter == adapter)
         with self._database.read() as tx:
             _require_adapter(tx, owner, adapter)
-            return sorted(tx.scalars(query))
+            return sorted(tx.scalars(_of(owner, adapter)))
 
     def covers(self, owner: str, adapter: str, tenant: str) -> bool:
         """Whether `tenant` may use `owner`/`adapter`. Reads grants only: it takes as long for what does not exist."""
@@ -78,6 +87,10 @@ class Grants:
         query = query.where(grants.c.grantee.in_([tenant, EVERYONE]), grants.c.owner != tenant)
         with self._database.read() as tx:
             return sorted((row.owner, row.adapter) for row in tx.execute(query))
+
+
+def _of(owner: str, adapter: str) -> Select[str]:
+    return select(grants.c.grantee).where(grants.c.owner == owner, grants.c.adapter == adapter)
 
 
 def _found(owner: str, adapter: str, *grantees: str) -> Exists:

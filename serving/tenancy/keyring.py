@@ -105,6 +105,11 @@ class Keyring:
         """Make a key, which ends after `lifetime_s` seconds. Raises NotFound for the tenant, InvalidRequest."""
         if not scopes:
             raise InvalidRequest("scopes: got none, expected at least one.", param="scopes")
+        if Scope.ADMIN in scopes and adapters:  # it could make itself a key without them
+            raise InvalidRequest(
+                "adapters: a key with the scope admin reaches every delta, so it takes none.",
+                param="adapters",
+            )
         if len(label) > MAX_LABEL_CHARS or not label.isprintable():
             raise InvalidRequest(
                 f"label: expected at most {MAX_LABEL_CHARS} printable characters.", param="label"

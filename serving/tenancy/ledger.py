@@ -3,6 +3,7 @@
 A row is written open before the request's first output leaves, and closed with the tokens when it has ended. So
 nothing is answered that the ledger does not know, and what a killed process leaves open is found by the next one.
 One thread writes for all requests: those that open together share a commit, and closing waits a moment for company.
+Rows are kept for as long as the operator says (`ledger.keep_days`), then removed by `purge`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
+from adapters import audit
 from adapters.errors import DeltamuxError
 from adapters.migrations.access import usage
 from adapters.migrations.database import Database
@@ -29,6 +31,8 @@ HOUR_S = 3600
 LINGER_S = 0.05
 """How long a closed request waits for others to share its commit."""
 RETRY_S = 0.5
+PURGED_AT_ONCE = 10_000
+"""Rows that one transaction removes; others wait for it meanwhile."""
 BASE = "base"
 """The bare backbone where a report names adapters by digest."""
 
@@ -70,9 +74,10 @@ Closed = Callable[[Outcome, Tokens], object]
 
 
 class Ledger:
-    """Writes rows of one database. Thread-safe; nothing but `recover` and `stop` blocks. `clock`: Unix seconds.
+    """Writes rows of one database. Thread-safe; `recover`, `purge` and `stop` block. `clock`: Unix seconds.
 
-    `on_closed` is told of each row that this ledger has closed, on its own thread, once the row is durable.
+    `on_closed` is told of each row that this ledger has closed or marked as crashed, once that is durable, on the
+    ledger's own thread or that of `recover`.
     """
 
     def __init__(self, database: Database, *, clock: Callable[[], float], on_closed: Closed) -> None:
@@ -119,7 +124,26 @@ class Ledger:
         left = (usage.c.outcome == Outcome.OPEN) & (usage.c.opened_at <= now - older_than_s)
         with self._database.write() as tx:
             done = tx.execute(update(usage).where(left).values(outcome=Outcome.CRASHED, closed_at=now))
+        for _ in range(done.rowcount):
+            self._on_closed(Outcome.CRASHED, Tokens())
         return done.rowcount
+
+    def purge(self, *, older_than_s: float) -> int:
+        """Remove ended rows of whole hours that are older than this; returns how many. Raises RegistryUnavailable.
+
+        In several transactions, between which others write, each with its line of the audit log.
+        """
+        before = int((self._clock() - older_than_s) // HOUR_S)
+        old = select(usage.c.id).where(usage.c.hour < before, usage.c.outcome != Outcome.OPEN)
+        removed = 0
+        while True:
+            with self._database.write() as tx:
+                some = delete(usage).where(usage.c.id.in_(old.limit(PURGED_AT_ONCE)))
+                if not (rows := tx.execute(some).rowcount):
+                    return removed
+                details = {"before": before * HOUR_S, "rows": rows}
+                audit.append(tx, audit.Entry(self._clock(), audit.SYSTEM, "usage.purge", "", "", details))
+            removed += rows
 
     def stop(self) -> None:
         """Write what is left, and end the thread."""

@@ -16,6 +16,7 @@ from serving.tenancy.grants import Grants
 from serving.tenancy.keyring import Keyring
 from serving.tenancy.keys import read_secret
 from serving.tenancy.ledger import Closed, Group, Ledger, report
+from serving.tenancy.places import DatabasePlaces, Places, ProcessPlaces
 from serving.tenancy.principal import Principal
 from serving.tenancy.signers import Signers
 from serving.tenancy.tenants import Tenants
@@ -24,7 +25,7 @@ from serving.tenancy.tenants import Tenants
 class Tenancy:
     """Tenants, keys, grants, limits and the ledger. Thread-safe.
 
-    It blocks, apart from buckets and ledger, so call it off the event loop. `clock` gives Unix seconds.
+    It blocks, apart from buckets, places and ledger, so call it off the event loop. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class Tenancy:
         self.keys = Keyring(self._database, secret, clock=clock)
         self.grants = Grants(self._database, clock=clock)
         self.signers = Signers(self._database, clock=clock)
-        self.buckets: Buckets = (
-            ProcessBuckets(clock=clock)
-            if settings.limits.rates_counted_in == "process"
-            else DatabaseBuckets(self._database, clock=clock)
-        )
-
+        self.buckets: Buckets
+        self.places: Places
+        if settings.limits.counted_in == "process":
+            self.buckets, self.places = ProcessBuckets(clock=clock), ProcessPlaces()
+        else:
+            self.buckets = DatabaseBuckets(self._database, clock=clock)
+            self.places = DatabasePlaces(self._database, clock=clock)
         self.ledger = Ledger(self._database, clock=clock, on_closed=on_closed)
 
     def caller(self, key: str | None) -> Principal:
@@ -80,7 +82,8 @@ class Tenancy:
             return audit.verify(tx, expected=expected)
 
     def close(self) -> None:
-        """Write what the ledger still holds, and close the database; for use when no call is in progress."""
+        """Write what ledger and places still hold, and close the database; for use when no call is in progress."""
+        self.places.stop()
         self.ledger.stop()
         self._database.close()
 

@@ -22,9 +22,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A running server of the laptop profile; tests may end and start it, and leave it running."""
     made = ServerProcess(world.backbone, tmp_path_factory.mktemp("home"))
-    made.start()
-    yield made
-    made.kill_all()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.kill_all()
 
 
 @pytest.fixture

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
 import openai
 
+from loadtest import server
 from tests.integration.world import CONTEXT, NUM_TOKENS
 
-START_TIMEOUT_S = 150.0
 LONG = CONTEXT - 100
 """Tokens of an answer that takes a second or more."""
 SMALL = {
@@ -34,85 +30,15 @@ GREEDY: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 0}
 TOKENS: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """These two try for a minute to report that their parent was killed before they end; they serve nobody."""
-REPLICA = "ray::ServeReplica:deltamux:backbone"
 
 
-@dataclass
-class ServerProcess:
-    """`deltamux serve` in a home of its own, by which all of its processes are known."""
+class ServerProcess(server.ServerProcess):
+    """A server with SMALL's settings, unless `environment` says otherwise."""
 
-    backbone: Path
-    home: Path
-    environment: dict[str, str] = field(default_factory=dict)
-    port: int = 0
-    process: subprocess.Popen[bytes] | None = None
-    start_s: float = 0.0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def output(self) -> str:
-        return (self.home / "output").read_text()
-
-    def start(self) -> None:
-        """Start and wait until it says that it is ready; a second start takes the first one's port."""
-        self.home.mkdir(exist_ok=True)
-        command = [str(Path(sys.executable).with_name("deltamux")), "serve", "--backbone", str(self.backbone)]
-        command += ["--port", str(self.port), "--replicas", "2", "--device", "cpu"]
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), **SMALL, **self.environment}
-        if "PYTHONPATH" in os.environ:  # a checkout that is not the installed one
-            environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
-        with (self.home / "output").open("wb") as output:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.home,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not (ready := re.search(r"ready in ([\d.]+) s: http://127\.0\.0\.1:(\d+)", self.output)):
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.1)
-        self.start_s, self.port = float(ready[1]), int(ready[2])
-
-    def end(self, number: signal.Signals) -> int:
-        """Send a signal to the one process that was started, and wait for its end."""
-        assert self.process is not None
-        self.process.send_signal(number)
-        return self.process.wait(timeout=60)
-
-    def processes(self) -> dict[int, str]:
-        """Every living process of this server: pid -> command line."""
-        mark = f"HOME={self.home}".encode()
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:  # ended, or not ours
-                continue
-        return found
-
-    def kill_all(self) -> None:
-        """End whatever is left of it."""
-        for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
-        if self.process is not None:
-            self.process.wait()
-
-    def wait_until_gone(self, timeout_s: float, *, but: tuple[str, ...] = ()) -> None:
-        """Wait for the end of all its processes, those called `but` apart."""
-        deadline = time.monotonic() + timeout_s
-        while left := {
-            pid: name for pid, name in self.processes().items() if not name.startswith(but or " ")
-        }:
-            assert time.monotonic() < deadline, left
-            time.sleep(0.1)
+    def __init__(
+        self, backbone: Path, home: Path, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        super().__init__(backbone, home, {**SMALL, **environment})
 
 
 def upload(http: httpx.Client, name: str, directory: Path, **fields: str) -> httpx.Response:

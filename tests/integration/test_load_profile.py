@@ -28,9 +28,11 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture(scope="module")
 def loaded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     made = ServerProcess(world.backbone, tmp_path_factory.mktemp("home"), {"DELTAMUX_PROFILE": "load"})
-    made.start()
-    yield made
-    made.kill_all()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.kill_all()
 
 
 def test_the_load_profile(loaded: ServerProcess, world: World) -> None:

@@ -24,6 +24,7 @@ from peft import FourierFTConfig, get_peft_model
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+from loadtest.server import REPLICA
 from serving.cli import app
 from serving.cli.sockets import listeners
 from serving.offline import convert as converter
@@ -32,7 +33,6 @@ from tests.cases import quiet
 from tests.integration.support import (
     AGENTS,
     LONG,
-    REPLICA,
     ServerProcess,
     all_at_once,
     gauge,

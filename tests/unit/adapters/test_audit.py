@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from adapters import audit
 from adapters.errors import Conflict, NotFound
@@ -18,21 +17,22 @@ from tests.unit.adapters.test_registry import A, B, T, publish
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "registry.db"
-
-
-@pytest.fixture
-def registry(path: Path) -> Iterator[Registry]:
-    with Registry(f"sqlite:///{path}", clock=lambda: 1234.5) as made:
+def registry(url: str) -> Iterator[Registry]:
+    with Registry(url, clock=lambda: 1234.5) as made:
         yield made
 
 
 @pytest.fixture
-def database(path: Path) -> Iterator[Database]:
-    made = Database(f"sqlite:///{path}", busy_timeout_s=5)
+def database(url: str) -> Iterator[Database]:
+    made = Database(url, busy_timeout_s=5)
     yield made
     made.close()
+
+
+def tamper(database: Database, *statements: str) -> None:
+    with database.write() as tx:
+        for statement in statements:
+            assert tx.execute(text(statement)).rowcount
 
 
 def lines(database: Database) -> list[tuple[str, str, str, str]]:
@@ -84,14 +84,15 @@ def test_what_fails_writes_no_line(registry: Registry, database: Database) -> No
 
 
 def test_no_line_without_its_mutation_and_no_mutation_without_its_line(
-    registry: Registry, database: Database, path: Path
+    registry: Registry, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with sqlite3.connect(path) as raw:
-        raw.execute(
-            "CREATE TRIGGER full BEFORE INSERT ON audit_log BEGIN SELECT RAISE(ABORT, 'no room'); END"
-        )
-    with pytest.raises(Exception, match="no room"):
-        publish(registry, "d", A)
+    def fail(*_: object) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "_hash", fail)
+        with pytest.raises(OSError, match="no room"):
+            publish(registry, "d", A)
     with pytest.raises(NotFound):
         registry.get_adapter(T, "d")
     assert verdict(database) == audit.Verdict(0, audit.GENESIS, None)
@@ -115,30 +116,44 @@ TAMPERINGS: dict[str, str] = {
     "removed head": "DELETE FROM audit_head",
     "renumbered": "UPDATE audit_log SET seq = 6 WHERE seq = 5",
     "put in": "INSERT INTO audit_log SELECT 6, at, actor, action, tenant, subject, details, 'x' FROM audit_log LIMIT 1",
+    "reordered": "UPDATE audit_log SET seq = 9 WHERE seq = 2; UPDATE audit_log SET seq = 2 WHERE seq = 3; "
+    "UPDATE audit_log SET seq = 3 WHERE seq = 9",
     "exchanged": "UPDATE audit_log SET subject = (SELECT subject FROM audit_log WHERE seq = 1) WHERE seq = 2",
 }
 
 
 @pytest.mark.parametrize("tampering", TAMPERINGS)
-def test_verify_notices(registry: Registry, database: Database, path: Path, tampering: str) -> None:
+def test_verify_notices(registry: Registry, database: Database, tampering: str) -> None:
     for number in range(5):
         publish(registry, f"d{number}", A)
     assert verdict(database).problem is None
-    with sqlite3.connect(path) as raw:
-        assert raw.execute(TAMPERINGS[tampering]).rowcount
+    tamper(database, *TAMPERINGS[tampering].split("; "))
     assert verdict(database).problem is not None
 
 
+def test_a_tail_that_was_removed_with_its_head_lacks_the_head_that_was_noted(
+    registry: Registry, database: Database
+) -> None:
+    for number in range(3):
+        publish(registry, f"d{number}", A)
+    noted = verdict(database).head
+    tamper(
+        database,
+        "DELETE FROM audit_log WHERE seq = 3",
+        "UPDATE audit_head SET seq = 2, hash = (SELECT hash FROM audit_log WHERE seq = 2)",
+    )
+    assert verdict(database).problem is None  # the database alone can't know
+    assert verdict(database, expected=noted).problem == "no line has the hash that was expected"
+
+
 def test_a_chain_that_was_rewritten_whole_lacks_the_head_that_was_noted(
-    registry: Registry, database: Database, path: Path
+    registry: Registry, database: Database
 ) -> None:
     publish(registry, "d", A)
     noted = verdict(database).head
     publish(registry, "e", B)
     assert verdict(database, expected=noted).problem is None
-    with sqlite3.connect(path) as raw:
-        raw.execute("DELETE FROM audit_log")
-        raw.execute("UPDATE audit_head SET seq = 0, hash = ?", [audit.GENESIS])
+    tamper(database, "DELETE FROM audit_log", f"UPDATE audit_head SET seq = 0, hash = '{audit.GENESIS}'")  # noqa: S608
     publish(registry, "f", B)
     assert verdict(database).problem is None
     assert verdict(database, expected=noted).problem == "no line has the hash that was expected"

@@ -125,6 +125,17 @@ def test_residency_runs_more_deltas_than_there_is_room_for(tmp_path: Path, part:
     assert result["records"][0]["facts"]
 
 
+def test_abuse_compares_the_policies_with_the_others_alone(tmp_path: Path) -> None:
+    result = result_of(
+        tmp_path, "abuse", "--size", "2m", "--rows", "4", "--seconds", "0.2", "--turns", "40",
+    )  # fmt: skip
+    assert [record["label"] for record in result["records"]] == ["the seven alone", "fair", "first_come"]
+    assert values_of(result, 0) == {"TTFT p50 ms", "TTFT p99 ms", "p99 / alone"}
+    fair, first_come = result["records"][1:]
+    assert fair["facts"]["gap within it"] == "yes"
+    assert first_come["values"]["service gap"]["median"] > fair["values"]["service gap"]["median"]
+
+
 def test_prefill_runs_alone_and_beside_decoding_rows(tmp_path: Path) -> None:
     result = result_of(
         tmp_path, "prefill", "--size", "2m", "--chunks", "2", "32", "--prompts", "2", "--prompt-tokens", "24",

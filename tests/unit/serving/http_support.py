@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -25,7 +26,7 @@ from adapters.normal_form import Delta, LowRank, Site
 from adapters.registry import Registry
 from adapters.site_maps import build_spec
 from adapters.store import LocalBlobStore
-from serving.config import Auth, Backbone, Database, Limits, Settings
+from serving.config import Auth, Backbone, Database, Limits, Server, Settings
 from serving.core import (
     AdmissionProof,
     Alternative,
@@ -186,6 +187,20 @@ class Clock:
         return self.now
 
 
+class Pauses:
+    """Makes the SDK's pauses instant and notes them; `clock` moves by them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, clock: Clock | None = None) -> None:
+        self.lengths: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            self.lengths.append(seconds)
+            if clock is not None:
+                clock.now += seconds
+
+        monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
+
+
 @dataclass
 class Gateway:
     """A running application and what it stands on."""
@@ -235,14 +250,17 @@ async def gateway(
     registry_type: type[Registry] = Registry,
     store_type: type[LocalBlobStore] = LocalBlobStore,
     clock: Callable[[], float] = time.time,
+    url: str | None = None,
+    server: Server | None = None,
     **limits: Any,
 ) -> AsyncIterator[Gateway]:
-    """A gateway in this process, reached without sockets."""
+    """A gateway in this process, reached without sockets. `url`: of its database, if not a file in `tmp_path`."""
     backend = backend or FakeBackend()
     settings = Settings(
+        server=server or Server(),
         backbone=Backbone(path=BACKBONE),
         limits=Limits(**limits),
-        database=Database(url=f"sqlite:///{tmp_path}/registry.db"),
+        database=Database(url=url or f"sqlite:///{tmp_path}/registry.db"),
         auth=Auth(secret_file=tmp_path / "secret"),
     )
     metrics = GatewayMetrics(CollectorRegistry())
@@ -267,6 +285,9 @@ async def gateway(
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             sdk = AsyncOpenAI(api_key="none", base_url="http://gateway/v1", http_client=client, max_retries=0)
             yield Gateway(app, backend, registry, store, tenancy, metrics, sdk, client)
+        # what requests still give back would lose its connection
+        giving = [task for task in asyncio.all_tasks() if "Buckets.give" in str(task.get_coro())]
+        await asyncio.gather(*giving)
 
 
 @asynccontextmanager

@@ -26,15 +26,18 @@ def clock() -> Clock:
 Made = Callable[[], Buckets]
 
 
-@pytest.fixture(params=["process", "database"])
+@pytest.fixture(params=["process", "sqlite", "postgresql"])
 async def make(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[Made]:
     """Makes buckets; in the database, several share what they count."""
     databases: list[Database] = []
+    url = f"sqlite:///{tmp_path}/registry.db"
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres").clear("shared")
 
     def made() -> Buckets:
         if request.param == "process":
             return ProcessBuckets(clock=clock)
-        databases.append(Database(f"sqlite:///{tmp_path}/registry.db", busy_timeout_s=30))
+        databases.append(Database(url, busy_timeout_s=30))
         return DatabaseBuckets(databases[-1], clock=clock)
 
     yield made
@@ -138,7 +141,7 @@ async def test_random_takers_at_once_never_get_more_than_the_limit(make: Made) -
     assert (await buckets.standings(T, tokens(0)))[Kind.TOKENS].remaining == 100 - held
 
 
-@pytest.mark.parametrize("make", ["database"], indirect=True)
+@pytest.mark.parametrize("make", ["sqlite", "postgresql"], indirect=True)
 async def test_gateways_that_share_a_database_share_the_limit(make: Made) -> None:
     gateways = [make(), make()]
 

@@ -195,12 +195,14 @@ def test_open_ports_of_a_process_and_its_children() -> None:
     [
         ("127.0.0.1", 8000, "as meant"),
         ("0.0.0.0", 8000, "open"),  # noqa: S104
+        ("127.0.0.1", 9000, "as meant"),
+        ("0.0.0.0", 9000, "open"),  # noqa: S104
         ("127.0.0.1", 4000, "closed"),
         ("::", 4000, "guarded"),
     ],
 )
 def test_verdicts(address: str, port: int, says: str) -> None:
-    assert says in verdict(Listener(address, port, 1, "p"), "http://127.0.0.1:8000")
+    assert says in verdict(Listener(address, port, 1, "p"), "http://127.0.0.1:8000", "http://127.0.0.1:9000")
 
 
 def test_conflict_prints_where(monkeypatch: pytest.MonkeyPatch) -> None:

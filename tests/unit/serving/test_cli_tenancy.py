@@ -67,6 +67,22 @@ async def journey(g: Gateway, url: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert first not in log
     good = await run("audit", "verify")
     assert (good.exit_code, "whole" in good.output) == (0, True)
+    noted = good.output.split("head ")[1].split()[0]
+    assert (await run("audit", "verify", "--head", noted)).exit_code == 0
+    await ok("tenants", "disable", "acme")
+    with sqlite3.connect(tmp_path / "registry.db") as raw:
+        lines = raw.execute("SELECT count(*) FROM audit_log").fetchone()[0]
+        raw.execute("DELETE FROM audit_log WHERE seq > ?", [lines - 2])
+    short = await run("audit", "verify")
+    assert (short.exit_code, f"ends at line {lines - 2}, but {lines} were" in short.output) == (1, True)
+    with sqlite3.connect(
+        tmp_path / "registry.db"
+    ) as raw:  # with its head: what was noted outside still knows
+        last = "SELECT hash FROM audit_log ORDER BY seq DESC LIMIT 1"
+        raw.execute(f"UPDATE audit_head SET seq = ?, hash = ({last})", [lines - 2])  # noqa: S608
+    assert (await run("audit", "verify")).exit_code == 0
+    cut = await run("audit", "verify", "--head", noted)
+    assert (cut.exit_code, "no line has the hash" in cut.output) == (1, True)
     with sqlite3.connect(tmp_path / "registry.db") as raw:
         raw.execute("UPDATE audit_log SET actor = 'nobody' WHERE action = 'key.revoke'")
     bad = await run("audit", "verify")

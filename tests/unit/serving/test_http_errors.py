@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -20,10 +22,22 @@ from adapters.registry import Registry
 from serving.core import FailureEvent
 from serving.http.errors import ANSWERS, INTERNAL_MESSAGE, reply_to
 from serving.http.schemas import AliasBody, ChatBody, CompletionBody
-from tests.unit.serving.http_support import BACKBONE, FakeBackend, Gateway, gateway, tokens
+from tests.unit.serving.http_support import (
+    BACKBONE,
+    FakeBackend,
+    Gateway,
+    Pauses,
+    gateway,
+    listening,
+    pair,
+    tokens,
+    until,
+)
 
 USER = {"role": "user", "content": "hi"}
 CANARY = "canary-7f3a"
+FIELD = "canary-field-9c1e"
+"""The name of a field; a refusal says which one it does not know."""
 
 
 def tree(root: type[DeltamuxError] = DeltamuxError) -> Iterator[type[DeltamuxError]]:
@@ -96,6 +110,75 @@ async def test_headers_that_steer_the_sdks_retries(
     async with gateway(tmp_path, backend) as g:
         reply = await g.http.post("/v1/completions", json={"model": BACKBONE, "prompt": "hi"})
         assert reply.headers[header] == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "pauses"),
+    [
+        ("InvalidRequest", []),
+        ("PayloadTooLarge", []),
+        ("Unauthenticated", []),
+        ("Forbidden", []),
+        ("NotFound", []),
+        ("Conflict", []),
+        ("QuotaExceeded", []),
+        ("Overloaded", [1.0, 1.0]),
+        ("RateLimited", [1.0, 1.0]),
+        ("Unavailable", [1.0, 1.0]),
+        ("RegistryUnavailable", [1.0, 1.0]),
+        (
+            "DeltamuxError",
+            [pytest.approx(0.45, abs=0.1), pytest.approx(0.9, abs=0.2)],
+        ),  # the SDK's own choice
+    ],
+)
+async def test_what_the_sdk_repeats_and_when(
+    tmp_path: Path, kind: str, pauses: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = Pauses(monkeypatch)
+    backend = FakeBackend(script=lambda call: [(FailureEvent(error=ErrorInfo(kind, "m")),)])
+    async with gateway(tmp_path, backend) as g:
+        sdk = g.openai.with_options(max_retries=2)
+        for stream in (False, True):
+            with pytest.raises(openai.APIStatusError):
+                await sdk.completions.create(model=BACKBONE, prompt="hi", stream=stream)
+            assert slept.lengths == pauses
+            assert len(backend.calls) == 1 + len(pauses)
+            slept.lengths.clear()
+            backend.calls.clear()
+
+
+async def test_the_sdks_retry_of_what_was_only_momentary_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = Pauses(monkeypatch)
+    failures = [FailureEvent(error=ErrorInfo(kind, "m")) for kind in ("Unavailable", "Overloaded")]
+    backend = FakeBackend(script=lambda call: [(failures.pop(),)] if failures else tokens(call))
+    async with gateway(tmp_path, backend) as g:
+        answer = await g.openai.with_options(max_retries=2).completions.create(model=BACKBONE, prompt="hi")
+        assert answer.choices[0].text == "Hello, world"
+        assert slept.lengths == [1.0, 1.0]
+
+
+async def test_a_client_that_runs_out_of_time_frees_its_request(tmp_path: Path) -> None:
+    backend = FakeBackend(hold=asyncio.Event())
+    async with gateway(tmp_path, backend) as g, listening(g.app) as (host, port):
+        sdk = openai.AsyncOpenAI(api_key="x", base_url=f"http://{host}:{port}/v1", timeout=0.3, max_retries=1)
+        async with sdk:
+            with pytest.raises(openai.APITimeoutError):
+                await sdk.completions.create(model=BACKBONE, prompt="hi")
+        await until(lambda: not backend.open_calls)
+        assert len(backend.calls) == 2  # both attempts reached the server, and both are over there too
+        await until(lambda: g.sample("deltamux_usage_requests_total", outcome="cancelled") == 2)
+
+
+async def test_the_description_has_the_statuses_that_are_sent(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        paths = (await g.http.get("/openapi.json")).json()["paths"]
+        documented = {status for item in paths.values() for op in item.values() for status in op["responses"]}
+        assert {"400", "401", "403", "404", "409", "413", "429", "503"} < documented
+        assert not documented & {"408", "422"}
+        assert not {answer.status for answer in ANSWERS.values()} & {408, 422}
 
 
 COMPLETION_FAULTS: list[tuple[dict[str, Any], str]] = [
@@ -340,6 +423,22 @@ async def test_routes_answer_in_the_envelope(tmp_path: Path, method: str, path: 
             assert reply.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [
+        ("/v1/adapters/x", "DELETE, GET"),
+        ("/v1/admin/keys", "GET, POST"),
+        ("/v1/models/a/b", "GET"),
+        ("/health/live", "GET"),
+    ],
+)
+async def test_a_405_names_every_method_that_its_path_takes(tmp_path: Path, path: str, allow: str) -> None:
+    async with gateway(tmp_path) as g:
+        reply = await g.http.request("PATCH", path)
+        assert_envelope(reply, 405)
+        assert reply.headers["allow"] == allow
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_unhandled_error_is_a_fixed_text(
     tmp_path: Path, stream: bool, caplog: pytest.LogCaptureFixture
@@ -364,15 +463,74 @@ async def test_an_unhandled_error_is_a_fixed_text(
         assert CANARY not in (await g.http.get("/metrics")).text
 
 
-async def test_no_prompt_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with gateway(tmp_path) as g:
+PLANTS: list[Any] = [
+    CANARY,
+    [CANARY],
+    [[CANARY]],
+    {"a": CANARY},
+    {FIELD: CANARY},
+    [{"role": CANARY, "content": CANARY}],
+    [{"role": "user", "content": CANARY, FIELD: CANARY}],
+    [{"role": "user", "content": [{"type": "text", "text": {"a": CANARY}}]}],
+    CANARY * 1000,
+]
+
+
+async def test_what_a_request_says_is_in_no_log_no_metric_no_database_and_in_no_refusal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusals = 0
+    async with gateway(tmp_path, FakeBackend(script=told_by_seed)) as g:
+        await g.push("delta")
         with caplog.at_level(logging.DEBUG):
-            await g.openai.completions.create(model=BACKBONE, prompt=CANARY, user=CANARY)
-            await g.http.post("/v1/completions", json={"model": BACKBONE, "prompt": CANARY, "n": CANARY})
-        records = [
-            r.getMessage() for r in caplog.records if not r.name.startswith(("openai", "httpx", "httpcore"))
-        ]
-        assert not any(CANARY in record for record in records)
+            for path, body, base in (
+                ("/v1/completions", CompletionBody, {"model": BACKBONE, "prompt": CANARY}),
+                ("/v1/chat/completions", ChatBody, {"model": BACKBONE, "messages": [USER]}),
+            ):
+                for field in body.model_fields:
+                    for plant in PLANTS:
+                        reply = await g.http.post(path, json={**base, field: plant})
+                        if reply.status_code != 200:
+                            refusals += 1
+                            # the caller's own model is named to it: which one is not there is what it has to know
+                            assert field == "model" or CANARY not in reply.text, (field, plant, reply.text)
+                for stream in (False, True):
+                    for seed in (0, 1, 2):
+                        reply = await g.http.post(path, json={**base, "stream": stream, "seed": seed})
+                        assert CANARY not in reply.text
+            for content in (f'{{"prompt": "{CANARY}"', f'"{CANARY}"', f'{{"prompt": "{CANARY}\\ud800"}}'):
+                reply = await post_raw(g, content)
+                assert_envelope(reply, 400)
+                assert CANARY not in reply.text
+            headers = {"authorization": f"Bearer {CANARY}", "user-agent": CANARY, "cookie": CANARY}
+            for path in (f"/{CANARY}", f"/v1/adapters/{CANARY}%00", f"/v1/models?x={CANARY}"):
+                await g.http.get(path, headers=headers)
+            parts = [("file", (f"{CANARY}.json", b"{}")), ("file", ("adapter_config.json", CANARY.encode()))]
+            for name in ("delta", CANARY + "!"):
+                for files in (parts, parts[1:], [*pair(), *parts]):
+                    reply = await g.http.put(f"/v1/adapters/{name}/versions", files=files)
+                    assert reply.status_code == 400
+        g.tenancy.ledger.stop()
+        page = (await g.http.get("/metrics")).text
+        with sqlite3.connect(tmp_path / "registry.db") as raw:
+            dump = "\n".join(raw.iterdump())
+    assert refusals > 200
+    assert "delta" in dump
+    clients = ("openai", "httpx", "httpcore")
+    ours = [record for record in caplog.records if not record.name.startswith(clients)]
+    logged = "".join(f"{record.getMessage()} {record.exc_text}" for record in ours)
+    assert "ValueError" in logged
+    assert not [word for word in (CANARY, FIELD) for kept in (page, dump, logged) if word in kept]
+
+
+def told_by_seed(call: Any) -> Any:
+    """Answers, breaks off or fails, with the caller's words in the exception."""
+    match call.sampling.seed:
+        case 1:
+            return [*tokens(call)[:1], ValueError(CANARY)]
+        case 2:
+            return [RuntimeError(CANARY)]
+    return tokens(call)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from adapters.errors import RegistryUnavailable
+from adapters.errors import Overloaded, RegistryUnavailable
 from serving.core import FailureEvent, GenerateCall
 from serving.tenancy.buckets import Kind, Share
 from tests.unit.serving.http_support import (
@@ -22,6 +22,7 @@ from tests.unit.serving.http_support import (
     Clock,
     FakeBackend,
     Gateway,
+    Pauses,
     gateway,
     tokens,
     until,
@@ -59,7 +60,7 @@ async def test_100_tokens_a_minute_are_100_for_20_requests_at_once(
     tmp_path: Path, counted_in: str, stream: bool
 ) -> None:
     backend = FakeBackend(hold=asyncio.Event())
-    async with gateway(tmp_path, backend, clock=Clock(), rates_counted_in=counted_in) as g:
+    async with gateway(tmp_path, backend, clock=Clock(), counted_in=counted_in) as g:
         g.limited(tokens_per_min=100)
         sending = asyncio.create_task(outcomes(g, 20, stream=stream))
         route = {"route": "/v1/completions", "status": "429"}
@@ -72,6 +73,27 @@ async def test_100_tokens_a_minute_are_100_for_20_requests_at_once(
         async with asyncio.timeout(5):  # each gives back what it did not use
             while await left(g, limit=100) != 100 - 10 * USED:
                 await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_two_gateways_that_count_in_the_database_share_100_tokens_a_minute(
+    tmp_path: Path, url: str, stream: bool
+) -> None:
+    backend = FakeBackend(hold=asyncio.Event())
+    options: dict[str, Any] = {"clock": Clock(), "url": url, "counted_in": "database"}
+    async with gateway(tmp_path, backend, **options) as g, gateway(tmp_path, backend, **options) as other:
+        other.use(g.limited(tokens_per_min=100))
+        sending = [asyncio.create_task(outcomes(one, 10, stream=stream)) for one in (g, other)]
+        route = {"route": "/v1/completions", "status": "429"}
+
+        def answered() -> float:
+            return sum(one.sample("deltamux_requests_total", **route) for one in (g, other))
+
+        await until(lambda: len(backend.open_calls) + answered() == 20)
+        assert len(backend.calls) == 10  # exactly, whichever gateway they came to
+        assert backend.hold is not None
+        backend.hold.set()
+        assert sum(len(refusals(found)) for found in await asyncio.gather(*sending)) == 10
 
 
 async def left(g: Gateway, *, limit: int) -> int:
@@ -121,9 +143,10 @@ async def test_requests_per_minute(tmp_path: Path) -> None:
         assert len(refusals(await outcomes(g, 2))) == 1
 
 
-async def test_concurrency(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted_in", ["process", "database"])
+async def test_concurrency(tmp_path: Path, counted_in: str) -> None:
     backend = FakeBackend(hold=asyncio.Event())
-    async with gateway(tmp_path, backend, clock=Clock()) as g:
+    async with gateway(tmp_path, backend, clock=Clock(), counted_in=counted_in) as g:
         g.limited(max_concurrency=2, tokens_per_min=1000, requests_per_min=100)
         sending = asyncio.create_task(outcomes(g, 5))
         route = {"route": "/v1/completions", "status": "429"}
@@ -134,39 +157,48 @@ async def test_concurrency(tmp_path: Path) -> None:
         refused = refusals(await sending)
         assert [error.code for error in refused] == ["rate_limit_exceeded"] * 3
         assert {error.response.headers["retry-after"] for error in refused} == {"1"}
-        (raw,) = await outcomes(g, 1)
-        assert raw.choices
+        for _ in range(3):  # one after another: none finds the last one's place taken
+            (raw,) = await outcomes(g, 1)
+            assert raw.choices
         # the refused ones gave everything back
+        async with asyncio.timeout(5):
+            while await left(g, limit=1000) != 1000 - 5 * USED:
+                await asyncio.sleep(0.005)
         raw = await g.openai.completions.with_raw_response.create(model=BACKBONE, prompt=PROMPT, max_tokens=7)
-        assert raw.headers["x-ratelimit-remaining-tokens"] == str(1000 - 3 * USED - 10)
-        assert raw.headers["x-ratelimit-remaining-requests"] == "96"
+        assert raw.headers["x-ratelimit-remaining-tokens"] == str(1000 - 5 * USED - 10)
+        assert raw.headers["x-ratelimit-remaining-requests"] == "94"
 
 
-class Waiting:
-    """Makes the SDK's pauses instant and notes them."""
+async def test_two_gateways_that_count_in_the_database_share_the_places(tmp_path: Path, url: str) -> None:
+    backend = FakeBackend(hold=asyncio.Event())
+    options: dict[str, Any] = {"clock": Clock(), "url": url, "counted_in": "database"}
+    async with gateway(tmp_path, backend, **options) as g, gateway(tmp_path, backend, **options) as other:
+        other.use(g.limited(max_concurrency=3))
+        sending = [asyncio.create_task(outcomes(one, 6)) for one in (g, other)]
+        route = {"route": "/v1/completions", "status": "429"}
 
-    def __init__(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pauses: list[float] = []
+        def answered() -> float:
+            return sum(one.sample("deltamux_requests_total", **route) for one in (g, other))
 
-        async def sleep(seconds: float) -> None:
-            self.pauses.append(seconds)
-            clock.now += seconds
-
-        monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
+        await until(lambda: len(backend.open_calls) + answered() == 12)
+        assert len(backend.calls) == 3
+        assert backend.hold is not None
+        backend.hold.set()
+        assert sum(len(refusals(found)) for found in await asyncio.gather(*sending)) == 9
 
 
 async def test_the_sdk_waits_as_long_as_it_is_told_and_then_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    waiting = Waiting(clock, monkeypatch)
+    pauses = Pauses(monkeypatch, clock)
     async with gateway(tmp_path, clock=clock) as g:
         g.limited(tokens_per_min=60)
         sdk = g.openai.with_options(max_retries=1)
         for _ in range(2):
             made = await sdk.completions.create(model=BACKBONE, prompt=PROMPT, max_tokens=57)
             assert made.choices
-        assert waiting.pauses == [
+        assert pauses.lengths == [
             pytest.approx(6.0, abs=0.002)
         ]  # 60 - 6 are left, 60 are needed, 1 comes a second
 
@@ -175,7 +207,7 @@ async def test_the_sdk_does_not_repeat_what_can_never_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    waiting = Waiting(clock, monkeypatch)
+    pauses = Pauses(monkeypatch, clock)
     async with gateway(tmp_path, clock=clock) as g:
         g.limited(tokens_per_min=9)
         with pytest.raises(openai.RateLimitError) as refused:
@@ -184,7 +216,7 @@ async def test_the_sdk_does_not_repeat_what_can_never_pass(
             )
         assert (refused.value.code, refused.value.param) == ("insufficient_quota", "max_tokens")
         assert refused.value.response.headers["x-should-retry"] == "false"
-        assert waiting.pauses == []
+        assert pauses.lengths == []
         assert g.sample("deltamux_requests_total", route="/v1/completions", status="429") == 1
 
 
@@ -230,7 +262,10 @@ async def test_what_was_not_used_comes_back(tmp_path: Path, script: Any, spent: 
         assert int(after.headers["x-ratelimit-remaining-tokens"]) == 1000 - spent - 4
 
 
-async def test_a_caller_who_leaves_before_the_first_token_pays_for_its_prompt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted_in", ["process", "database"])
+async def test_a_caller_who_leaves_before_the_first_token_pays_for_its_prompt(
+    tmp_path: Path, counted_in: str
+) -> None:
     started = asyncio.Event()
 
     class Slow(FakeBackend):
@@ -239,12 +274,15 @@ async def test_a_caller_who_leaves_before_the_first_token_pays_for_its_prompt(tm
             await asyncio.Event().wait()
             yield ()
 
-    async with gateway(tmp_path, Slow(), clock=Clock()) as g:
+    async with gateway(tmp_path, Slow(), clock=Clock(), counted_in=counted_in) as g:
         g.limited(tokens_per_min=1000, max_concurrency=1)
         body = {"model": BACKBONE, "prompt": PROMPT, "max_tokens": 50}
         sending = asyncio.create_task(post_and_leave(g, body, started))
         await sending
         g.backend.generate = FakeBackend().generate  # type: ignore[method-assign]
+        async with asyncio.timeout(5):  # all but the prompt comes back
+            while await left(g, limit=1000) != 1000 - 3:
+                await asyncio.sleep(0.005)
         after = await g.http.post("/v1/completions", json={**body, "max_tokens": 1})
         assert after.status_code == 200  # its place is free again
         assert int(after.headers["x-ratelimit-remaining-tokens"]) == 1000 - 3 - 4
@@ -379,7 +417,7 @@ async def test_a_request_that_waits_too_long_for_its_turn_is_told_to_return(
                     yield batch
             await asyncio.Event().wait()
 
-    async with gateway(tmp_path, Full(), max_wait_s=0.05) as g:
+    async with gateway(tmp_path, Full(), first_token_timeout_s=0.05) as g:
         body = {"model": BACKBONE, "prompt": PROMPT, "n": 2, "stream": stream}
         reply = await g.http.post("/v1/completions", json=body)
         assert_envelope(reply, 429)
@@ -387,3 +425,21 @@ async def test_a_request_that_waits_too_long_for_its_turn_is_told_to_return(
         assert reply.headers["retry-after"] == "1"
         alone = await g.http.post("/v1/completions", json={**body, "n": 1})
         assert alone.status_code == 200
+
+
+async def test_a_request_that_would_wait_in_vain_is_told_when_to_return_and_costs_nothing(
+    tmp_path: Path,
+) -> None:
+    def refuse(call: GenerateCall) -> Batches:
+        assert call.max_wait_s == 5.0
+        return [(FailureEvent(error=Overloaded("Full.", retry_after_s=2.3).info()),)]
+
+    async with gateway(tmp_path, FakeBackend(script=refuse), clock=Clock(), first_token_timeout_s=5.0) as g:
+        g.limited(tokens_per_min=100)
+        with pytest.raises(openai.RateLimitError) as refused:
+            await g.openai.completions.create(model=BACKBONE, prompt=PROMPT, max_tokens=7)
+        headers = refused.value.response.headers
+        assert (headers["retry-after"], headers["retry-after-ms"]) == ("3", "2300")
+        assert refused.value.code == "rate_limit_exceeded"
+        await asyncio.sleep(0)
+        assert await left(g, limit=100) == 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapters.errors import RegistryUnavailable, Unavailable
 from adapters.registry import Registry
+from serving.http.openapi import ErrorBody
 from serving.metrics import EngineMetrics, families
 from tests.unit.serving.http_support import BACKBONE, FakeBackend, gateway
 from tests.unit.serving.test_http_errors import assert_envelope
@@ -85,6 +87,22 @@ async def test_docs_describe_every_route(tmp_path: Path) -> None:
         ]
         assert len(operations) == len(routes)
         assert all(op["description"] for op in operations)
+
+
+async def test_docs_name_the_errors_that_there_are(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        description = (await g.http.get("/openapi.json")).json()
+        assert "422" not in json.dumps(description)
+        for path, item in description["paths"].items():
+            for method, operation in item.items():
+                errors = {status: body for status, body in operation["responses"].items() if status >= "400"}
+                assert "503" in errors, f"{method} {path}"
+                assert ("401" in errors) is ("security" in operation), f"{method} {path}"
+                for body in errors.values():
+                    schema = body["content"]["application/json"]["schema"]
+                    assert schema == {"$ref": "#/components/schemas/ErrorBody"}
+        shown = (await g.http.get("/v1/models/none")).json()
+        assert ErrorBody.model_validate(shown, extra="forbid").error.code == "model_not_found"
 
 
 async def test_the_sdk_does_not_repeat_a_lost_swap(tmp_path: Path) -> None:

@@ -486,3 +486,16 @@ async def test_faulty_lineage(tmp_path: Path, lineage: str) -> None:
         reply = await g.http.put(PATH, files=peft_files(), data={"lineage": lineage})
         assert_envelope(reply, 400, "lineage")
         assert list(g.store.iter_digests()) == []
+
+
+async def test_a_header_that_is_dear_to_parse_never_reaches_the_parser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = b'{"a":[' + b",".join([b"[]"] * 340_000) + b"]}"
+    monkeypatch.setattr("adapters.formats.files.read_json", None)
+    async with gateway(tmp_path) as g:
+        files = [("file", ("tensors.safetensors", len(header).to_bytes(8, "little") + header))]
+        refused = await g.http.put("/v1/adapters/delta/versions", files=[*pair()[:1], *files])
+        assert refused.status_code == 413
+        assert refused.json()["error"]["code"] == "payload_too_large"
+        assert left(g) == (set(), [], [])

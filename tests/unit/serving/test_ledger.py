@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from sqlalchemy import text
 
+from adapters import audit
 from adapters.errors import RegistryUnavailable
 from adapters.migrations.database import Database
 from serving.core import GenerateCall
-from serving.tenancy.ledger import Ledger, Outcome, Tokens
+from serving.deployments.housekeeping import keep_forever
+from serving.tenancy.ledger import HOUR_S, Ledger, Outcome, Tokens
 from serving.tenancy.principal import Scope
 from tests.unit.serving.http_support import BACKBONE, Clock, FakeBackend, Gateway, digest, gateway, tokens
 from tests.unit.serving.test_http_errors import assert_envelope
@@ -30,20 +35,16 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "registry.db"
-
-
-@pytest.fixture
-def database(path: Path) -> Iterator[Database]:
-    made = Database(f"sqlite:///{path}", busy_timeout_s=0.2)
+def database(url: str) -> Iterator[Database]:
+    made = Database(url, busy_timeout_s=0.2)
     yield made
     made.close()
 
 
-def rows(path: Path, columns: str) -> list[tuple[Any, ...]]:
-    with sqlite3.connect(path) as raw:
-        return raw.execute(f"SELECT {columns} FROM usage ORDER BY opened_at, id").fetchall()  # noqa: S608
+def rows(database: Database, columns: str) -> list[tuple[Any, ...]]:
+    query = text(f"SELECT {columns} FROM usage ORDER BY opened_at, id")  # noqa: S608
+    with database.read() as tx:
+        return [tuple(row) for row in tx.execute(query)]
 
 
 def begin(ledger: Ledger, request_id: str) -> Any:
@@ -53,22 +54,22 @@ def begin(ledger: Ledger, request_id: str) -> Any:
 # -- the ledger alone ------------------------------------------------------------------------------------------
 
 
-def test_open_then_closed(database: Database, path: Path) -> None:
+def test_open_then_closed(database: Database) -> None:
     clock = Clock()
     told: list[tuple[Outcome, Tokens]] = []
     ledger = Ledger(database, clock=clock, on_closed=lambda *item: told.append(item))
     ledger.open("r", "acme", "k", adapter_digest="d" * 64, reserved_tokens=9).result(5)
     everything = "tenant, key_id, adapter_digest, hour, opened_at, closed_at, outcome, reserved_tokens"
-    assert rows(path, everything) == [("acme", "k", "d" * 64, 277, 1e6, None, "open", 9)]
+    assert rows(database, everything) == [("acme", "k", "d" * 64, 277, 1e6, None, "open", 9)]
     clock.now += 2
     ledger.close("r", Outcome.COMPLETED, Tokens(prompt=5, cached=4, completion=3))
     ledger.stop()
-    found = rows(path, "outcome, closed_at, prompt_tokens, cached_tokens, completion_tokens")
+    found = rows(database, "outcome, closed_at, prompt_tokens, cached_tokens, completion_tokens")
     assert found == [("completed", 1e6 + 2, 5, 4, 3)]
     assert told == [(Outcome.COMPLETED, Tokens(prompt=5, cached=4, completion=3))]
 
 
-def test_many_requests_share_commits(database: Database, path: Path) -> None:
+def test_many_requests_share_commits(database: Database) -> None:
     ledger = Ledger(database, clock=Clock(), on_closed=lambda *_: None)
     with database.write():  # the ledger has to wait: what comes meanwhile goes together
         written = [begin(ledger, f"r{number}") for number in range(200)]
@@ -85,11 +86,11 @@ def test_many_requests_share_commits(database: Database, path: Path) -> None:
     for number in range(200):
         ledger.close(f"r{number}", Outcome.COMPLETED, Tokens())
     ledger.stop()
-    assert len(rows(path, "id")) == 200
+    assert len(rows(database, "id")) == 200
     assert writes["transactions"] < 10
 
 
-def test_a_failing_database_fails_what_opens_and_keeps_what_closes(database: Database, path: Path) -> None:
+def test_a_failing_database_fails_what_opens_and_keeps_what_closes(database: Database) -> None:
     ledger = Ledger(database, clock=Clock(), on_closed=lambda *_: None)
     begin(ledger, "a").result(5)
     with database.write():  # held for longer than the ledger waits for its turn
@@ -100,14 +101,14 @@ def test_a_failing_database_fails_what_opens_and_keeps_what_closes(database: Dat
     ledger.close("b", Outcome.FAILED, Tokens())  # it never was: no row
     begin(ledger, "c").result(5)
     ledger.stop()
-    assert rows(path, "id, outcome") == [("a", "failed"), ("c", "open")]
+    assert rows(database, "id, outcome") == [("a", "failed"), ("c", "open")]
 
 
-def test_the_ledger_survives_a_caller_that_does_not_wait(database: Database, path: Path) -> None:
+def test_the_ledger_survives_a_caller_that_does_not_wait(database: Database) -> None:
     ledger = Ledger(database, clock=Clock(), on_closed=lambda *_: None)
     assert not begin(ledger, "a").cancel()
     ledger.stop()
-    assert rows(path, "id, outcome") == [("a", "open")]
+    assert rows(database, "id, outcome") == [("a", "open")]
     assert not [thread for thread in threading.enumerate() if thread.name == "ledger"]
 
 
@@ -124,9 +125,9 @@ time.sleep(60)
 """
 
 
-def test_requests_of_a_killed_process_are_found_and_marked(database: Database, path: Path) -> None:
+def test_requests_of_a_killed_process_are_found_and_marked(database: Database, url: str) -> None:
     victim = subprocess.Popen(
-        [sys.executable, "-c", CRASHING, f"sqlite:///{path}"],
+        [sys.executable, "-c", CRASHING, url],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
@@ -140,17 +141,80 @@ def test_requests_of_a_killed_process_are_found_and_marked(database: Database, p
     assert ledger.recover(older_than_s=4e9) == 0
     assert ledger.recover(older_than_s=60) == 2
     assert ledger.recover(older_than_s=60) == 0
-    found = rows(path, "id, outcome, prompt_tokens, completion_tokens, reserved_tokens")
+    found = rows(database, "id, outcome, prompt_tokens, completion_tokens, reserved_tokens")
     assert found == [("a", "completed", 2, 3, 7), ("b", "crashed", 0, 0, 7), ("c", "crashed", 0, 0, 7)]
 
 
-def test_a_gateway_that_was_alive_after_all_has_the_last_word(database: Database, path: Path) -> None:
+def test_a_gateway_that_was_alive_after_all_has_the_last_word(database: Database) -> None:
     ledger = Ledger(database, clock=Clock(), on_closed=lambda *_: None)
     begin(ledger, "a").result(5)
     ledger.recover(older_than_s=0)
     ledger.close("a", Outcome.COMPLETED, Tokens(prompt=1))
     ledger.stop()
-    assert rows(path, "outcome, prompt_tokens") == [("completed", 1)]
+    assert rows(database, "outcome, prompt_tokens") == [("completed", 1)]
+
+
+def test_old_rows_go_and_their_going_is_in_the_audit_log(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.tenancy.ledger.PURGED_AT_ONCE", 3)
+    clock = Clock()
+    ledger = Ledger(database, clock=clock, on_closed=lambda *_: None)
+    for number in range(10):  # one each half hour
+        begin(ledger, f"r{number}").result(5)
+        if number:
+            ledger.close(f"r{number}", Outcome.COMPLETED, Tokens(prompt=1))
+        clock.now += HOUR_S / 2
+    ledger.stop()
+    first = int(1e6) // HOUR_S
+    hours = [hour for (hour,) in rows(database, "hour")]
+    assert ledger.purge(older_than_s=clock.now) == 0
+    removed = ledger.purge(older_than_s=2 * HOUR_S)
+    before = int((clock.now - 2 * HOUR_S) // HOUR_S)
+    assert removed == sum(hour < before for hour in hours) - 1 > 3
+    # whole hours, and never a row that is open: its request may still run
+    assert [row[0] for row in rows(database, "hour")] == [first, *(hour for hour in hours if hour >= before)]
+    assert ledger.purge(older_than_s=2 * HOUR_S) == 0
+    with database.read() as tx:
+        lines, verdict = audit.lines(tx, limit=10), audit.verify(tx)
+    assert {(line.actor, line.action) for line in lines} == {("system", "usage.purge")}
+    assert sum(json.loads(line.details)["rows"] for line in lines) == removed
+    assert verdict.problem is None
+
+
+def test_housekeeping_goes_on_after_a_failure(
+    database: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    ledger = Ledger(database, clock=clock, on_closed=lambda *_: None)
+    begin(ledger, "left").result(5)
+    begin(ledger, "ended").result(5)
+    ledger.close("ended", Outcome.COMPLETED, Tokens())
+    ledger.stop()
+    pauses: list[float] = []
+    purge = ledger.purge
+
+    def fail(*, older_than_s: float) -> int:
+        raise RegistryUnavailable("The registry's database is full.")
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        match len(pauses):
+            case 1:
+                assert rows(database, "id, outcome") == [("ended", "completed"), ("left", "open")]
+                clock.now += 3 * 86_400
+                monkeypatch.setattr(ledger, "purge", fail)
+            case 2:
+                assert rows(database, "id, outcome") == [("ended", "completed"), ("left", "crashed")]
+                monkeypatch.setattr(ledger, "purge", purge)
+            case 3:
+                assert rows(database, "id") == []
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        keep_forever(ledger, keep_days=2, abandoned_after_s=7200, sleep=sleep)
+    assert pauses == [3600.0] * 3
+    assert "is full" in caplog.text
 
 
 # -- behind HTTP -----------------------------------------------------------------------------------------------
@@ -163,7 +227,9 @@ def counted(g: Gateway) -> dict[str, float]:
     return found | {name: g.sample("deltamux_usage_requests_total", outcome=name) for name in outcomes}
 
 
-async def test_rows_equal_the_counters_whatever_becomes_of_requests(tmp_path: Path, path: Path) -> None:
+async def test_rows_equal_the_counters_whatever_becomes_of_requests(
+    tmp_path: Path, url: str, database: Database
+) -> None:
     gone = asyncio.Event()
 
     def script(call: GenerateCall) -> Any:
@@ -177,7 +243,7 @@ async def test_rows_equal_the_counters_whatever_becomes_of_requests(tmp_path: Pa
         return tokens(call)
 
     backend = FakeBackend(script=script)
-    async with gateway(tmp_path, backend) as g:
+    async with gateway(tmp_path, backend, url=url) as g:
         g.limited(tokens_per_min=100_000)
         body: dict[str, Any] = {"model": BACKBONE, "prompt": [PROMPT, PROMPT], "n": 2, "max_tokens": 7}
         for stream in (False, True):
@@ -189,25 +255,108 @@ async def test_rows_equal_the_counters_whatever_becomes_of_requests(tmp_path: Pa
             gone.clear()
             await post_and_leave(g, {**body, "n": 1, "seed": 3, "stream": stream}, gone)
         g.tenancy.ledger.stop()
-        sums = "sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens)"
-        ((prompt, cached, completion),) = rows(path, sums)
-        outcomes = Counter(outcome for (outcome,) in rows(path, "outcome"))
+        found = rows(database, "outcome, prompt_tokens, cached_tokens, completion_tokens")
+        prompt, cached, completion = (sum(row[place] for row in found) for place in (1, 2, 3))
+        outcomes = Counter(row[0] for row in found)
         assert counted(g) == {"prompt": prompt, "cached": cached, "completion": completion} | {
             name: outcomes[name] for name in ("completed", "cancelled", "failed")
         }
         assert outcomes == {"failed": 4, "completed": 4, "cancelled": 2}
-        assert (cached, completion) == (0, 3 * 2 * 2 + 3 * 4 * 2 + completion_of_the_failed(path))
+        assert (cached, completion) == (
+            0,
+            3 * 2 * 2 + 3 * 4 * 2 + sum(row[3] for row in found if row[0] != "completed"),
+        )
 
 
-def completion_of_the_failed(path: Path) -> int:
-    with sqlite3.connect(path) as raw:
-        query = "SELECT sum(completion_tokens) FROM usage WHERE outcome != 'completed'"
-        return int(raw.execute(query).fetchone()[0])
+GATEWAY = """
+import asyncio, sys
+from pathlib import Path
+from tests.unit.serving.http_support import FakeBackend, gateway, listening, tokens
+from tests.unit.serving.test_http_limits import refuse
+
+class Backend(FakeBackend):
+    async def generate(self, call):
+        if call.sampling.seed == 1:
+            yield refuse(call)[0]
+            return
+        for batch in tokens(call):
+            yield batch
+            if call.sampling.seed == 9:
+                await asyncio.Event().wait()
+
+async def main():
+    async with gateway(Path(sys.argv[1]), Backend(), url=sys.argv[2]) as g, listening(g.app) as (host, port):
+        print(port, flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+KINDS = ("prompt", "cached", "completion")
+
+
+def on_page(page: str) -> Counter[str]:
+    """Usage as the page of metrics has it, by outcome and by kind of token."""
+    found = re.findall(r'^deltamux_usage_(?:requests|tokens)_total{\w+="(\w+)"} (\S+)$', page, re.MULTILINE)
+    return Counter({name: int(float(value)) for name, value in found})
+
+
+@pytest.mark.parametrize("url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
+async def test_rows_equal_the_counters_of_a_gateway_that_was_killed_and_of_the_next(
+    tmp_path: Path, url: str, database: Database
+) -> None:
+    victim = subprocess.Popen(
+        [sys.executable, "-c", GATEWAY, str(tmp_path), url], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert victim.stdout is not None
+        port = int(victim.stdout.readline())
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            for seed in (0, 0, 0, 1, 1):
+                body = {"model": BACKBONE, "prompt": PROMPT, "seed": seed}
+                assert (await http.post("/v1/completions", json=body)).status_code == (503 if seed else 200)
+            waiting = {"model": BACKBONE, "prompt": PROMPT, "seed": 9, "stream": True}
+
+            async def hangs() -> tuple[httpx.Response, AsyncIterator[str]]:
+                request = http.build_request("POST", "/v1/completions", json=waiting)
+                reply = await http.send(request, stream=True)
+                texts = reply.aiter_text()
+                assert (await anext(texts)).startswith("data: ")  # its row is durable
+                return reply, texts
+
+            for _ in range(2):
+                reply, _texts = await hangs()
+                await reply.aclose()
+            cut = [await hangs() for _ in range(3)]
+            async with asyncio.timeout(10):
+                while (before := on_page((await http.get("/metrics")).text))["cancelled"] < 2:
+                    await asyncio.sleep(0.02)
+            victim.send_signal(signal.SIGKILL)
+            for reply, texts in cut:
+                with pytest.raises(httpx.HTTPError):
+                    [_ async for _ in texts]
+                await reply.aclose()
+    finally:
+        victim.kill()
+        victim.wait()
+        victim.stdout.close()  # type: ignore[union-attr]
+
+    async with gateway(tmp_path, url=url) as g:
+        g.tenancy.ledger.recover(older_than_s=0)
+        await g.http.post("/v1/completions", json={"model": BACKBONE, "prompt": PROMPT})
+        g.tenancy.ledger.stop()
+        counters = before + on_page((await g.http.get("/metrics")).text)
+        data = (await g.http.get("/v1/usage", params={"group_by": "outcome"})).json()["data"]
+    assert counters == Counter({row["outcome"]: row["requests"] for row in data}) + Counter(
+        {kind: sum(row[f"{kind}_tokens"] for row in data) for kind in KINDS}
+    )
+    assert {row["outcome"]: row["requests"] for row in data} == {
+        "completed": 4, "failed": 2, "cancelled": 2, "crashed": 3
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_nothing_is_answered_that_the_ledger_does_not_know(
-    tmp_path: Path, path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with gateway(tmp_path) as g:
         body = {"model": BACKBONE, "prompt": PROMPT, "stream": stream}
@@ -231,9 +380,9 @@ async def test_nothing_is_answered_that_the_ledger_does_not_know(
         assert "Hello" not in reply.text
 
 
-async def test_usage_by_tenant_key_delta_hour_and_outcome(tmp_path: Path) -> None:
+async def test_usage_by_tenant_key_delta_hour_and_outcome(tmp_path: Path, url: str) -> None:
     clock = Clock()
-    async with gateway(tmp_path, clock=clock) as g:
+    async with gateway(tmp_path, clock=clock, url=url) as g:
         admin = g.key("default", Scope.ADMIN)
         acme, second, other = g.key("acme"), g.key("acme"), g.key("other")
         g.use(acme)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sqlite3
 import stat
 import zlib
 from collections.abc import Iterator
@@ -13,13 +12,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from adapters.errors import Conflict, InvalidRequest, NotFound, Unauthenticated, Unavailable
+from adapters.migrations.access import api_keys
+from adapters.migrations.database import Database as Opened
+from adapters.migrations.schema import metadata
+from adapters.registry import Registry
 from serving.config import Auth, Backbone, Database, Server, Settings
 from serving.deployments.app import check_exposure
 from serving.tenancy.keys import hash_of, id_of, make_key, read_secret
 from serving.tenancy.principal import Limits, Principal, Scope, check_globs
 from serving.tenancy.tenancy import Tenancy
+from tests.unit.adapters.test_registry import publish
 from tests.unit.serving.http_support import Clock
 
 
@@ -28,17 +33,18 @@ def clock() -> Clock:
     return Clock()
 
 
-def settings(tmp_path: Path) -> Settings:
+@pytest.fixture
+def settings(tmp_path: Path, url: str) -> Settings:
     return Settings(
         backbone=Backbone(path="none"),
-        database=Database(url=f"sqlite:///{tmp_path}/registry.db"),
+        database=Database(url=url),
         auth=Auth(secret_file=tmp_path / "secret"),
     )
 
 
 @pytest.fixture
-def tenancy(tmp_path: Path, clock: Clock) -> Iterator[Tenancy]:
-    with Tenancy(settings(tmp_path), clock=clock) as made:
+def tenancy(settings: Settings, clock: Clock) -> Iterator[Tenancy]:
+    with Tenancy(settings, clock=clock) as made:
         yield made
 
 
@@ -86,10 +92,10 @@ def test_a_secret_that_is_no_secret_is_refused(tmp_path: Path) -> None:
         read_secret(tmp_path)
 
 
-def test_another_secret_makes_every_key_invalid(tmp_path: Path, tenancy: Tenancy) -> None:
+def test_another_secret_makes_every_key_invalid(settings: Settings, tenancy: Tenancy) -> None:
     _, made = tenancy.keys.create("default", [Scope.INFER], actor="test")
-    (tmp_path / "secret").write_text("x" * 64)
-    with Tenancy(settings(tmp_path)) as other, pytest.raises(Unauthenticated):
+    settings.auth.secret_file.write_text("x" * 64)
+    with Tenancy(settings) as other, pytest.raises(Unauthenticated):
         other.caller(made.text)
 
 
@@ -122,6 +128,11 @@ def test_a_wrong_key_with_a_known_id_and_checksum_is_refused_like_an_unknown_one
             tenancy.caller(text)
         messages.add(str(refused.value))
     assert len(messages) == 1
+
+
+def test_a_key_that_makes_keys_can_not_be_narrowed(tenancy: Tenancy) -> None:
+    with pytest.raises(InvalidRequest, match="reaches every delta"):
+        tenancy.keys.create("default", [Scope.INFER, Scope.ADMIN], adapters=["a-*"], actor="test")
 
 
 def test_a_key_ends(tenancy: Tenancy, clock: Clock) -> None:
@@ -169,13 +180,16 @@ def test_rotation_never_lengthens_the_old_key(tenancy: Tenancy, clock: Clock) ->
         tenancy.caller(old.text)
 
 
-def test_the_database_keeps_the_hash_alone(tenancy: Tenancy, tmp_path: Path) -> None:
+def test_the_database_keeps_the_hash_alone(tenancy: Tenancy, settings: Settings) -> None:
     record, made = tenancy.keys.create("default", [Scope.INFER], actor="test")
-    with sqlite3.connect(tmp_path / "registry.db") as raw:
-        (stored,) = raw.execute("SELECT hash FROM api_keys WHERE id = ?", [record.id]).fetchone()
-        dump = "\n".join(raw.iterdump())
-    assert stored == hash_of(made.text, read_secret(tmp_path / "secret"))
-    assert made.text.split("_")[2] not in dump
+    database = Opened(settings.database.url, busy_timeout_s=5)
+    with database.read() as tx:
+        (row,) = tx.execute(select(api_keys))
+        everything = [list(map(tuple, tx.execute(select(table)))) for table in metadata.sorted_tables]
+    database.close()
+    assert (row.id, row.hash) == (record.id, hash_of(made.text, read_secret(settings.auth.secret_file)))
+    assert row.hash in str(everything)
+    assert made.text.split("_")[2] not in str(everything)
 
 
 @pytest.mark.parametrize("text", ["' OR 1=1 --", "dmx_%", "dmx_' OR '1'='1_x_y", "\x00", "é"])
@@ -214,15 +228,37 @@ def test_every_mutation_of_tenants_and_keys_is_in_the_audit_log_without_a_key(te
     assert tenancy.verify_audit().problem is None
 
 
-def test_a_server_is_open_to_others_only_with_a_key_or_by_name(tmp_path: Path) -> None:
-    wide = settings(tmp_path).model_copy(update={"server": Server(host="0.0.0.0")})  # noqa: S104
-    with pytest.raises(InvalidRequest, match="bootstrap"):
-        check_exposure(wide)
-    assert not check_exposure(settings(tmp_path))
+def test_a_server_is_open_to_others_only_with_a_key_or_by_name(settings: Settings) -> None:
+    wide = settings.model_copy(update={"server": Server(host="0.0.0.0")})  # noqa: S104
+    for server in (wide.server, Server(admin_host="0.0.0.0", admin_port=0)):  # noqa: S104
+        with pytest.raises(InvalidRequest, match="bootstrap"):
+            check_exposure(settings.model_copy(update={"server": server}))
+    assert not check_exposure(settings)
+    assert not check_exposure(settings.model_copy(update={"server": Server(admin_port=0)}))
     assert not check_exposure(wide.model_copy(update={"server": Server(host="0.0.0.0", insecure=True)}))  # noqa: S104
     with Tenancy(wide) as tenancy:
         tenancy.keys.create("default", [Scope.ADMIN], actor="test")
     assert check_exposure(wide)
+
+
+def test_identical_tenants_and_grants_at_once_are_one_each(tenancy: Tenancy, settings: Settings) -> None:
+    with Registry(settings.database.url) as registry:
+        publish(registry, "d", "a" * 64)
+
+    def create(_: int) -> int:
+        try:
+            tenancy.tenants.create("acme", Limits(), actor="test")
+        except Conflict:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(create, range(16))) == 1
+        list(pool.map(lambda _: tenancy.grants.grant("default", "d", "acme", actor="test"), range(16)))
+        withdrawn = pool.map(lambda _: tenancy.grants.withdraw("default", "d", "acme", actor="t"), range(16))
+        assert sum(withdrawn) == 1
+    actions = [line.action for line in tenancy.audit_lines(limit=100)]
+    assert actions == ["grant.withdraw", "grant.create", "tenant.create", "version.publish"]
 
 
 # -- what a principal reaches ----------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ class World:
         load_s: float = 0.0,
         fair: bool = True,
         max_lead: float = 0.0,
+        kept: int = 0,
         sharing: Sharing = "tenant",
         **limits: Any,
     ) -> None:
@@ -122,6 +123,7 @@ class World:
             queue = FairQueue(
                 max_wait_s=bounds["max_wait_s"],
                 max_lead=max_lead,
+                num_kept=kept,
                 is_resident=lambda seq: (
                     seq.request.adapter_digest is None or self.leases.is_resident(seq.request.adapter_digest)
                 ),

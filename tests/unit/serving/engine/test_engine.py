@@ -18,14 +18,18 @@ from adapters.normal_form import (
     Delta,
     Head,
     LinearMap,
+    LowRank,
     Op,
     Rows,
     Site,
     WeightDelta,
 )
 from serving.core import FinishReason, PromptEvent, TokenEvent
+from serving.engine.deltas import PROBE_TOKENS
 from serving.model.backbone import Backbone, adopt_backbone
+from serving.model.placed_size import max_device_bytes
 from serving.model.placement import place
+from serving.model.weight_block import whole_pages
 from tests.cases import tiny_backbone
 from tests.unit.serving.engine.engine_support import BLOCK_BYTES, Bench, low_rank, prompt_tuning, tiny
 
@@ -163,7 +167,7 @@ def test_admission_measures_the_effect_and_refuses_a_delta_without_one(backbone:
     bench = Bench(backbone, {})
     proof = result_of(bench.engine.admit(low_rank(backbone, 1), "d"), bench)
     assert proof.effect > 0.05
-    assert proof.device_bytes == low_rank(backbone, 1).size_bytes
+    assert proof.device_bytes == whole_pages(low_rank(backbone, 1).size_bytes)
     with pytest.raises(InvalidDelta, match="no effect"):
         result_of(bench.engine.admit(low_rank(backbone, 1, scale=0.0), "zero"), bench)
     assert "zero" not in bench.engine.deltas.residency
@@ -176,6 +180,41 @@ def test_admission_measures_the_effect_and_refuses_a_delta_without_one(backbone:
         result_of(bench.engine.admit(bad, "inf"), bench)
     assert "inf" not in bench.engine.deltas.residency
     bench.assert_nothing_held("d")
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        Affine(site=Site("v.out", 0), scale=torch.ones(16), shift=torch.zeros(16)),
+        LinearMap(site=Site("q.out", 0), blocks=torch.eye(4).repeat(1, 8, 1, 1)),
+        LowRank(read=Site("o.out", 1), write=Site("o.out", 1), A=torch.randn(4, 32), B=torch.zeros(32, 4)),
+    ],
+    ids=["scale and shift", "map", "bottleneck"],
+)
+def test_the_bare_row_of_the_probe_has_the_same_bits_as_one_with_an_idle_delta(
+    backbone: Backbone, op: Op
+) -> None:
+    bench = Bench(backbone, {})
+    idle = Delta(method="LORA", ops=(op,), backbone_digest=backbone.spec.digest)
+    with pytest.raises(InvalidDelta, match="no effect"):
+        result_of(bench.engine.admit(idle, "idle"), bench)
+
+
+def test_an_admission_costs_the_other_rows_one_forward_of_the_probe(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    forward = type(backbone).forward
+
+    def counted(self: Backbone, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(len(tokens))
+        return forward(self, tokens, *args)
+
+    monkeypatch.setattr(type(backbone), "forward", counted)
+    bench = Bench(backbone, {})
+    for seed in (1, 2, 3):
+        assert result_of(bench.engine.admit(low_rank(backbone, seed), f"d{seed}"), bench).effect > 0.05
+    assert seen == [PROBE_TOKENS] * 4
 
 
 def test_the_probe_uses_the_tokens_that_a_delta_replaces(backbone: Backbone) -> None:
@@ -224,9 +263,7 @@ def test_the_probe_uses_the_tokens_that_a_delta_replaces(backbone: Backbone) -> 
 )
 def test_room_is_made_for_all_that_an_op_takes(backbone: Backbone, op: Op) -> None:
     delta = Delta(method="test", ops=(op,), backbone_digest=backbone.spec.digest)
-    deltas = Bench(backbone, {}).engine.deltas
-    placed = place(delta, "d", backbone)
-    assert 0 < placed.device_bytes <= deltas._device_bytes(delta)
+    assert 0 < place(delta, "d", backbone).device_bytes <= max_device_bytes(delta, backbone)
 
 
 def test_release_drains_then_frees_and_says_how_much(backbone: Backbone) -> None:
@@ -240,7 +277,7 @@ def test_release_drains_then_frees_and_says_how_much(backbone: Backbone) -> None
     bench.run()
     assert len(bench.tokens("running")) == 20
     assert bench.terminal("late").finish_reason == FinishReason.ERROR
-    assert freed.result(0) == low_rank(backbone, 1).size_bytes
+    assert freed.result(0) == whole_pages(low_rank(backbone, 1).size_bytes)
     assert bench.engine.deltas.residency.used_bytes == 0
 
 

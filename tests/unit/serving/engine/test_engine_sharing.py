@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from adapters.errors import StoreError
-from adapters.normal_form import Delta
+from adapters.normal_form import Affine, Delta, Site
 from serving.core import Event, FinishReason, PromptEvent, ServiceClass, TokenEvent
 from serving.engine import deltas as deltas_module
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from serving.engine.runner import RowOutput
 from serving.model.backbone import Backbone
+from serving.model.placed_size import max_device_bytes
+from serving.model.weight_block import whole_pages
 from tests.unit.serving.engine.engine_support import BLOCK_BYTES, Bench, low_rank, prompt_tuning, tiny
 
 PROMPT = [(5 * i + i * i) % 97 for i in range(3 * BLOCK_TOKENS + 7)]
@@ -310,7 +312,7 @@ def test_unloading_waits_for_a_delta_that_is_being_placed(
     assert not freed.done()
     gate.set()
     bench.run(until=lambda: freed.done() and not bench.engine._live)
-    assert freed.result() == deltas["lora"].size_bytes
+    assert freed.result() == whole_pages(deltas["lora"].size_bytes)
     assert bench.terminal("cold").finish_reason == FinishReason.ERROR
     assert bench.engine.budget.used_by("deltas") == 0
 
@@ -324,3 +326,63 @@ def test_both_policies_give_the_same_answers(backbone: Backbone, deltas: dict[st
         bench.run()
         answers[scheduling] = [bench.tokens(name) for name, _, _ in CALLS]
     assert answers["fair"] == answers["first_come"]
+
+
+def small_deltas(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> tuple[Bench, list[int]]:
+    """Two deltas in host memory, of which a step may place one at once, and the threads that placed them."""
+    deltas, real, threads = {str(i): low_rank(backbone, i) for i in range(2)}, deltas_module.place, []
+
+    def seen(*args: Any) -> Any:
+        threads.append(threading.get_ident())
+        return real(*args)
+
+    monkeypatch.setattr(deltas_module, "place", seen)
+    spec = backbone.spec
+    share = 1.5 * max_device_bytes(deltas["0"], backbone)
+    share /= sum(m.shape.d_in * m.shape.d_out for m in spec.modules) * backbone.dtype.itemsize
+    monkeypatch.setattr(deltas_module, "AT_ONCE_SHARE", share)
+    bench = Bench(backbone, deltas)
+    for digest in deltas:
+        bench.engine.deltas.host.request(digest).result()
+    return bench, threads
+
+
+def test_a_small_delta_in_host_memory_delays_its_first_token_by_no_step(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, threads = small_deltas(backbone, monkeypatch)
+    bench.submit("cold", [1, 2], "0")
+    assert bench.engine.step()
+    assert len(bench.tokens("cold")) == 1
+    assert threads == [threading.get_ident()]
+
+
+def test_more_small_deltas_than_a_step_may_place_come_from_another_thread(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, threads = small_deltas(backbone, monkeypatch)
+    for digest in ("0", "1"):
+        bench.submit(f"cold {digest}", [1, 2], digest)
+    bench.run()
+    assert threads[0] == threading.get_ident()
+    assert len(threads) == 2
+    assert threads[1] != threading.get_ident()
+    assert bench.tokens("cold 1")
+
+
+def test_a_small_delta_that_is_folded_with_base_weights_is_placed_beside_the_steps(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, threads = small_deltas(backbone, monkeypatch)
+    plain = low_rank(backbone, 3)
+    magnitude = Affine(
+        site=Site("v.out", 0), scale=torch.full((16,), 2.0), covers_bias=False, weight_normalized=True
+    )
+    dora = Delta(method="DORA", ops=(*plain.ops, magnitude), backbone_digest=backbone.spec.digest)
+    bench.engine.deltas.host._load = {"dora": dora}.__getitem__
+    bench.engine.deltas.host.request("dora").result()
+    bench.submit("cold", [1, 2], "dora")
+    bench.run()
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
+    assert bench.tokens("cold")

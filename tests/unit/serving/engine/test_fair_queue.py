@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ class Line:
         self.queue = FairQueue(
             max_wait_s=max_wait_s,
             max_lead=max_lead,
+            num_kept=0,
             is_resident=lambda seq: (seq.request.adapter_digest or "") in self.resident | {""},
         )
         self.count = 0
@@ -177,9 +178,9 @@ def test_first_come_is_in_order_of_arrival_whoever_asks() -> None:
 # -- the same load under both policies --------------------------------------------------------------------------
 
 
-def waits_of_the_quiet(*, fair: bool) -> list[float]:
+def waits_of_the_quiet(*, fair: bool, **options: Any) -> list[float]:
     """Seconds from arrival to first token of a quiet tenant beside one that asks for ten times its share."""
-    world = World(slots=4, tokens=64, max_queue=10_000, fair=fair)
+    world = World(slots=4, tokens=64, max_queue=10_000, fair=fair, **options)
     arrived: dict[str, float] = {}
     first: dict[str, float] = {}
     quiet = []
@@ -201,6 +202,92 @@ def test_a_tenant_at_ten_times_its_share_delays_others_under_first_come_and_not_
     fair, first_come = waits_of_the_quiet(fair=True), waits_of_the_quiet(fair=False)
     assert max(fair) <= 17  # a place comes free within one request's length
     assert max(first_come) > 100
+
+
+def test_a_queue_of_old_requests_is_no_claim() -> None:
+    assert max(waits_of_the_quiet(fair=True, max_wait_s=20.0)) <= 17
+
+
+def test_a_kept_place_is_there_at_once() -> None:
+    assert max(waits_of_the_quiet(fair=True, max_wait_s=20.0, kept=1)) == 1
+
+
+STEP_S, ROW_S, TOKEN_S = 0.02, 0.0005, 0.0003
+"""What a step of the simulated engine takes: by itself, a row and a token."""
+
+
+def p99_of_the_others(*, abused: bool, fair: bool = True, kept: int = 8) -> float:
+    """99th percentile of the seconds to the first token of seven tenants at half their share of what 32 rows can do.
+
+    `abused`: beside one at ten times its share.
+    """
+    share = 15.2 / 8  # requests a second; measured with all 32 places taken
+    rates = {f"quiet-{i}": share / 2 for i in range(7)} | ({"loud": 10 * share} if abused else {})
+    arrivals = []
+    for place, (tenant, rate) in enumerate(rates.items()):
+        draw = random.Random(place)
+        times = takewhile(lambda at_s: at_s < 40, accumulate(draw.expovariate(rate) for _ in range(9999)))
+        arrivals += [(at_s, tenant, draw.randint(16, 96), draw.randint(16, 64)) for at_s in times]
+    arrivals.sort(reverse=True)
+    world = World(
+        slots=32, blocks=9999, tokens=512, max_queue=9999, max_len=256, fair=fair, max_wait_s=2.0, kept=kept
+    )
+    waiting: list[tuple[float, Sequence]] = []
+    waits = []
+    while arrivals or waiting:
+        while arrivals and arrivals[-1][0] <= world.now_s:
+            at_s, tenant, prompt, output = arrivals.pop()
+            seq = world.add(f"{tenant} {len(arrivals)}", prompt, max_tokens=output, tenant=tenant)
+            waiting += [(at_s, seq)] if tenant != "loud" else []
+        rows = world.turn()
+        world.now_s += STEP_S + sum(ROW_S + TOKEN_S * count for _, count in rows)
+        waits += [world.now_s - at_s for at_s, seq in waiting if seq.num_generated]
+        waiting = [(at_s, seq) for at_s, seq in waiting if not seq.num_generated]
+    return sorted(waits)[int(0.99 * len(waits))]
+
+
+def test_a_tenant_at_ten_times_its_share_makes_others_wait_half_as_long_again_at_most() -> None:
+    alone, abused = p99_of_the_others(abused=False), p99_of_the_others(abused=True)
+    print(f"p99 alone {alone * 1e3:.0f} ms, abused {abused * 1e3:.0f} ms: {abused / alone:.2f}")
+    assert abused <= 1.5 * alone
+    assert p99_of_the_others(abused=True, kept=0) > 2 * alone
+
+
+@pytest.mark.parametrize("tenants", [("a",), ("a", "b")])
+def test_nothing_is_kept_from_a_tenant_alone_nor_between_equals(tenants: tuple[str, ...]) -> None:
+    world = World(slots=8, tokens=999, max_queue=999, kept=4)
+    for index in range(40):
+        world.add(f"{index}", 2, max_tokens=9, tenant=tenants[index % len(tenants)])
+    world.turn()
+    assert len(world.scheduler.running) == 8
+
+
+def test_places_are_kept_by_weight() -> None:
+    world = World(slots=8, tokens=999, max_queue=999, kept=8)
+    for index in range(40):
+        world.add(f"a{index}", 2, max_tokens=9, tenant="a", weight=3.0)
+        world.add(f"b{index}", 2, max_tokens=9, tenant="b")
+    world.turn()
+    assert Counter(name[0] for name in world.running()) == {"a": 6, "b": 2}
+
+
+def test_a_tenant_of_little_weight_has_a_turn_within_the_age_cap() -> None:
+    line = Line(max_wait_s=5.0)
+    for index in range(100):
+        line.add(f"heavy{index}", "heavy", weight=100.0)
+        line.add(f"light{index}", "light", weight=0.01)
+    served = [line.serve(now_s=float(now)) for now in range(60)]
+    turns = [now for now, name in enumerate(served) if name.startswith("light")]
+    assert turns[0] <= 6
+    assert {later - sooner for sooner, later in pairwise(turns)} == {6}
+
+
+def test_within_a_tenant_an_old_request_goes_before_a_resident_one() -> None:
+    line = Line(max_wait_s=5.0, resident="w")
+    line.add("cold", adapter_digest="c")
+    for index in range(9):
+        line.add(f"warm{index}", arrival_s=float(index), adapter_digest="w")
+    assert [line.serve(now_s=float(now)) for now in range(7)] == [*(f"warm{i}" for i in range(6)), "cold"]
 
 
 # -- six deltas, room for three ---------------------------------------------------------------------------------

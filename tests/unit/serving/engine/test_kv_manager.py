@@ -57,7 +57,7 @@ def test_the_lowest_empty_slot_goes_first_and_the_last_is_the_last() -> None:
     slots.kv.close(0, sound=True)
     assert [slots.open([1]), slots.open([1])] == [(0, 0), (2, 0)]
     assert slots.kv.usage == 1.0
-    assert not slots.kv.has_free_slot
+    assert not slots.kv.num_free_slots
 
 
 def test_a_prompt_that_continues_a_retained_one_takes_its_slot_over() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from adapters.errors import ContextLengthExceeded, NotFound, Overloaded
 from adapters.positions import FirstTokens, FromInvocation, LastTokens
 from serving.core import SamplingParams, ServiceClass
 from serving.engine.prefix_cache import BLOCK_TOKENS
-from tests.unit.serving.engine.scheduler_support import BLOCK, FakeDelta, World
+from tests.unit.serving.engine.scheduler_support import BLOCK, FakeDelta, World, sequence
 
 
 def test_long_prompt_is_chunked_and_never_delays_a_decode() -> None:
@@ -115,6 +117,46 @@ def test_a_request_that_waits_too_long_is_refused_and_one_that_ran_is_not() -> N
     assert "waited 10 s" in world.failed["late"].message
     assert world.failed["late"].remedy is not None
     assert len(world.scheduler.queue) == 1
+
+
+def test_a_request_that_would_wait_too_long_is_refused_at_once_and_told_when_to_return() -> None:
+    world = World(slots=1, tokens=100, max_queue=99, max_queue_s=95.0)
+    for index in range(24):
+        world.add(
+            f"a{index}", 2, max_tokens=4, tenant="a", max_wait_s=1.0
+        )  # nothing is known yet: no refusal
+    while len(world.scheduler.queue) > 8:
+        world.turn(1.0)  # one is admitted every four seconds
+    for may_wait_s in (20.0, 10.0):
+        with pytest.raises(Overloaded, match=f"for a place; the limit is {may_wait_s:g} s") as refused:
+            world.add("a", 2, tenant="a", max_wait_s=may_wait_s)
+        assert refused.value.retry_after_s == pytest.approx(32.0 - may_wait_s, abs=2.0)
+    world.add("patient", 2, tenant="a", max_wait_s=40.0)
+    world.add("b", 2, tenant="b", max_wait_s=10.0)  # its tenant has nothing waiting: it is the next
+    for index in range(15):
+        world.add(f"a more {index}", 2, tenant="a")
+    with pytest.raises(Overloaded, match="the limit is 95 s"):  # the engine's own
+        world.add("one more", 2, tenant="a")
+    for _ in range(1000):  # a pause is no slowness
+        world.turn(1.0)
+    world.add("later", 2, tenant="a", max_wait_s=0.1)
+
+
+def test_who_comes_first_is_asked_how_many_are_there_and_a_fair_queue_how_many_are_before() -> None:
+    def ahead(fair: bool, tenant: str, **request: Any) -> float:
+        world = World(slots=0, max_queue=99, fair=fair)
+        for index in range(20):
+            world.add(f"a{index}", 2, tenant="a")
+        for index in range(4):
+            world.add(f"b{index}", 2, tenant="b", weight=3.0)
+        return world.scheduler.queue.num_ahead(sequence("new", 2, tenant=tenant, **request))
+
+    assert [ahead(False, tenant) for tenant in "abc"] == [24, 24, 24]
+    assert ahead(True, "c") == 0
+    assert ahead(True, "b", weight=3.0) == pytest.approx(4 * 4 / 3)
+    assert ahead(True, "a") == 24  # all, and no more than all
+    batch = {"weight": 3.0, "service_class": ServiceClass.BATCH}
+    assert ahead(True, "b", **batch) == 0
 
 
 def test_finishing_a_waiting_request_removes_it() -> None:
