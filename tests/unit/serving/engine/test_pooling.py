@@ -177,7 +177,7 @@ def test_the_effect_of_a_task_head_is_in_its_scores(backbone: Backbone) -> None:
     [
         (lambda b: classifier(low_rank(b, 1, scale=0.0)), "scores equal the bare backbone's"),
         (lambda b: classifier(low_rank(b, 1), scale=0.0), "scores equal the bare backbone's"),
-        (lambda b: head_only(b, scale=0.0), "the same scores"),
+        (lambda b: head_only(b, scale=0.0), "scores them all alike"),
         (lambda b: head_only(b, scale=1e38), "non-finite scores"),
     ],
 )
