@@ -96,9 +96,7 @@ def point(
     before = tx.execute(select(aliases).where(row)).one_or_none()
     revision = (before.revision if before else 0) + 1
     if not rolls_back and before is not None and before.version is not None:
-        # a canary begins or ends: the way back stays what it was
-        same = before.version == version
-        back_to = _move(tx, adapter_id, alias, before.revision).back_to if same else before.revision
+        back_to = before.revision  # one with the same main version is passed over by the rollback
     shares = {str(canary): percent for canary, percent in sorted((canaries or {}).items())} or None
     values = {"version": version, "canaries": shares, "revision": revision, "updated_at": now}
     if before is None:

@@ -12,6 +12,8 @@ from adapters.formats.problems import Problems, quoted
 
 PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
+PROMPT = "prompt_embeddings"
+"""The key of what prompt methods train."""
 
 # Parts of keys that belong to features which are not served, and what to do.
 REFUSED_PARTS: Mapping[str, str] = {
@@ -32,7 +34,10 @@ def under_body(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, T
     """The tensors of an adapter with the backbone's body in their keys, as in models with a head.
 
     Adapters that were trained on the body alone leave its name out: `encoder.layer.0…` for `bert.encoder.layer.0…`.
+    Prompts are saved with other keys, which name the body.
     """
+    if PROMPT in tensors:
+        return dict(tensors)
     body = spec.modules[0].path.partition(".")[0]
     inside = {module.path.split(".")[1] for module in spec.modules if module.path.startswith(f"{body}.")}
     tops = {module.path.partition(".")[0] for module in spec.modules}

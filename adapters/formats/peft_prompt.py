@@ -19,15 +19,12 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec
 from adapters.formats.peft_config import PREFIX_TUNING, PROMPT_TUNING
 from adapters.formats.peft_config_prompt import CARTRIDGE, CPT, MULTITASK_PROMPT_TUNING, P_TUNING
-from adapters.formats.peft_keys import SHARED_PREFIX, Placed, check_shape
+from adapters.formats.peft_keys import PROMPT, SHARED_PREFIX, Placed, check_shape
 from adapters.formats.peft_modules import fits
 from adapters.formats.peft_saved import take_saved
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import Rule, check_config
 from adapters.normal_form import AttnPrefix, Op, Rows, VirtualTokens
-
-KEY = "prompt_embeddings"
-
 
 IGNORES_PREFIX = frozenset({"distilbert", "modernbert"})
 """Encoders whose forward takes no past keys and values: under PEFT a prefix changes nothing there."""
@@ -157,12 +154,12 @@ def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], problems: 
 def _embeddings(
     tensors: Mapping[str, Tensor], length: int | None, width: int, problems: Problems
 ) -> Tensor | None:
-    for key in tensors.keys() - {KEY}:
-        problems.add(f"A tensor without a site: {quoted(key)}: prompts are stored under {KEY!r}.")
-    if KEY not in tensors:
-        problems.add(f"A site without a tensor: the file has no {KEY!r}.")
+    for key in tensors.keys() - {PROMPT}:
+        problems.add(f"A tensor without a site: {quoted(key)}: prompts are stored under {PROMPT!r}.")
+    if PROMPT not in tensors:
+        problems.add(f"A site without a tensor: the file has no {PROMPT!r}.")
         return None
-    stored = tensors[KEY]
+    stored = tensors[PROMPT]
     if length is None:  # refused already
         length = stored.shape[0] if stored.dim() else 0
-    return stored if check_shape(Placed(KEY, stored), (length, width), problems) else None
+    return stored if check_shape(Placed(PROMPT, stored), (length, width), problems) else None

@@ -86,7 +86,7 @@ def require(
 ) -> None:
     """Have every upload of your tenant signed, or not. Needs a key with the scope manage."""
     with Client(server) as client:
-        client.call("PUT", *_PATH, "policy", json={"require_signature": required})
+        client.call("PUT", "v1", "signature_policy", json={"require_signature": required})
     out.print("uploads must be signed" if required else "uploads need not be signed")
 
 

@@ -43,7 +43,7 @@ def tokenise(
     """
     tokens = _tokens(call, tokenizer)
     if call.pooling is not None and call.pooling.truncate_prompt_tokens is not None:
-        tokens = _truncated(tokens, _wanted(call.pooling, room))
+        tokens = _truncated(tokens, _wanted(call.pooling, room), getattr(tokenizer, "mask_token_id", None))
     if not tokens.ids:
         raise InvalidRequest("The prompt is empty.", param="prompt", remedy="Send at least one token.")
     for field, ids in (("prompt", tokens.ids), ("logit_bias", call.sampling.logit_bias)):
@@ -94,7 +94,7 @@ def masks_of(tokens: Tokens, tokenizer: PreTrainedTokenizerBase | None) -> tuple
         raise InvalidRequest(
             f"The input has no mask; expected at least one {_need(tokenizer).mask_token}.",
             param="input",
-            remedy="Put it where a token is to be found; truncation may have cut it off.",
+            remedy="Put it where a token is to be found.",
         )
     return found
 
@@ -120,8 +120,8 @@ def _wanted(pooling: PoolingParams, room: int) -> int:
     return room if wanted == -1 else min(wanted, room)
 
 
-def _truncated(tokens: Tokens, wanted: int) -> Tokens:
-    """The first `wanted` tokens; of text, special tokens stay and the longer text of a pair is cut first.
+def _truncated(tokens: Tokens, wanted: int, mask: int | None) -> Tokens:
+    """The first `wanted` tokens; of text, special tokens and masks stay and the longer text of a pair is cut first.
 
     Here and not in the tokenizer, whose truncation is a setting that all threads share.
     """
@@ -129,18 +129,22 @@ def _truncated(tokens: Tokens, wanted: int) -> Tokens:
         return tokens
     if not tokens.sequences:
         return tokens.only(list(range(wanted)))
-    places = {text: [at for at, s in enumerate(tokens.sequences) if s == text] for text in (0, 1)}
+    masks = {at for at, token in enumerate(tokens.ids) if token == mask}
+    places = {
+        text: [at for at, s in enumerate(tokens.sequences) if s == text and at not in masks]
+        for text in (0, 1)
+    }
     special = len(tokens.ids) - sum(map(len, places.values()))
     if special >= wanted:
         raise InvalidRequest(
-            f"truncate_prompt_tokens: {wanted} tokens, of which the tokenizer adds {special}.",
+            f"truncate_prompt_tokens: {wanted} tokens, of which {special} are special tokens and masks.",
             param="truncate_prompt_tokens",
             remedy="Keep more tokens.",
         )
     for _ in range(len(tokens.ids) - wanted):
         max(places.values(), key=len).pop()
     kept = {at for found in places.values() for at in found}
-    return tokens.only([at for at, s in enumerate(tokens.sequences) if s is None or at in kept])
+    return tokens.only([at for at, s in enumerate(tokens.sequences) if s is None or at in kept | masks])
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ from serving.http.edge import set_adapter_digest
 from serving.http.fanout import Patience, run
 from serving.http.generate import Job
 from serving.http.generation import planned_usage
-from serving.http.models import resolve
+from serving.http.models import resolve, unit_of
 from serving.http.pooling_schemas import PoolingBody
 from serving.http.services import Services
 from serving.http.sse import unless_disconnected
@@ -59,7 +59,8 @@ class Heads:
                 remedy="Split the request.",
             )
         info = await self._services.backbone()
-        target = await resolve(self._services, caller, body.model)
+        unit = unit_of(caller, user=body.user, request_id=request.state.request_id)
+        target = await resolve(self._services, caller, body.model, unit=unit)
         set_adapter_digest(request, target.digest)
         job_id = f"{id_prefix}-{uuid.uuid4().hex}"
         calls = [

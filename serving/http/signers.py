@@ -23,7 +23,7 @@ class SignerBody(RequestBody):
 
 
 class PolicyBody(RequestBody):
-    """The body of `PUT /v1/signers/policy`."""
+    """The body of `PUT /v1/signature_policy`."""
 
     require_signature: bool
 
@@ -31,9 +31,9 @@ class PolicyBody(RequestBody):
 def signers_router(services: Services) -> APIRouter:
     """`/v1/signers` and below."""
     signers = services.tenancy.signers
-    router = APIRouter(route_class=services.mutation_class, prefix="/v1/signers", tags=["signers"])
+    router = APIRouter(route_class=services.mutation_class, tags=["signers"])
 
-    @router.get("")
+    @router.get("/v1/signers")
     async def list_signers(caller: Manage) -> JsonObject:
         """Whose signatures the caller's tenant accepts, and whether it wants one for every upload."""
         found = await in_thread(signers.list, caller.tenant)
@@ -41,7 +41,7 @@ def signers_router(services: Services) -> APIRouter:
         data = [_signer_object(signer) for signer in found]
         return {"object": "list", "data": data, "require_signature": required}
 
-    @router.post("", status_code=201)
+    @router.post("/v1/signers", status_code=201)
     async def add_signer(body: SignerBody, caller: Manage) -> JsonObject:
         """Accept the signatures of a public key."""
         made = await in_thread(
@@ -49,13 +49,13 @@ def signers_router(services: Services) -> APIRouter:
         )
         return _signer_object(made)
 
-    @router.put("/policy")
+    @router.put("/v1/signature_policy")
     async def set_policy(body: PolicyBody, caller: Manage) -> JsonObject:
         """Take signed uploads only, or any."""
         await in_thread(signers.require, caller.tenant, body.require_signature, actor=caller.actor)
         return {"object": "signer.policy", "require_signature": body.require_signature}
 
-    @router.delete("/{signer}")
+    @router.delete("/v1/signers/{signer}")
     async def revoke_signer(signer: str, caller: Manage) -> JsonObject:
         """Accept no further signature of a signer; what it has signed stays."""
         await in_thread(signers.revoke, caller.tenant, signer, actor=caller.actor)

@@ -30,7 +30,7 @@ from serving.model.context import ForwardContext
 from serving.model.encoder import BareEncoder, RowStore, install_replay, load_encoder, masked_logits, pooled
 from serving.model.encoder_parity import prove_encoder, stock_rows
 from serving.model.kv_cache import KVShape, SlotKVCache
-from serving.model.layout import Flattened, Layout
+from serving.model.layout import Flattened, Layout, takes
 from serving.model.packed import pack_linears
 from serving.model.parity import choose_layout, stock_probe
 from serving.model.sites import install_sites
@@ -95,6 +95,12 @@ class Backbone:
                 param="backbone",
             )
         return logits if logits_rows is not None else logits[:0]
+
+    @property
+    def takes_token_types(self) -> bool:
+        """True for an encoder that tells the two texts of a prompt apart by a type of its tokens."""
+        types = getattr(self.model.config, "type_vocab_size", 0)
+        return self.spec.kind == "encoder" and types > 1 and takes(self.model.base_model, "token_type_ids")
 
     @torch.inference_mode()
     def pool(self, states: Tensor, context: ForwardContext) -> Tensor:

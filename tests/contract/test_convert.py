@@ -42,6 +42,7 @@ from tests import fidelity
 from tests.cases import quiet, randomise, tiny_backbone
 from tests.contract.exactness import EFFECT
 from tests.contract.forced import Row, run
+from tests.contract.task_models import HeadCase
 from tests.integration.world import byte_tokenizer
 from tests.method_table import TARGETS, Targets
 from tests.unit.serving.http_support import FakeBackend, gateway, listening
@@ -308,6 +309,15 @@ def test_verify_says_what_it_can_not_compare(backbone: Path, tmp_path: Path) -> 
     result = cli("verify", tmp_path, "--backbone", backbone)
     assert result.exit_code == 1
     assert "--reference" in result.output
+
+
+@pytest.mark.parametrize("command", ["verify", "convert"])
+def test_a_delta_with_a_task_head_is_uploaded_as_it_is(command: str, backbone: Path, tmp_path: Path) -> None:
+    HeadCase("llama", "lora", "SEQ_CLS").save(tmp_path / "mood")
+    out = [tmp_path / "out"] if command == "convert" else []
+    result = cli(command, tmp_path / "mood", *out, "--backbone", backbone)
+    assert result.exit_code == 1
+    assert "only deltas of language models are compared" in result.output
 
 
 def test_without_peft_the_remedy_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,10 @@ import httpx
 import openai
 import pytest
 
+from loadtest.server import REPLICA
 from serving.http.access import PUBLIC
 from serving.tenancy.places import LEASE_S
-from tests.integration.support import GREEDY, LONG, REPLICA, ServerProcess, upload, wait_for
+from tests.integration.support import GREEDY, LONG, ServerProcess, upload, wait_for
 from tests.integration.world import BACKBONE, World
 
 pytestmark = pytest.mark.cluster

@@ -200,9 +200,13 @@ def test_an_alias_of_before_the_history_was_kept_rolls_back_from_its_next_move(
         registry.set_alias(T, "sql", "prod", 1, expected_revision=0)
     engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     with engine.begin() as tx:  # as the release before left it
+        tx.execute(text("DROP TABLE places"))
+        tx.execute(text("DROP INDEX ix_usage_hour"))
         tx.execute(text("DROP TABLE alias_history"))
         tx.execute(text("ALTER TABLE aliases DROP COLUMN canaries"))
-        tx.execute(text("UPDATE alembic_version SET version_num = '0005'"))
+        tx.execute(text("DROP TABLE signers"))
+        tx.execute(text("ALTER TABLE tenants DROP COLUMN signatures_required_at"))
+        tx.execute(text("UPDATE alembic_version SET version_num = '0006'"))
     engine.dispose()
     with Registry(url) as registry:
         registry.set_alias(T, "sql", "prod", 2, expected_revision=1)

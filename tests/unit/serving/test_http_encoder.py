@@ -22,6 +22,7 @@ from serving.engine.backend import LocalBackend
 from serving.model.backbone import adopt_backbone
 from tests.cases import quiet, randomise, tiny_backbone, tiny_body
 from tests.contract.task_models import HeadCase, task_model
+from tests.families import Encoder
 from tests.unit.serving.http_support import FakeBackend, Gateway, gateway
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -155,3 +156,52 @@ async def test_what_an_encoder_can_not_answer_is_said(
     answer = await world.http.post(f"/v1/{route}", json={"model": "tiny", **body})
     assert answer.status_code == 400, answer.text
     assert said in answer.json()["error"]["message"]
+
+
+async def test_truncation_never_cuts_a_mask(world: Gateway) -> None:
+    text = "ab " * 300 + "the [MASK] sat on a [MASK] mat"
+    refused = await world.http.post("/v1/fill_mask", json={"model": "tiny", "input": text})
+    assert refused.status_code == 400
+    found = await post(world, "fill_mask", model="tiny", input=text, truncate_prompt_tokens=8)
+    assert len(found["data"][0]["masks"]) == 2
+    assert found["usage"]["prompt_tokens"] == 8
+    short = {"model": "tiny", "input": text, "truncate_prompt_tokens": 4}
+    refused = await world.http.post("/v1/fill_mask", json=short)
+    assert "4 are special tokens and masks" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning"])
+async def test_pairs_through_virtual_tokens_keep_their_types(
+    world: Gateway, method: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "adapter"
+    HeadCase("bert", method, "SEQ_CLS", 1).save(directory)
+    with quiet(), torch.no_grad():
+        model = PeftModel.from_pretrained(task_model("bert", "SEQ_CLS", 1), str(directory)).eval()
+        expected = [
+            float(model(**tokenizer()("who", text, return_tensors="pt")).logits) for text in ("a cat", "b")
+        ]
+    await push(world, directory, "fits")
+    found = await post(world, "rerank", model="fits", query="who", documents=["a cat", "b"])
+    scores = {item["index"]: item["relevance_score"] for item in found["results"]}
+    sigmoids = [float(torch.tensor(value).sigmoid()) for value in expected]
+    assert [scores[0], scores[1]] == pytest.approx(sigmoids, abs=2e-5)
+
+
+@pytest.mark.parametrize("family", ["distilbert", "electra", "modernbert"])
+async def test_every_family_fills_masks_as_its_stock_model(family: Encoder, tmp_path: Path) -> None:
+    stock = probabilities(tiny_backbone(family), "the [MASK] sat on a [MASK]")
+    backbone = adopt_backbone(
+        tiny_backbone(family), name="tiny", tokenizer=tokenizer(), device="cpu", dtype="float32"
+    )
+    backend = LocalBackend(backbone, LocalBlobStore(tmp_path / "blobs"), EngineSettings())
+    backend.start()
+    try:
+        async with gateway(tmp_path, cast(FakeBackend, backend)) as made:
+            texts = ["the [MASK] sat on a [MASK]", "a [MASK]"]
+            found = (await post(made, "fill_mask", model="tiny", input=texts, top_k=3))["data"]
+    finally:
+        await asyncio.to_thread(backend.stop)
+    for mask, row in zip(found[0]["masks"], stock, strict=True):
+        assert [item["token"] for item in mask] == row.topk(3).indices.tolist()
+        assert [item["score"] for item in mask] == pytest.approx(row.topk(3).values.tolist(), abs=2e-5)

@@ -246,7 +246,9 @@ async def test_long_inputs_are_refused_or_truncated_where_asked(
         world, "rerank", model="fits", query="a b c", documents=[long], truncate_prompt_tokens=12
     )
     assert pair["usage"]["prompt_tokens"] == 12
-    assert "adds 2" in await refused(world, "classify", model="mood", input=long, truncate_prompt_tokens=2)
+    assert "2 are special" in await refused(
+        world, "classify", model="mood", input=long, truncate_prompt_tokens=2
+    )
     assert "truncate" in await refused(world, "classify", model="mood", input=long, truncate_prompt_tokens=0)
 
 

@@ -19,7 +19,7 @@ OTHER = generate()[0]
 
 async def require(g: Gateway, required: bool = True) -> None:
     body = {"require_signature": required}
-    (await g.http.put("/v1/signers/policy", json=body)).raise_for_status()
+    (await g.http.put("/v1/signature_policy", json=body)).raise_for_status()
 
 
 async def accept(g: Gateway) -> str:

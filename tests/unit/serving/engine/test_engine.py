@@ -25,7 +25,7 @@ from adapters.normal_form import (
     WeightDelta,
 )
 from serving.core import FinishReason, PromptEvent, TokenEvent
-from serving.engine.deltas import PROBE_TOKENS
+from serving.engine.effect import PROBE_TOKENS
 from serving.model.backbone import Backbone, adopt_backbone
 from serving.model.placed_size import max_device_bytes
 from serving.model.placement import place

@@ -14,8 +14,8 @@ from adapters.errors import InvalidDelta
 from adapters.normal_form import SCORES, Delta, Head
 from adapters.tasks import HeadSpec, Task
 from serving.core import AdmissionProof, Pooled, PromptEvent
-from serving.engine.scheduler import _Step
 from serving.model.backbone import Backbone
+from tests.cases import tiny_backbone
 from tests.unit.serving.engine.engine_support import Bench, low_rank, prompt_tuning, tiny
 
 CLASSIFY, EMBED = Task.SEQUENCE_CLASSIFICATION, Task.EMBEDDING
@@ -62,6 +62,20 @@ def test_every_pooling_is_the_same_in_one_step_and_in_many(backbone: Backbone) -
         assert same(whole.pooled("a"), tail.pooled("a")) == (pooling == "cls")
 
 
+@pytest.mark.parametrize("pooling", ["cls", "last", "last_not_pad", "mean"])
+def test_a_head_reads_what_its_pooling_says(backbone: Backbone, pooling: str) -> None:
+    delta = head_only(backbone, pooling=pooling, pad_token_id=7 if pooling == "last_not_pad" else None)
+    bench = Bench(backbone, {"d": delta}, max_num_batched_tokens=16)
+    prompt = [*PROMPT, 7, 7]
+    bench.pool("a", prompt, CLASSIFY, "d")
+    bench.run()
+    with torch.no_grad():
+        hidden = tiny_backbone("llama").base_model(torch.tensor([prompt])).last_hidden_state[0]
+    read = {"cls": hidden[0], "last": hidden[-1], "last_not_pad": hidden[-3], "mean": hidden.mean(dim=0)}
+    expected = delta.head_stages[0].weight @ read[pooling]
+    assert (numbers(bench.pooled("a")) - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
+
+
 def test_a_generated_prompt_is_a_known_prefix_and_the_other_way_round(backbone: Backbone) -> None:
     deltas = {"d": classifier(low_rank(backbone, 1)), "m": classifier(low_rank(backbone, 1), pooling="mean")}
     bench = Bench(backbone, deltas)
@@ -85,7 +99,9 @@ def test_a_generated_prompt_is_a_known_prefix_and_the_other_way_round(backbone: 
     assert alone.tokens("g") == bench.tokens("g")
 
 
-def test_a_preempted_request_starts_its_mean_anew(backbone: Backbone) -> None:
+def test_a_preempted_request_starts_its_mean_anew(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     deltas = {"m": classifier(low_rank(backbone, 1), pooling="mean")}
     calm = Bench(backbone, deltas)
     calm.pool("a", PROMPT, CLASSIFY, "m")
@@ -93,9 +109,12 @@ def test_a_preempted_request_starts_its_mean_anew(backbone: Backbone) -> None:
     bench = Bench(backbone, deltas, max_num_batched_tokens=16)
     bench.pool("a", PROMPT, CLASSIFY, "m")
     bench.run(lambda: any(seq.num_computed > 20 for seq in bench.engine.scheduler.running))
-    (seq,) = bench.engine.scheduler.running
-    bench.engine.scheduler._preempt(seq, _Step(0))
+    scheduler = bench.engine.scheduler
+    grow = scheduler.kv.grow
+    no_room = iter([False])
+    monkeypatch.setattr(scheduler.kv, "grow", lambda *room: next(no_room, None) is None and grow(*room))
     bench.run()
+    assert scheduler.num_preemptions == 1
     assert same(calm.pooled("a"), bench.pooled("a"))
     bench.assert_nothing_held("m")
 
@@ -158,7 +177,7 @@ def test_the_effect_of_a_task_head_is_in_its_scores(backbone: Backbone) -> None:
     [
         (lambda b: classifier(low_rank(b, 1, scale=0.0)), "scores equal the bare backbone's"),
         (lambda b: classifier(low_rank(b, 1), scale=0.0), "scores equal the bare backbone's"),
-        (lambda b: head_only(b, scale=0.0), "the same scores"),
+        (lambda b: head_only(b, scale=0.0), "scores them all alike"),
         (lambda b: head_only(b, scale=1e38), "non-finite scores"),
     ],
 )
