@@ -37,6 +37,7 @@ def test_parts_share_their_metrics_and_only_a_lone_gateway_takes_open_rows_for_a
     with Tenancy(settings) as before:
         before.ledger.open("left", "acme", "k", adapter_digest=None, reserved_tokens=1).result(5)
     kept: dict[str, Any] = {}
+    threads = set(threading.enumerate())
 
     def store_of(path: str) -> BlobStore:
         return LocalBlobStore(Path(path)) if local else Elsewhere()  # type: ignore[return-value]
@@ -64,4 +65,5 @@ def test_parts_share_their_metrics_and_only_a_lone_gateway_takes_open_rows_for_a
     finally:
         kept["tenancy"].close()
         kept["registry"].close()
-    assert not [thread for thread in threading.enumerate() if thread.name in ("collection", "housekeeping")]
+    new = {thread.name for thread in set(threading.enumerate()) - threads}
+    assert not new & {"collection", "housekeeping"}
