@@ -198,9 +198,10 @@ def _cold(args: argparse.Namespace) -> list[Record]:
             bench.step()
         before = bench.counter("deltamux_adapter_loads_total")
         step, warm, cold = [], [], []
-        for turn in range(args.rounds):
-            cold.append(_ttft(bench, extra, f"lora-{turn % 2}"))
-            warm.append(_ttft(bench, extra, f"lora-{turn % 2}"))
+        for _ in range(args.rounds):
+            absent = next(digest for digest in deltas if not bench.engine.deltas.is_resident(digest))
+            cold.append(_ttft(bench, extra, absent))
+            warm.append(_ttft(bench, extra, absent))
             step.append(seconds(bench.step))
         loads = bench.counter("deltamux_adapter_loads_total") - before
         assert loads == args.rounds, (loads, args.rounds)

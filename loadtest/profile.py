@@ -19,6 +19,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from adapters.backbone_spec import ModuleShape, ModuleSpec, Slice
+from adapters.normal_form import Site
 from loadtest.backbones import random_backbone
 from loadtest.deltas import RANKS, random_lora
 from loadtest.inprocess import InProcess
@@ -98,7 +100,9 @@ def hook_seconds() -> float:
     """What a site hook without a program costs a call."""
     model = nn.Sequential(nn.Identity())
     bare = _call_seconds(model[0])
-    install_sites(model, SimpleNamespace(modules=[SimpleNamespace(path="0")]))  # type: ignore[arg-type]
+    shape = ModuleShape("layer", 1, 1, has_bias=False)
+    site = ModuleSpec("0", None, (Slice(Site("layer.out", 0), 0, 1),), shape)
+    install_sites(model, SimpleNamespace(modules=[site], kind="decoder"))  # type: ignore[arg-type]
     with forward_context(ForwardContext([None], attention=None)):  # type: ignore[arg-type]
         return max(0.0, _call_seconds(model[0]) - bare)
 
