@@ -19,7 +19,6 @@ from adapters.normal_form import AttnPrefix, Delta, LowRank, Site, VirtualTokens
 from adapters.typology import describe
 from serving.model.backbone import Backbone, adopt_backbone
 from serving.model.placement import place
-from serving.model.weight_block import HUGE_PAGE
 from tests.cases import GOLDEN_NAME, GoldenCase, spec_of, tiny_backbone
 from tests.method_table import METHODS
 
@@ -119,9 +118,7 @@ def test_device_bytes_are_within_two_percent_of_the_memory_that_placement_holds(
     delta = from_canonical(canonical.manifest, canonical.tensors)
     placed = place(replace(delta, backbone_digest=spec.digest), canonical.digest, backbone())
     del delta
-    sizes = [storage.nbytes() for pointer, storage in _memory().items() if pointer not in before]
-    # a block of weights has room to begin at a huge page; no memory is behind that
-    held = sum(size - HUGE_PAGE if size > HUGE_PAGE else size for size in sizes)
+    held = sum(storage.nbytes() for pointer, storage in _memory().items() if pointer not in before)
     assert placed.device_bytes == pytest.approx(held, rel=0.02)
 
 
