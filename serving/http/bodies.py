@@ -52,16 +52,13 @@ Handler = Callable[[Request], Awaitable[Response]]
 Around = Callable[[Request, Handler], Awaitable[Response]]
 
 
-async def _plainly(request: Request, handle: Handler) -> Response:
-    return await handle(request)
-
-
 def json_route(
-    max_bytes: int, gate: Callable[[APIRoute], Gate], *, around: Around = _plainly
+    max_bytes: int, gate: Callable[[APIRoute], Gate], *, around: Around | None = None
 ) -> type[APIRoute]:
     """A route class that lets callers through `gate`, then reads at most `max_bytes` of JSON.
 
-    `around` is given each request, not read yet, and what answers it.
+    `around` is given each request, bounded and not read yet, and what answers it. Without it, a route that declares no
+    body reads what comes, and bounds it, itself.
     """
 
     class JsonRoute(GatedRoute):
@@ -72,10 +69,10 @@ def json_route(
 
             async def handle_bounded(request: Request) -> Response:
                 await check(request)
-                if self.body_field is None:  # no body, or one that the handler reads and bounds itself
-                    return await around(request, handle)
+                if self.body_field is None and around is None:
+                    return await handle(request)
                 bounded = JsonRequest(request.scope, bounded_receive(request, self.limit_bytes))
-                return await around(bounded, handle)
+                return await (around(bounded, handle) if around else handle(bounded))
 
             return handle_bounded
 

@@ -50,6 +50,12 @@ BODIES: Mapping[str, JsonObject] = {
         "max_completion_tokens": 4,
     },
     "AliasBody": {"version": 1},
+    "FileUploadBody": {
+        "bytes": 3_300_000_000,
+        "filename": "adapter_model.safetensors",
+        "mime_type": "application/octet-stream",
+        "purpose": "user_data",
+    },
     "TenantBody": {"name": "umbrella", "requests_per_min": 600, "tokens_per_min": 100_000},
     "LimitsBody": {"requests_per_min": 600, "max_concurrency": 8, "service_class": "standard"},
     "StateBody": {"disabled": False},
@@ -64,6 +70,10 @@ _VERSION = "/v1/adapters/{name}/versions/{version}"
 _ADAPTER = "/v1/adapters/{name}"
 _GRANT = f"{_ADAPTER}/grants/{{tenant}}"
 _OF_UPLOAD = {"name": "$request.path.name", "version": "$response.body#/version"}
+_FILE_UPLOAD = "/v1/uploads/{upload_id}"
+_OF_FILE_UPLOAD = {"upload_id": "$response.body#/id"}
+_FILE = "/v1/files/{file_id}"
+_OF_FILE = {"file_id": "$response.body#/file/id"}
 _FIRST = {"name": "$response.body#/data/0/name"}
 _KEY = {"key_id": "$response.body#/id"}
 _TENANT = {"name": "$response.body#/id"}
@@ -87,6 +97,15 @@ LINKS: Mapping[tuple[_Operation, str], Mapping[_Operation, Mapping[str, str]]] =
         ("get", f"{_ADAPTER}/versions"): _FIRST,
         ("get", f"{_ADAPTER}/grants"): _FIRST,
         ("delete", _ADAPTER): _FIRST,
+    },
+    (("post", "/v1/uploads"), "200"): {
+        ("get", _FILE_UPLOAD): _OF_FILE_UPLOAD,
+        ("post", f"{_FILE_UPLOAD}/parts"): _OF_FILE_UPLOAD,
+        ("post", f"{_FILE_UPLOAD}/cancel"): _OF_FILE_UPLOAD,
+    },
+    (("post", f"{_FILE_UPLOAD}/complete"), "200"): {
+        ("get", _FILE): _OF_FILE,
+        ("delete", _FILE): _OF_FILE,
     },
     (("put", _GRANT), "200"): {
         ("delete", _GRANT): {"name": "$request.path.name", "tenant": "$request.path.tenant"},

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -607,7 +607,14 @@ async def pieces(body: bytes) -> Any:
 
 
 async def read_of_endless_body(
-    app: FastAPI, method: str, path: str, kind: bytes, piece: bytes, *, head: bytes = b""
+    app: FastAPI,
+    method: str,
+    path: str,
+    kind: bytes,
+    piece: bytes,
+    *,
+    head: bytes = b"",
+    headers: Sequence[tuple[bytes, bytes]] = (),
 ) -> int:
     """How many pieces of a body without end, `head` the first, the application takes before it answers 413."""
     num_read = 0
@@ -627,7 +634,7 @@ async def read_of_endless_body(
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
-        "headers": [(b"content-type", kind)],
+        "headers": [(b"content-type", kind), *headers],
         "root_path": "",
         "scheme": "http",
         "server": ("gateway", 80),

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from adapters.canonical import from_canonical, to_canonical
 from adapters.errors import InvalidRequest
+from adapters.signing import generate, sign
 from serving.cli.client import Client
 from serving.cli.large import send_large
 from serving.tenancy.principal import Scope
@@ -141,6 +142,55 @@ async def test_files_and_parts_of_a_body_make_one_delta(tmp_path: Path) -> None:
             data={"file_ids": json.dumps([file_id])},
         )
         refused(twice, 400, "invalid_value", "file_ids")
+
+
+async def test_a_delta_is_proven_alike_however_it_was_sent(tmp_path: Path) -> None:
+    config, tensors = peft_directory(tmp_path / "delta")
+    private, public = (half.decode() for half in generate())
+    fields = {"lineage": json.dumps({"initialised_from": f"sha256:{digest(7)}"})}
+    async with gateway(tmp_path) as g:
+        ids = [await sent(g, path.read_bytes(), path.name) for path in (config, tensors)]
+        files = [("file", (path.name, path.read_bytes())) for path in (config, tensors)]
+        plain = (await g.http.put("/v1/adapters/delta/versions", files=files, data=fields)).json()
+        signature = sign(private.encode(), plain["digest"].removeprefix("sha256:"))
+        (await g.http.post("/v1/signers", json={"public_key": public})).raise_for_status()
+        (await g.http.put("/v1/signature_policy", json={"require_signature": True})).raise_for_status()
+        by_id = {"file_ids": ids, **fields}
+        refused(
+            await g.http.put("/v1/adapters/large/versions", json=by_id), 400, "invalid_signature", "signature"
+        )
+        reply = await g.http.put("/v1/adapters/large/versions", json=by_id | {"signature": signature})
+        proof = reply.raise_for_status().json()["proof"]
+        assert proof.pop("signature")["signature"] == signature
+        assert proof == plain["proof"]
+        assert proof["typology"]["family"] == "reparameterised"
+        assert proof["lineage"]["initialised_from"] == f"sha256:{digest(7)}"
+        clash = by_id | {"lineage": {"format": "mine"}}
+        refused(await g.http.put("/v1/adapters/x/versions", json=clash), 400, "invalid_value", "lineage")
+
+
+async def test_what_comes_beside_a_delta_is_read_from_files_too(tmp_path: Path) -> None:
+    manifest, tensors = peft_directory(tmp_path / "delta")
+    async with gateway(tmp_path) as g:
+        contents = {path.name: path.read_bytes() for path in (manifest, tensors)}
+        contents |= {"head.json": b'{"normalize": true}', "ood.safetensors": save({"a": torch.ones(1)})}
+        ids = [await sent(g, data, name) for name, data in contents.items()]
+        by_id = await g.http.put("/v1/adapters/x/versions", json={"file_ids": ids})
+        files = [("file", item) for item in contents.items()]
+        refused(by_id, 400, "invalid_adapter", "head.json")
+        assert by_id.json() == (await g.http.put("/v1/adapters/x/versions", files=files)).json()
+        assert len(by_id.json()["error"]["problems"]) > 2
+
+
+async def test_a_header_that_is_dear_to_parse_is_refused_in_a_file_too(tmp_path: Path) -> None:
+    header = b'{"a":[' + b",".join([b"[]"] * 340_000) + b"]}"
+    async with gateway(tmp_path) as g:
+        data = len(header).to_bytes(8, "little") + header
+        file_id = await sent(g, data, "tensors.safetensors", part=len(data))
+        reply = await g.http.put(
+            "/v1/adapters/x/versions", files=[pair(0)[0]], data={"file_ids": json.dumps([file_id])}
+        )
+        refused(reply, 413, "payload_too_large", "tensors.safetensors")
 
 
 BAD: dict[str, bytes] = {

@@ -12,7 +12,9 @@ import pytest
 from adapters.errors import ErrorInfo
 from adapters.idempotency import Answer
 from adapters.registry import Registry
+from adapters.signing import generate
 from tests.unit.serving.http_support import PROOF, Clock, FakeBackend, Gateway, gateway, pair, until
+from tests.unit.serving.test_http_errors import read_of_endless_body
 from tests.unit.serving.test_http_files import begin, refused
 
 PATH = "/v1/adapters/delta/versions"
@@ -81,6 +83,33 @@ async def test_a_compare_and_swap_is_answered_as_it_was(tmp_path: Path) -> None:
         assert first.status_code == 200
         assert (await g.http.put(path, json=body)).status_code == 409  # lost, without the key
         assert (await g.http.put(path, json=body, headers=headers)).content == first.content
+
+
+async def test_a_rollback_and_a_signer_are_made_once(tmp_path: Path) -> None:
+    public = generate()[1].decode()
+    async with gateway(tmp_path) as g:
+        for seed in (1, 2):
+            await g.push("delta", seed=seed, alias="prod")
+        for path, body in (
+            ("/v1/adapters/delta/aliases/prod/rollback", {}),
+            ("/v1/signers", {"public_key": public}),
+        ):
+            headers = {"idempotency-key": path}
+            first = await g.http.post(path, json=body, headers=headers)
+            again = await g.http.post(path, json=body, headers=headers)
+            assert (again.status_code, again.content) == (first.status_code, first.content)
+            assert first.is_success
+            assert again.headers["idempotent-replayed"] == "true"
+
+
+async def test_what_comes_with_a_deletion_is_bounded(tmp_path: Path) -> None:
+    key = [(b"idempotency-key", b"k")]  # under one, the body is looked at
+    async with gateway(tmp_path, max_body_bytes=1000) as g:
+        await g.push("delta")
+        kind, piece = b"application/json", b" " * 100
+        num_read = await read_of_endless_body(g.app, "DELETE", "/v1/adapters/delta", kind, piece, headers=key)
+        assert num_read == 11
+        assert (await g.http.get("/v1/adapters/delta")).status_code == 200
 
 
 async def test_announcing_a_file_twice_under_one_key_makes_one_upload(tmp_path: Path) -> None:
