@@ -155,7 +155,7 @@ class LocalBackend:
             weight=call.weight,
             service_class=call.service_class,
             pooling=call.pooling,
-            token_types=tokens.types if self.backbone.takes_token_types and any(tokens.types) else (),
+            token_types=tokens.types if any(tokens.types) and self.backbone.takes_token_types else (),
             max_wait_s=call.max_wait_s,
         )
         if call.pooling is not None and call.pooling.task is Task.FILL_MASK:

@@ -21,7 +21,7 @@ from adapters.errors import BackboneRefused
 from serving.model.attention import ATTENTION_NAME
 from serving.model.context import ForwardContext, active_context, forward_context
 from serving.model.kv_cache import RowSpan
-from serving.model.layout import as_input, takes
+from serving.model.layout import as_input, require_positions, takes
 
 Prefix = Sequence[tuple[Tensor, Tensor]]
 """A delta's keys and values per layer, each [l, K, D]."""
@@ -146,7 +146,7 @@ def _near(count: int, length: int, window: int | None, like: Tensor) -> Tensor |
 
 
 class RowStore:
-    """What takes the place of a KV cache: the prefix of each running row's delta, and nothing else."""
+    """What takes the place of a KV cache: the prefixes of the rows of the coming step, and nothing after it."""
 
     entry_bytes = 0
 
@@ -168,8 +168,11 @@ class RowStore:
         raise NotImplementedError("encoders have no cache")
 
     def plan(self, rows: Sequence[RowSpan]) -> RowAttention:
-        """The attention plan of one step; a row with `past` entries has a prefix of that many."""
-        return RowAttention(rows, [self._prefixes.get(row.slot) if row.past else None for row in rows])
+        """The attention plan of one step; a row with `past` entries has a prefix of that many.
+
+        Prefixes are handed over: what is evicted after the step must not be held on to here.
+        """
+        return RowAttention(rows, [self._prefixes.pop(row.slot) if row.past else None for row in rows])
 
 
 class WholeRows:
@@ -179,15 +182,13 @@ class WholeRows:
     sees_queries = True
     free_positions = True
 
+    def __init__(self) -> None:
+        self._takes_types = False
+
     def adopt(self, model: PreTrainedModel | BareEncoder) -> None:
         """Set `model` up. Raises BackboneRefused where its body takes no positions."""
-        body = model.base_model
-        if not takes(body, "position_ids"):
-            raise BackboneRefused(
-                f"The forward of {body.config.model_type!r} takes no position_ids, without which rows can't be "
-                "flattened.",
-                param="backbone",
-            )
+        require_positions(model.base_model)
+        self._takes_types = takes(model.base_model, "token_type_ids")
         model.set_attn_implementation(ATTENTION_NAME)
 
     def groups(self, counts: Sequence[int]) -> list[list[int]]:
@@ -205,7 +206,7 @@ class WholeRows:
         """The final hidden states [T, d] of the body. `logits_rows` must be None: `masked_logits` makes logits."""
         assert logits_rows is None, "an encoder's logits are made of wanted rows"
         inputs = as_input(tokens[None])
-        if context.token_types is not None and takes(model.base_model, "token_type_ids"):
+        if context.token_types is not None and self._takes_types:
             inputs["token_type_ids"] = context.token_types[None]
         with forward_context(context):
             states: Tensor = model.base_model(**inputs, position_ids=positions[None]).last_hidden_state

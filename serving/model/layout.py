@@ -57,12 +57,7 @@ class Flattened:
     free_positions = True
 
     def adopt(self, model: PreTrainedModel) -> None:
-        if not takes(model, "position_ids"):
-            raise BackboneRefused(
-                f"The forward of {model.config.model_type!r} takes no position_ids, without which rows can't be "
-                "flattened.",
-                param="backbone",
-            )
+        require_positions(model)
         model.set_attn_implementation(ATTENTION_NAME)
 
     def groups(self, counts: Sequence[int]) -> list[list[int]]:
@@ -83,6 +78,16 @@ class Flattened:
             )
         logits: Tensor = out.logits[0]
         return logits
+
+
+def require_positions(model: PreTrainedModel) -> None:
+    """Raises BackboneRefused where the forward of `model` can't be told the positions of flattened rows."""
+    if not takes(model, "position_ids"):
+        raise BackboneRefused(
+            f"The forward of {model.config.model_type!r} takes no position_ids, without which rows can't be "
+            "flattened.",
+            param="backbone",
+        )
 
 
 def as_input(tokens: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from transformers import (
 
 from adapters.errors import BackboneRefused, InvalidRequest
 from adapters.formats import read_directory
-from adapters.normal_form import Delta, LowRank, Site, VirtualTokens
+from adapters.normal_form import AttnPrefix, Delta, LowRank, Site, VirtualTokens
 from adapters.tasks import Task
 from serving.core import Pooled
 from serving.engine.runner import RowOutput
@@ -93,6 +93,31 @@ def test_rows_are_never_cut_and_a_step_ends_with_the_row_that_exceeds_its_tokens
         torch.testing.assert_close(vector(wide.pooled(name)), vector(narrow.pooled(name)), atol=2e-6, rtol=0)
     assert not torch.allclose(vector(wide.pooled("0a")), vector(wide.pooled("0b")), atol=1e-2)
     wide.assert_nothing_held("a", "b")
+
+
+def test_nothing_of_a_prefix_is_held_after_the_step() -> None:
+    backbone = served("bert")
+    draw = torch.Generator().manual_seed(2)
+    ops = tuple(
+        AttnPrefix(
+            layer=n, key=torch.randn(3, 4, 8, generator=draw), value=torch.randn(3, 4, 8, generator=draw)
+        )
+        for n in range(3)
+    )
+    prefix = Delta(
+        method="PREFIX_TUNING",
+        ops=ops,
+        position_offset=3,
+        backbone_digest=backbone.spec.digest,
+        task="embedding",
+    )
+    bench = Bench(backbone, {"p": prefix})
+    for name in ("a", "b"):  # once more through the same slot
+        bench.pool(name, PROMPTS[0], Task.EMBEDDING, "p")
+        bench.run()
+    assert vector(bench.pooled("a")).tolist() == vector(bench.pooled("b")).tolist()
+    assert isinstance(bench.engine.runner.cache, encoder.RowStore)
+    assert not bench.engine.runner.cache._prefixes
 
 
 def test_an_encoder_does_not_generate() -> None:
