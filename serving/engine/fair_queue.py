@@ -9,8 +9,8 @@ queue: idleness earns no credit. Counters belong to tenants, never to deltas: a 
 - A tenant whose requests of a class wait, and of which none was admitted for longer than the age cap, goes before
   everything else, once: then its next turn counts. So nobody starves, and a queue of old requests is no claim: a
   tenant that asks for more than its share has nothing else. Within a tenant an old request goes before resident ones.
-- A tenant that has its share of the batch, and asks for much more than the others, leaves the last places to them: who
-  asks for little finds a place at once instead of waiting for somebody's end.
+- A tenant that has its share of the batch, and was served much more than others lately, leaves the last places to
+  them: who asks for little finds a place at once instead of waiting for somebody's end.
 - Among tenants whose counters differ by less than `max_lead`, a request whose delta is resident goes first (the
   deficit of DLPM, arXiv 2501.14312, with residency in place of the longest prefix).
 """
@@ -21,6 +21,8 @@ from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
+from math import exp, inf
+from typing import NamedTuple
 
 from serving.core import ServiceClass
 from serving.engine.sequence import Sequence
@@ -34,10 +36,22 @@ CLASS_WEIGHTS: Mapping[ServiceClass, float] = {
 """Shares of a full engine, highest class first."""
 
 ACTIVE_S = 30.0
-"""For so long after its last token a tenant counts when the batch is divided into shares."""
+"""For so long after its last token a tenant counts when the batch is divided into shares; what it had fades so fast."""
 
 CLASS_RANK: Mapping[ServiceClass, int] = {name: rank for rank, name in enumerate(CLASS_WEIGHTS)}
 """0 is the highest class."""
+
+
+class _Use(NamedTuple):
+    """What a tenant had lately: `service`, in weighted tokens, fades by a factor e every `ACTIVE_S`."""
+
+    last_s: float
+    weight: float
+    service: float
+
+    def at(self, now_s: float) -> float:
+        """What is left of the service by now."""
+        return self.service * exp((self.last_s - now_s) / ACTIVE_S)
 
 
 class _Line:
@@ -80,8 +94,7 @@ class FairQueue:
         self._by_age = FirstComeQueue()
         self._lines: dict[ServiceClass, _Line] = {name: _Line() for name in CLASS_WEIGHTS}
         self._served: defaultdict[str, float] = defaultdict(float)
-        self._active: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tenant -> (last served, weight)
-        self._active_weight = 0.0
+        self._active: OrderedDict[str, _Use] = OrderedDict()  # least recently served first
         self._now_s = 0.0
         self._last_tenant: str | None = None
         self._last_class: ServiceClass | None = None
@@ -140,9 +153,9 @@ class FairQueue:
         request = seq.request
         before = self._served[request.tenant]
         self._set(request.tenant, before + cost / request.weight)
-        _, known = self._active.pop(request.tenant, (0.0, 0.0))
-        self._active[request.tenant] = (self._now_s, request.weight)
-        self._active_weight += request.weight - known
+        use = self._active.pop(request.tenant, _Use(self._now_s, 0.0, 0.0))
+        service = use.at(self._now_s) + cost / request.weight
+        self._active[request.tenant] = _Use(self._now_s, request.weight, service)
         self._lines[request.service_class].served += cost / CLASS_WEIGHTS[request.service_class]
 
     def should_yield(self, running: Sequence, to: Sequence) -> bool:
@@ -184,33 +197,38 @@ class FairQueue:
         return sorted(heads, key=lambda seq: seq.order)
 
     def _held_back(self, batch: Batch | None) -> Collection[str]:
-        """The tenants that the last places are not for: they have their share, and ask for much more than the others.
+        """The tenants that the last places are not for: they have their share of them, and were served most lately.
 
-        That is half of what the one asks for that asks for most, running and waiting. A share is by weight, of all
-        places, among the tenants that were served lately; who has nothing running is never held back.
+        A share is by weight, of all places, among the tenants that were served lately; who has less than it is never
+        held back, nor who was served less than half of what the one was that was served most. Places are kept for
+        those who may still come, or whose turn is no later than that of who is held back: against a higher counter a
+        kept place would be a second rule, which the counters can't even out.
         """
         if batch is None or not 0 < batch.num_free <= self._num_kept:
             return ()
         self._forget_inactive()
         if len(self._active) < 2:  # nobody else to keep a place for
             return ()
-        share = (len(batch.running) + batch.num_free) / self._active_weight
-        weights = {seq.request.tenant: seq.request.weight for seq in batch.running}
         rows = Counter(seq.request.tenant for seq in batch.running)
-        asks = {
-            tenant: (count + self._num_waiting(tenant)) / weights[tenant]
-            for tenant, count in rows.items()
-            if count >= share * weights[tenant]
-        }
-        return [tenant for tenant, asked in asks.items() if 2 * asked >= max(asks.values())]
+        share = (len(batch.running) + batch.num_free) / sum(use.weight for use in self._active.values())
+        below = [tenant for tenant, use in self._active.items() if rows[tenant] < share * use.weight]
+        lately = {tenant: use.at(self._now_s) for tenant, use in self._active.items() if tenant not in below}
+        if any(not self._num_waiting(tenant) for tenant in below):
+            kept_from = -inf
+        else:
+            kept_from = min((self._served[tenant] for tenant in below), default=inf)
+        return [
+            tenant
+            for tenant, service in lately.items()
+            if 2 * service >= max(lately.values()) and self._served[tenant] >= kept_from
+        ]
 
     def _num_waiting(self, tenant: str) -> int:
         return sum(len(line.queues.get(tenant, ())) for line in self._lines.values())
 
     def _forget_inactive(self) -> None:
-        while self._active and next(iter(self._active.values()))[0] < self._now_s - ACTIVE_S:
-            _, (_, weight) = self._active.popitem(last=False)
-            self._active_weight -= weight
+        while self._active and next(iter(self._active.values())).last_s < self._now_s - ACTIVE_S:
+            self._active.popitem(last=False)
 
     def _next(self, seen: set[Sequence], held_back: Collection[str]) -> Sequence | None:
         lines = sorted(

@@ -253,6 +253,28 @@ def test_a_tenant_at_ten_times_its_share_makes_others_wait_half_as_long_again_at
     assert p99_of_the_others(abused=True, kept=0) > 2 * alone
 
 
+def test_kept_places_leave_the_service_of_two_backlogged_tenants_within_the_counters_bound() -> None:
+    world, draw = World(slots=32, blocks=9999, tokens=512, max_queue=999, kept=8), random.Random(0)
+    backlog = {"much": 40, "little": 4}
+    service, drift = Counter(dict.fromkeys(backlog, 0)), []
+    for index in range(6):  # they may come back, which is what the places are kept for
+        world.add(f"away {index}", 8, max_tokens=2, tenant=f"away {index}")
+    world.turn()
+    world.turn()
+    for step in range(500):
+        waiting = Counter(seq.request.tenant for seq in world.scheduler.queue.expired(1e9))
+        for tenant, depth in backlog.items():
+            for number in range(depth - waiting[tenant]):
+                name = f"{tenant} {step} {number}"
+                world.add(name, draw.randint(16, 96), max_tokens=draw.randint(16, 64), tenant=tenant)
+        for name, count in world.turn(STEP_S):
+            service[name.split()[0]] += count if count > 1 else 2  # a generated token counts twice
+        drift.append(service["much"] - service["little"])
+    bound = 2 * max(96, 2 * 32 * (96 + 64))  # Sheng et al., theorem 4.4
+    print(f"the service of the two drifts apart by {max(drift) - min(drift)} tokens of {bound}")
+    assert max(drift) - min(drift) <= bound / 4
+
+
 @pytest.mark.parametrize("tenants", [("a",), ("a", "b")])
 def test_nothing_is_kept_from_a_tenant_alone_nor_between_equals(tenants: tuple[str, ...]) -> None:
     world = World(slots=8, tokens=999, max_queue=999, kept=4)
