@@ -98,7 +98,7 @@ struct Ahead {
 Ahead beginning(const Op& op) {
   switch (op.kind) {
     case AFFINE: return {op.a, op.a ? op.stop - op.start : 0};
-    case BLOCKS: return {op.a, int64_t(op.block) * op.block};
+    case BLOCKS: return {op.a, std::min<int64_t>(op.shared ? 1 : op.rank, GROUP) * op.block * op.block};
     default: return {op.a, int64_t(std::min(op.rank, GROUP)) * op.width};
   }
 }
@@ -213,15 +213,16 @@ void affine(const Op& op, const Rows& y, int32_t count, Ahead after) {
   }
 }
 
-// sum = z @ matrix [block, block], block a multiple of N vectors
-template <int N>
-void turn_vectors(const float* z, const float* matrix, int64_t block, float* sum) {
+// sum = z @ matrix [block, block], block a multiple of N vectors; unrolled for a SIZE known at compile time
+template <int N, int64_t SIZE = 0>
+inline void turn_vectors(const float* z, const float* matrix, int64_t block, float* sum) {
   constexpr int CHAINS = 4 / N > 1 ? 4 / N : 2;  // sums of their own, since each waits for its last addition
-  for (int64_t j = 0; j < block; j += N * LANES) {
+  const int64_t size = SIZE ? SIZE : block;
+  for (int64_t j = 0; j < size; j += N * LANES) {
     Vector sums[CHAINS][N] = {};
-    for (int64_t k = 0; k < block; k += CHAINS)
+    for (int64_t k = 0; k < size; k += CHAINS)
       for (int chain = 0; chain < CHAINS; ++chain) {
-        const int64_t at = (k + chain) * block + j;
+        const int64_t at = (k + chain) * size + j;
         for (int n = 0; n < N; ++n) sums[chain][n] += z[k + chain] * load_vector(matrix + at + n * LANES);
       }
     for (int n = 0; n < N; ++n) {
@@ -232,21 +233,16 @@ void turn_vectors(const float* z, const float* matrix, int64_t block, float* sum
   }
 }
 
-// the same for blocks of 8: a vector holds two rows of the matrix
-void turn_eights(const float* z, const float* matrix, int64_t, float* sum) {
-  Vector chains[2] = {};
-  for (int pair = 0; pair < 4; ++pair) {
-    Vector both;
-    for (int lane = 0; lane < LANES; ++lane) both[lane] = z[2 * pair + lane / 8];
-    chains[pair % 2] += both * load_vector(matrix + pair * LANES);
-  }
-  const Vector total = chains[0] + chains[1];
-  for (int j = 0; j < 8; ++j) sum[j] = total[j] + total[j + 8];
+// the same for blocks of 8
+inline void turn_eights(const float* z, const float* matrix, int64_t, float* sum) {
+  Half chains[4] = {};
+  for (int k = 0; k < 8; ++k) chains[k % 4] += z[k] * *reinterpret_cast<const Half*>(matrix + 8 * k);
+  *reinterpret_cast<Half*>(sum) = (chains[0] + chains[1]) + (chains[2] + chains[3]);
 }
 
 // the same for any block; a size known at compile time is unrolled
 template <int64_t SIZE>
-void turn(const float* z, const float* matrix, int64_t block, float* sum) {
+inline void turn(const float* z, const float* matrix, int64_t block, float* sum) {
   const int64_t size = SIZE ? SIZE : block;
   std::memset(sum, 0, size * sizeof(float));
   for (int64_t k = 0; k < size; ++k)
@@ -255,20 +251,10 @@ void turn(const float* z, const float* matrix, int64_t block, float* sum) {
 
 using Turn = void (*)(const float*, const float*, int64_t, float*);
 
-Turn turn_of(int64_t block) {
-  if (block % (4 * LANES) == 0) return turn_vectors<4>;
-  if (block % (2 * LANES) == 0) return turn_vectors<2>;
-  if (block % LANES == 0) return turn_vectors<1>;
-  if (block == 8) return turn_eights;
-  if (block == 4) return turn<4>;
-  if (block == 2) return turn<2>;
-  return turn<0>;
-}
-
 // every stage: z = y[t, order] in runs of `block`; z_i = z_i @ blocks_i; y[t, order] = z
-void blocks(const Op& op, const Rows& y, int32_t count, std::vector<float>& scratch) {
+template <Turn TURN>
+void turn_runs(const Op& op, const Rows& y, int32_t count, std::vector<float>& scratch, Ahead after) {
   const int64_t columns = op.stop - op.start, block = op.block, area = block * block, runs = op.rank;
-  const Turn turn_run = turn_of(block);
   scratch.resize(columns + block);
   float *turned = scratch.data(), *sum = turned + columns;
   for (int32_t stage = 0; stage < op.stages; ++stage) {
@@ -281,14 +267,32 @@ void blocks(const Op& op, const Rows& y, int32_t count, std::vector<float>& scra
       } else {
         std::memcpy(turned, out, columns * sizeof(float));
       }
+      const bool last = stage + 1 == op.stages && t + 1 == count;
       for (int64_t run = 0; run < runs; ++run) {
         const float *matrix = matrices + (op.shared ? 0 : run * area), *z = turned + run * block;
-        turn_run(z, matrix, block, order ? sum : out + run * block);
+        if (last && run * LANES < after.size) __builtin_prefetch(after.next + run * LANES);
+        TURN(z, matrix, block, order ? sum : out + run * block);
         if (order)
           for (int64_t j = 0; j < block; ++j) out[order[run * block + j]] = sum[j];
       }
     }
   }
+}
+
+void blocks(const Op& op, const Rows& y, int32_t count, std::vector<float>& scratch, Ahead after) {
+  const auto with = [&](auto run) { run(op, y, count, scratch, after); };
+  switch (op.block) {
+    case 2: return with(turn_runs<turn<2>>);
+    case 4: return with(turn_runs<turn<4>>);
+    case 8: return with(turn_runs<turn_eights>);
+    case 16: return with(turn_runs<turn_vectors<1, 16>>);
+    case 32: return with(turn_runs<turn_vectors<2, 32>>);
+    case 64: return with(turn_runs<turn_vectors<4, 64>>);
+  }
+  if (op.block % (4 * LANES) == 0) return with(turn_runs<turn_vectors<4>>);
+  if (op.block % (2 * LANES) == 0) return with(turn_runs<turn_vectors<2>>);
+  if (op.block % LANES == 0) return with(turn_runs<turn_vectors<1>>);
+  with(turn_runs<turn<0>>);
 }
 
 // for one token, which is also the number of weights that are read
@@ -316,7 +320,7 @@ void run_segment(const Segment& segment, int32_t module, const Matrix& y, const 
         break;
       case ADD_FROM_OUTPUT: low_rank(*op, out, out, count, scratch, then); break;
       case AFFINE: affine(*op, out, count, then); break;
-      case BLOCKS: blocks(*op, out, count, scratch); break;
+      case BLOCKS: blocks(*op, out, count, scratch, then); break;
     }
   }
   out.store();

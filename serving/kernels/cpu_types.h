@@ -22,6 +22,7 @@ inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even, NaN s
 
 // Sixteen fp32 values at any address; compilers map them to what the processor has.
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Half __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64)));
 constexpr int64_t LANES = 16;
