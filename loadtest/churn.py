@@ -38,8 +38,8 @@ SHARED = 0.25
 CHANGE_EVERY_S = 0.3
 WATCH_EVERY_S = 1.0
 REPORT_EVERY_S = 60.0
-BREAKS_FOR_S = 60.0
-"""How long after a kill an error may come of it."""
+BREAKS_FOR_S = 180.0
+"""How long after a kill an error may come of it: a busy machine takes its time to start a replica."""
 UNAVAILABLE = "unavailable"
 MAX_PROBLEMS = 20
 
@@ -61,8 +61,9 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
     def problem(self, text: str) -> None:
-        """Note what must not be; only the first ones are kept."""
+        """Note what must not be, at once and for the end; only the first ones are kept."""
         if len(self.problems) < MAX_PROBLEMS:
+            sys.stderr.write(f"{text}\n")
             self.problems.append(text)
 
     @property

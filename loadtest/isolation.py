@@ -62,6 +62,7 @@ def engine_settings(backbone: Backbone, args: argparse.Namespace) -> Engine:
         host_cache_bytes=memory,
         num_threads=1,
         max_queue=args.in_flight,
+        max_queue_s=TIMEOUT_S,
     )
 
 
@@ -159,8 +160,6 @@ def main(argv: Sequence[str]) -> None:
         [_record(tally, args)],
         args.json,
     )
-    for problem in tally.problems:
-        sys.stderr.write(f"{problem}\n")
     if tally.problems or tally.wrong:
         sys.exit(1)
 

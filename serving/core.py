@@ -148,7 +148,8 @@ class GenerateCall:
     `prompt`: text, token ids, or chat messages. `adapter_digest` is a content digest, resolved by the gateway; it is
     BASE for the bare backbone. `adapter_name` labels metrics and errors only. `tenant` is who asks, `weight` its
     share against other tenants' (1: an ordinary one), as the gateway's operator set them. `max_wait_s`: how long it is
-    worth waiting for a place; a call that would wait longer is refused at once.
+    worth waiting for a place; a call that would wait longer is refused at once. `streamed`: whether the caller reads
+    tokens as they come; otherwise all that follow the first ones come together.
     """
 
     request_id: str
@@ -161,6 +162,7 @@ class GenerateCall:
     service_class: ServiceClass = ServiceClass.STANDARD
     pooling: PoolingParams | None = None
     max_wait_s: float | None = None
+    streamed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,8 +48,8 @@ def load_from(store: BlobStore, digest: str) -> Delta:
 class LocalBackend:
     """`Backend` over an engine of this process. Use from one event loop, between `start` and `stop`.
 
-    `flush_s`: after a call's first tokens, tokens are handed on at most once in that many seconds, because every
-    message to another process costs more than a token.
+    `flush_s`: after a call's first tokens, those of a stream are handed on at most once in that many seconds, and those
+    of other calls at the end, because every message to another process costs more than a token.
     """
 
     def __init__(
@@ -121,7 +121,10 @@ class LocalBackend:
         first, ended = True, False
         try:
             while not ended:
-                batch = await self._next_batch(events, wait_s=0.0 if first else self._flush_s)
+                if first or call.streamed:
+                    batch = await self._next_batch(events, wait_s=0.0 if first else self._flush_s)
+                else:
+                    batch = await self._rest(events)
                 ended = _is_terminal(batch[-1])
                 refusal = batch[0].error if isinstance(batch[0], TokenEvent) else None
                 if first and refusal is not None:  # it ended before it began
@@ -141,6 +144,13 @@ class LocalBackend:
         while not events.empty():
             batch.append(events.get_nowait())
         return tuple(batch)
+
+    @staticmethod
+    async def _rest(events: asyncio.Queue[Event]) -> tuple[Event, ...]:
+        rest = [await events.get()]
+        while not _is_terminal(rest[-1]):
+            rest.append(await events.get())
+        return tuple(rest)
 
     def _tokenise(self, call: GenerateCall) -> tuple[Request, Tokens]:
         """The request that `call` is, and its tokens' places in the text. Raises InvalidRequest."""

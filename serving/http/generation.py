@@ -115,6 +115,7 @@ def generation_router(services: Services) -> APIRouter:
                 tenant=caller.tenant,
                 weight=caller.limits.weight,
                 service_class=caller.limits.service_class,
+                streamed=bool(body.stream),
             )
             for place, prompt in enumerate(prompts)
             for sample, sampling in enumerate(samplings)

@@ -89,6 +89,16 @@ async def test_text_ids_and_chat_are_the_same_tokens(backend: LocalBackend) -> N
     assert last.finish_reason == FinishReason.LENGTH
 
 
+async def test_a_call_that_is_no_stream_gets_its_first_tokens_and_then_the_rest(
+    backend: LocalBackend,
+) -> None:
+    request = call("abc", max_tokens=40)
+    streamed = [batch async for batch in backend.generate(request)]
+    together = [batch async for batch in backend.generate(replace(request, streamed=False))]
+    assert len(together) == 2
+    assert sum(together, ()) == sum(streamed, ())
+
+
 @pytest.mark.parametrize(
     ("request_", "kind", "param"),
     [
