@@ -74,7 +74,6 @@ STREAMED: dict[int | str, dict[str, Any]] = {
                     "type": "object",
                     "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE]."}},
                     "required": ["data"],
-                    "additionalProperties": False,
                 },
             }
         },
