@@ -69,7 +69,6 @@ STREAMED: dict[int | str, dict[str, Any]] = {
         "description": "The whole answer; or, with `stream`, its chunks as server-sent events.",
         "content": {
             "text/event-stream": {
-                "schema": {"type": "string"},
                 "itemSchema": {
                     "type": "object",
                     "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE]."}},
@@ -81,7 +80,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 }
 """The answer of an operation that streams where its body asks for it, beside what FastAPI finds.
 
-`itemSchema` describes each event (OpenAPI 3.2, "Sequential Media Types"); older readers know the text alone.
+`itemSchema` describes each event (OpenAPI 3.2, "Sequential Media Types"), as FastAPI has it for its own streams.
 """
 
 _Operation = tuple[str, str]
