@@ -26,6 +26,7 @@ from adapters.errors import Conflict, InvalidRequest, NotFound
 from adapters.migrations.queries import VERSIONS, find_alias, require_version
 from adapters.migrations.schema import AliasMove, AliasRecord, VersionRecord, adapters, alias_history, aliases
 from adapters.migrations.schema import versions as version_rows
+from adapters.names import LATEST
 
 PERCENT = 100
 MAX_CANARIES = 8
@@ -115,6 +116,13 @@ def point(
         )
     )
     return revision, now
+
+
+def advance_latest(tx: Connection, adapter_id: int, version: int, status: str, now: float) -> None:
+    """Point `latest` at a version that is ready, unless it points at a newer one."""
+    latest = find_alias(tx, adapter_id, LATEST)
+    if status == "ready" and (latest is None or latest.version < version):
+        point(tx, adapter_id, LATEST, version, now)
 
 
 def roll_back(

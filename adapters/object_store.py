@@ -2,19 +2,23 @@
 
     <prefix>/sha256/<64 hex digits>/tensors.safetensors    written first
     <prefix>/sha256/<64 hex digits>/manifest.json          written last and removed first: with it the blob exists
+    <prefix>/sha256/<64 hex digits>/tensors.staged         in parts, of a large file on its way to the first
 
-Every object is created on the condition that it is not there, and read back before it is relied on. Credentials and
-endpoints come from the environment, as obstore's stores read it (AWS_*, GOOGLE_*, AZURE_*).
+Every object is created on the condition that it is not there, and read back before it is relied on. Parts can't be put
+together under a condition everywhere, so a large file is staged and then copied, inside the object store. None is in
+memory as a whole. Credentials and endpoints come from the environment, as obstore's stores read it (AWS_*, GOOGLE_*,
+AZURE_*).
 """
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore import exceptions
@@ -28,9 +32,13 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
 _MANIFEST, _TENSORS = FILES
+_STAGED = "tensors.staged"
 _FOLDER = "sha256"
 _BLOB_PATH = re.compile(rf"(?:^|/){_FOLDER}/([0-9a-f]{{64}})/[^/]+$")
-_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+_S3 = ("s3", "s3a")
+_SCHEMES = (*_S3, "gs", "az", "azure", "abfs", "abfss", "adl")
+_PART_BYTES = 8 << 20  # what is longer is sent in parts of so many, two at a time
+_PIECE_BYTES = 1 << 20  # is compared at a time
 _ATTEMPTS = 3  # for an object that another writer is creating, or that is deleted, between two of our calls
 
 _CLIENT: ClientConfig = {
@@ -85,17 +93,18 @@ class ObjectBlobStore:
                 remedy="Give a directory, or a URL like s3://bucket/prefix.",
             )
         with _object_errors("be opened"):
-            self._store = from_url(url, client_options=client_options, retry_config=retry_config)
+            # S3 has no conditional copy but the completion of a multipart one; the others have
+            options: dict[str, Any] = {"copy_if_not_exists": "multipart"} if scheme in _S3 else {}
+            self._store = from_url(url, client_options=client_options, retry_config=retry_config, **options)
             self._brief = from_url(url, client_options=_BRIEF_CLIENT, retry_config=_BRIEF_RETRY)
             next(iter(obstore.list(self._store, f"{_FOLDER}/", chunk_size=1)), None)
 
     def put(self, digest: str, manifest: bytes, tensors: Path | bytes) -> None:
         """See BlobStore."""
         folder = _folder_of(digest)
-        content = tensors if isinstance(tensors, bytes) else tensors.read_bytes()
         with _object_errors("store a blob"):
-            for path, data in ((f"{folder}/{_TENSORS}", content), (f"{folder}/{_MANIFEST}", manifest)):
-                self._create(path, data)
+            self._create(f"{folder}/{_TENSORS}", tensors, staged=f"{folder}/{_STAGED}")
+            self._create(f"{folder}/{_MANIFEST}", manifest, staged=f"{folder}/{_STAGED}")
 
     def read(self, digest: str) -> Blob:
         """See BlobStore."""
@@ -138,17 +147,13 @@ class ObjectBlobStore:
         """See BlobStore."""
         path = f"{_folder_of(digest)}/{_MANIFEST}"
         with _object_errors("look for a blob"):
-            try:
-                obstore.head(self._store, path)
-            except (FileNotFoundError, exceptions.NotFoundError):
-                return False
-        return True
+            return self._is_there(path)
 
     def delete(self, digest: str) -> None:
         """See BlobStore."""
         folder = _folder_of(digest)
         with _object_errors("delete a blob"):
-            for name in (_MANIFEST, _TENSORS):
+            for name in (_MANIFEST, _TENSORS, _STAGED):
                 with suppress(FileNotFoundError, exceptions.NotFoundError):
                     obstore.delete(self._brief, f"{folder}/{name}")
 
@@ -165,20 +170,57 @@ class ObjectBlobStore:
                         seen = found[1]
                         yield seen
 
-    def _create(self, path: str, data: bytes) -> None:
+    def _create(self, path: str, data: Path | bytes, *, staged: str) -> None:
         """Leave `data` at `path`, or raise: nothing that is there already is ever overwritten."""
+        size = len(data) if isinstance(data, bytes) else data.stat().st_size
         for _ in range(_ATTEMPTS):
             with suppress(exceptions.AlreadyExistsError, exceptions.PreconditionError):
-                obstore.put(self._store, path, data, mode="create", use_multipart=False)
-            stored = self._get(path)
-            if stored == data:
+                if size > _PART_BYTES:
+                    self._create_in_parts(path, data, staged)
+                else:
+                    obstore.put(self._store, path, data, mode="create", use_multipart=False)
+            if self._has(path, data, size):
                 return
-            if stored is not None:
-                raise StoreError(
-                    f"The object store holds {len(stored)} other bytes than the {len(data)} of this digest.",
-                    remedy="Let the operator delete the blob, then upload the delta again.",
-                )
         raise exceptions.PreconditionError(f"not there after {_ATTEMPTS} attempts")
+
+    def _create_in_parts(self, path: str, data: Path | bytes, staged: str) -> None:
+        """Other writers of `path` use the same `staged` for the same bytes, and remove it when they are done."""
+        if self._is_there(path):
+            return
+        obstore.put(self._store, staged, data, use_multipart=True, chunk_size=_PART_BYTES, max_concurrency=2)
+        try:
+            with suppress(FileNotFoundError, exceptions.NotFoundError):
+                obstore.copy(self._store, staged, path, overwrite=False)
+        finally:
+            with suppress(FileNotFoundError, exceptions.NotFoundError):
+                obstore.delete(self._store, staged)
+
+    def _has(self, path: str, data: Path | bytes, size: int) -> bool:
+        """Whether `data` is at `path`, read piece by piece. Raises StoreError where something else is."""
+        try:
+            found = obstore.get(self._store, path)
+        except (FileNotFoundError, exceptions.NotFoundError):
+            return False
+        same = found.meta["size"] == size
+        with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as expected:
+            for piece in found.stream(min_chunk_size=_PIECE_BYTES) if same else ():
+                if expected.read(len(piece)) != bytes(piece):
+                    same = False
+                    break
+            same = same and not expected.read(1)
+        if not same:
+            raise StoreError(
+                f"The object store holds {found.meta['size']} other bytes than the {size} of this digest.",
+                remedy="Let the operator delete the blob, then upload the delta again.",
+            )
+        return True
+
+    def _is_there(self, path: str) -> bool:
+        try:
+            obstore.head(self._store, path)
+        except (FileNotFoundError, exceptions.NotFoundError):
+            return False
+        return True
 
     def _get(self, path: str) -> bytes | None:
         try:

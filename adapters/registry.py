@@ -3,6 +3,8 @@
 Versions are immutable integers per name, counted from 1 and never used twice. Aliases move by compare-and-swap.
 Deletion is soft: rows stay, references stop resolving, and until its bytes are collected a version can be undeleted.
 Digests are the identity; a name is only a way to one.
+
+Here are transactions and the audit log; what they do beside publishing is in `reading`, `deletion` and `aliases`.
 """
 
 from __future__ import annotations
@@ -13,37 +15,29 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, and_, func, insert, select, update
 
-from adapters import audit, quotas
+from adapters import audit, deletion, quotas, reading
 from adapters.aliases import (
+    advance_latest,
     check_canaries,
     check_revision,
     history,
-    in_use_by,
     point,
     ready,
     require_alias,
     require_ready,
-    resolve_alias,
     roll_back,
 )
 from adapters.blob_records import BlobRecords
-from adapters.errors import Conflict, InvalidRequest, NotFound
+from adapters.errors import Conflict, NotFound
 from adapters.idempotency import IdempotencyKeys
-from adapters.migrations.access import grants
 from adapters.migrations.database import Database
 from adapters.migrations.queries import (
-    ADAPTERS,
-    ALIASES,
     COUNTS,
-    LIVE,
-    POINTED_AT,
     VERSION_COLUMNS,
     VERSIONS,
-    adapter_records,
     find_alias,
-    not_found,
     require_version,
 )
 from adapters.migrations.schema import (
@@ -54,11 +48,11 @@ from adapters.migrations.schema import (
     Status,
     VersionRecord,
     adapters,
-    aliases,
     versions,
 )
-from adapters.names import LATEST, MAX_VERSION, ModelReference, check_digest, check_name
+from adapters.names import LATEST, ModelReference, check_digest, check_name
 from adapters.quotas import UNLIMITED, Quota, check_version
+from adapters.reading import MAX_PAGE
 from adapters.upload_records import UploadRecords
 
 __all__ = [
@@ -75,9 +69,6 @@ __all__ = [
 
 DEFAULT_TENANT = "default"
 """The tenant of single-tenant mode."""
-
-MAX_PAGE = 200
-"""The most items that one listing returns."""
 
 
 class Registry:
@@ -141,7 +132,7 @@ class Registry:
             if found := tx.execute(same).one_or_none():
                 known = VersionRecord(*found[1:])
                 if alias is not None:
-                    self._point(tx, adapter_id, alias, ready(known).version)
+                    point(tx, adapter_id, alias, ready(known).version, now)
                     self._log(tx, actor, "alias.set", tenant, f"{name}:{alias}", version=known.version)
                 return replace(known, republished=True)
             check_version(tx, quota, tenant, name, digest, size_bytes)
@@ -163,9 +154,9 @@ class Registry:
             values = {column.key: getattr(record, column.key) for column in VERSION_COLUMNS}
             tx.execute(insert(versions).values(adapter_id=adapter_id, **values))
             if status == "ready":
-                self._point(tx, adapter_id, LATEST, record.version)
+                point(tx, adapter_id, LATEST, record.version, now)
             if alias not in (None, LATEST):
-                self._point(tx, adapter_id, alias, ready(record).version)
+                point(tx, adapter_id, alias, ready(record).version, now)
             facts = {"digest": digest, "status": status, "alias": alias}
             self._log(tx, actor, "version.publish", tenant, f"{name}@v{record.version}", **facts)
         return record
@@ -194,7 +185,7 @@ class Registry:
                 )
             row = and_(versions.c.adapter_id == adapter_id, versions.c.version == version)
             tx.execute(update(versions).where(row).values(status=status, proof=dict(proof)))
-            self._advance_latest(tx, adapter_id, version, status)
+            advance_latest(tx, adapter_id, version, status, self._clock())
             self._log(tx, actor, "version.validate", tenant, f"{name}@v{version}", status=status)
         return replace(record, status=status, proof=dict(proof))
 
@@ -208,43 +199,18 @@ class Registry:
         Raises NotFound.
         """
         tenant = reference.tenant if reference.tenant is not None else default_tenant
-        query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == reference.name)
-        if reference.version is not None:
-            query = query.where(versions.c.version == reference.version)
-        elif reference.digest is not None:  # several only where uploads failed before one that did not
-            query = query.where(versions.c.digest == reference.digest)
-            query = query.order_by(versions.c.version.desc()).limit(1)
-        else:
-            query = query.join(aliases, POINTED_AT).where(aliases.c.alias == reference.alias)
-            query = query.add_columns(aliases.c.canaries)
         with self._database.read() as tx:
-            row = tx.execute(query).one_or_none()
-            if row is None:
-                raise not_found(reference)
-            if reference.alias is not None:
-                return resolve_alias(tx, row, reference.alias, unit)
-        return VersionRecord(*row[1:])
+            return reading.resolve(tx, tenant, reference, unit)
 
     def list_adapters(self, tenant: str, *, limit: int = 100, after: str | None = None) -> AdapterPage:
         """Up to `limit` adapters of `tenant` in the order of their names, beginning behind the name `after`."""
-        _check_between("limit", limit, MAX_PAGE)
-        query = ADAPTERS.where(adapters.c.tenant == check_name(tenant, what="tenant"))
-        if after is not None:
-            query = query.where(adapters.c.name > check_name(after, what="after"))
         with self._database.read() as tx:
-            rows = tx.execute(query.order_by(adapters.c.name).limit(limit + 1)).all()
-            items = adapter_records(tx, rows[:limit])
-        return AdapterPage(items, items[-1].name if len(rows) > limit else None)
+            return reading.list_adapters(tx, tenant, limit=limit, after=after)
 
     def get_adapter(self, tenant: str, name: str) -> AdapterRecord:
         """The adapter with this name. Raises NotFound."""
-        reference = ModelReference(tenant, name)
-        query = ADAPTERS.where(adapters.c.tenant == tenant, adapters.c.name == name)
         with self._database.read() as tx:
-            found = adapter_records(tx, tx.execute(query).all())
-        if not found:
-            raise not_found(reference)
-        return found[0]
+            return reading.get_adapter(tx, tenant, name)
 
     def get_version(self, tenant: str, name: str, version: int) -> VersionRecord:
         """One live version. Raises NotFound."""
@@ -254,17 +220,8 @@ class Registry:
         self, tenant: str, name: str, *, limit: int = 100, before: int | None = None
     ) -> tuple[VersionRecord, ...]:
         """Up to `limit` live versions, newest first, beginning below the number `before`. Raises NotFound."""
-        _check_between("limit", limit, MAX_PAGE)
-        reference = ModelReference(tenant, name)
-        if before is not None:
-            _check_between("before", before, MAX_VERSION)
-        query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == name)
-        page = query if before is None else query.where(versions.c.version < before)
         with self._database.read() as tx:
-            if tx.execute(query.limit(1)).one_or_none() is None:
-                raise not_found(reference)
-            rows = tx.execute(page.order_by(versions.c.version.desc()).limit(limit)).all()
-        return tuple(VersionRecord(*row[1:]) for row in rows)
+            return reading.list_versions(tx, tenant, name, limit=limit, before=before)
 
     def set_alias(
         self,
@@ -289,7 +246,7 @@ class Registry:
         with self._database.write() as tx:
             adapter_id, _ = require_ready(tx, tenant, name, (version, *shares))
             check_revision(find_alias(tx, adapter_id, alias), name, alias, expected_revision)
-            revision, updated_at = self._point(tx, adapter_id, alias, version, shares)
+            revision, updated_at = point(tx, adapter_id, alias, version, self._clock(), canaries=shares)
             facts: dict[str, object] = {"version": version, "revision": revision} | (
                 {"canaries": shares} if shares else {}
             )
@@ -311,7 +268,7 @@ class Registry:
         """
         check_name(alias, what="alias")
         with self._database.write() as tx:
-            adapter_id = self._adapter_id(tx, tenant, name)
+            adapter_id = reading.adapter_id(tx, tenant, name)
             current = require_alias(tx, name, adapter_id, alias)
             check_revision(current, name, alias, expected_revision)
             version, revision, updated_at = roll_back(tx, tenant, name, current, adapter_id, self._clock())
@@ -321,10 +278,10 @@ class Registry:
 
     def alias_history(self, tenant: str, name: str, alias: str, *, limit: int = 100) -> tuple[AliasMove, ...]:
         """The newest `limit` moves of an alias, newest first. Raises NotFound for one that was never set."""
-        _check_between("limit", limit, MAX_PAGE)
+        reading.check_between("limit", limit, MAX_PAGE)
         check_name(alias, what="alias")
         with self._database.read() as tx:
-            moves = history(tx, self._adapter_id(tx, tenant, name), alias, limit=limit)
+            moves = history(tx, reading.adapter_id(tx, tenant, name), alias, limit=limit)
         if not moves:
             raise NotFound(f"{name!r} has no alias {alias!r}.", param="alias")
         return moves
@@ -337,20 +294,7 @@ class Registry:
         Raises NotFound, and Conflict naming the aliases, other than `latest`, that point at the version.
         """
         with self._database.write() as tx:
-            adapter_id, record = require_version(tx, tenant, name, version)
-            mains, canaries = in_use_by(tx, adapter_id, version)
-            if held := sorted((mains - {LATEST}) | canaries):
-                raise Conflict(
-                    f"Version {version} of {name!r} is in use by alias {', '.join(map(repr, held))}.",
-                    param="version",
-                    remedy="Move the alias to another version first, or delete the whole adapter.",
-                )
-            self._delete(tx, versions.c.adapter_id == adapter_id, versions.c.version == version)
-            if LATEST in mains:
-                ready = select(func.max(versions.c.version)).where(
-                    versions.c.adapter_id == adapter_id, LIVE, versions.c.status == "ready"
-                )
-                self._point(tx, adapter_id, LATEST, tx.scalar(ready))
+            record = deletion.delete_version(tx, tenant, name, version, now=self._clock())
             self._log(tx, actor, "version.delete", tenant, f"{name}@v{version}", digest=record.digest)
         return record
 
@@ -367,61 +311,31 @@ class Registry:
         Raises NotFound where no such version was deleted, Conflict where another live one has the same content,
         StoreError where the bytes are collected, and QuotaExceeded.
         """
-        reference = ModelReference(tenant, name, version=version)
-        named = and_(adapters.c.tenant == tenant, adapters.c.name == name)
         with self._database.write() as tx:
-            mine = and_(versions.c.adapter_id == adapters.c.id, versions.c.version == version)
-            query = select(
-                adapters.c.id, versions.c.digest, versions.c.status, versions.c.size_bytes
-            ).join_from(adapters, versions, mine)
-            gone = tx.execute(query.where(named, versions.c.deleted_at.is_not(None))).one_or_none()
-            if gone is None:
-                raise not_found(reference)
-            same = VERSIONS.where(adapters.c.id == gone.id, versions.c.digest == gone.digest)
-            if gone.status != "failed" and (found := tx.execute(same.where(COUNTS)).one_or_none()):
-                raise Conflict(
-                    f"Version {found.version} of {name!r} has the same content as {version}.", param="version"
-                )
-            check_version(tx, quota, tenant, name, gone.digest, gone.size_bytes)
-            self.blobs.confirm(tx, gone.digest, None)
-            row = and_(versions.c.adapter_id == gone.id, versions.c.version == version)
-            tx.execute(update(versions).where(row).values(deleted_at=None))
-            self._advance_latest(tx, gone.id, version, gone.status)
-            self._log(tx, actor, "version.undelete", tenant, f"{name}@v{version}", digest=gone.digest)
-            return require_version(tx, tenant, name, version)[1]
+            record = deletion.undelete_version(
+                tx, tenant, name, version, blobs=self.blobs, quota=quota, now=self._clock()
+            )
+            self._log(tx, actor, "version.undelete", tenant, f"{name}@v{version}", digest=record.digest)
+        return record
 
     def delete_adapter(
         self, tenant: str, name: str, *, actor: str = audit.SYSTEM
     ) -> tuple[VersionRecord, ...]:
         """Delete every version, alias and grant of `name`; returns the versions, newest first. Raises NotFound."""
-        reference = ModelReference(tenant, name)
-        query = VERSIONS.where(adapters.c.tenant == tenant, adapters.c.name == name)
         with self._database.write() as tx:
-            rows = tx.execute(query.order_by(versions.c.version.desc())).all()
-            if not rows:
-                raise not_found(reference)
-            adapter_id = rows[0].id
-            self._delete(tx, versions.c.adapter_id == adapter_id)
-            for alias in tx.execute(ALIASES.where(adapters.c.id == adapter_id)).all():
-                self._point(tx, adapter_id, alias.alias, None)
-            # the name may be used again, for something that was never meant to be shared
-            tx.execute(delete(grants).where(grants.c.owner == tenant, grants.c.adapter == name))
-            self._log(tx, actor, "adapter.delete", tenant, name, versions=[row.version for row in rows])
-        return tuple(VersionRecord(*row[1:]) for row in rows)
+            deleted = deletion.delete_adapter(tx, tenant, name, now=self._clock())
+            self._log(tx, actor, "adapter.delete", tenant, name, versions=[item.version for item in deleted])
+        return deleted
 
     def versions_of(self, tenant: str, digests: Collection[str]) -> dict[str, list[str]]:
         """`name@vN` of every live version of a tenant's that has one of these contents, by digest, in their order."""
-        found: dict[str, list[str]] = {}
-        query = VERSIONS.where(adapters.c.tenant == tenant, versions.c.digest.in_(digests))
         with self._database.read() as tx:
-            for row in tx.execute(query.order_by(adapters.c.name, versions.c.version)) if digests else ():
-                found.setdefault(row.digest, []).append(f"{row.name}@v{row.version}")
-        return found
+            return reading.versions_of(tx, tenant, digests)
 
     def live_digests(self) -> frozenset[str]:
         """Every digest that a live version of any tenant refers to, whatever its status."""
         with self._database.read() as tx:
-            return frozenset(tx.scalars(select(versions.c.digest).where(LIVE).distinct()))
+            return reading.live_digests(tx)
 
     def ping(self) -> None:
         """Read one row. Raises RegistryUnavailable where that fails."""
@@ -440,40 +354,8 @@ class Registry:
     ) -> None:
         self.close()
 
-    def _point(
-        self,
-        tx: Connection,
-        adapter_id: int,
-        alias: str,
-        version: int | None,
-        canaries: Mapping[int, int] | None = None,
-    ) -> tuple[int, float]:
-        return point(tx, adapter_id, alias, version, self._clock(), canaries=canaries)
-
-    def _adapter_id(self, tx: Connection, tenant: str, name: str) -> int:
-        """The id of an adapter with a live version. Raises NotFound, InvalidReference."""
-        reference = ModelReference(tenant, name)  # before the database sees the name
-        query = ADAPTERS.where(adapters.c.tenant == tenant, adapters.c.name == name)
-        row = tx.execute(query).one_or_none()
-        if row is None:
-            raise not_found(reference)
-        return int(row.id)
-
-    def _advance_latest(self, tx: Connection, adapter_id: int, version: int, status: str) -> None:
-        latest = find_alias(tx, adapter_id, LATEST)
-        if status == "ready" and (latest is None or latest.version < version):
-            self._point(tx, adapter_id, LATEST, version)
-
     def _log(
         self, tx: Connection, actor: str, action: str, tenant: str, subject: str, **details: object
     ) -> None:
         entry = audit.Entry(self._clock(), actor, action, tenant, subject, details)
         audit.append(tx, entry)
-
-    def _delete(self, tx: Connection, *which: ColumnElement[bool]) -> None:
-        tx.execute(update(versions).where(*which, LIVE).values(deleted_at=self._clock()))
-
-
-def _check_between(what: str, value: int, most: int) -> None:
-    if not 1 <= value <= most:
-        raise InvalidRequest(f"{what} is {value}; expected 1 to {most}.", param=what)

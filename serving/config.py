@@ -182,7 +182,7 @@ class Limits(_Group):
     max_n: int = Field(default=16, ge=1)
     """Largest `n` of a request."""
     max_choices: int = Field(default=128, ge=1)
-    """Most choices of one request: its prompts times `n`."""
+    """Most choices of one request: its prompts times `n`; and most inputs of one to a task head."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Longest duration of one request, from its first byte to its last."""
     first_token_timeout_s: float | None = Field(default=None, gt=0)

@@ -18,6 +18,7 @@ from serving.http.errors import JsonObject
 from serving.http.fanout import Patience
 from serving.http.generate import Job, Style, reply, stream
 from serving.http.models import resolve, unit_of
+from serving.http.openapi import STREAMED
 from serving.http.schemas import ChatBody, CompletionBody, GenerateBody
 from serving.http.services import Services
 from serving.http.sse import EventStream, unless_disconnected
@@ -37,13 +38,13 @@ def generation_router(services: Services) -> APIRouter:
     limits = services.settings.limits
     router = APIRouter(route_class=services.route_class, tags=["generation"])
 
-    @router.post("/v1/completions", response_model=None)
+    @router.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(body: CompletionBody, request: Request, caller: Infer) -> Response:
         """Continue a prompt, or several, each `n` times."""
         style = CompletionStyle(return_token_ids=bool(body.return_token_ids))
         return await answer(request, caller, body, body.prompts(), style, id_prefix="cmpl")
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(body: ChatBody, request: Request, caller: Infer) -> Response:
         """Answer a chat. `max_tokens` is by default whatever the context has left."""
         info = await services.backbone()

@@ -65,7 +65,7 @@ class Idempotency:
             raise InvalidRequest(
                 "idempotency-key: expected 1 to 255 printable ASCII characters without spaces.", param=HEADER
             )
-        fingerprint = _fingerprint(request, content)
+        fingerprint = await in_thread(_fingerprint, request, content)  # of a large upload: not on the loop
         claim = await in_thread(self._keys.claim, caller.tenant, key, fingerprint, self._claim_s)
         if isinstance(claim, Answer):
             if claim.adapter_digest:

@@ -64,6 +64,25 @@ BODIES: Mapping[str, JsonObject] = {
 }
 """Bodies' examples by schema."""
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The whole answer; or, with `stream`, its chunks as server-sent events.",
+        "content": {
+            "text/event-stream": {
+                "itemSchema": {
+                    "type": "object",
+                    "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE]."}},
+                    "required": ["data"],
+                },
+            }
+        },
+    }
+}
+"""The answer of an operation that streams where its body asks for it, beside what FastAPI finds.
+
+`itemSchema` describes each event (OpenAPI 3.2, "Sequential Media Types"), as FastAPI has it for its own streams.
+"""
+
 _Operation = tuple[str, str]
 _UPLOAD = ("put", "/v1/adapters/{name}/versions")
 _VERSION = "/v1/adapters/{name}/versions/{version}"

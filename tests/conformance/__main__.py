@@ -41,6 +41,7 @@ PHASES = ("examples", "coverage", "fuzzing", "stateful")
 MAX_RESPONSE_S = 30.0
 UPLOAD = "/v1/adapters/{name}/versions"
 POLICY = "/v1/signature_policy"
+GENERATE = ("/v1/completions", "/v1/chat/completions")
 KNOWN: Mapping[str, Sequence[object]] = {
     **{f"path.{name}": [value] for name, value in EXAMPLES.items()},
     "body.model": [EXAMPLES["name"], EXAMPLES["model"], BACKBONE],
@@ -125,7 +126,9 @@ def round_of_calls(
 
 @contextmanager
 def calls_made_useful(server: Server, seed: int) -> Iterator[None]:
-    """Half of the uploads carry a delta that can be served, and none of the calls shuts their own caller out."""
+    """Half of the uploads carry a delta that can be served; a quarter of what generates streams; and none of the calls
+    shuts their own caller out.
+    """
     chooser = random.Random(seed)
     own = {CALLER, server.key_id}
 
@@ -133,6 +136,13 @@ def calls_made_useful(server: Server, seed: int) -> Iterator[None]:
         positive = case.meta is None or case.meta.generation.mode is GenerationMode.POSITIVE
         if case.operation.path == UPLOAD and case.method == "PUT" and positive and chooser.random() < 0.5:
             kwargs["files"] = chooser.choice(server.uploads)
+        if (
+            case.operation.path in GENERATE
+            and isinstance(case.body, dict)
+            and positive
+            and chooser.random() < 0.25
+        ):
+            kwargs["json"] = case.body = case.body | {"stream": True}
         if case.operation.path == POLICY and isinstance(case.body, dict):
             kwargs["json"] = case.body = case.body | {"require_signature": False}
         if case.operation.path.startswith("/v1/admin") and own & set(map(str, case.path_parameters.values())):

@@ -1,6 +1,7 @@
 """Spoilt uploads by the million: nothing may crash, nothing invalid be accepted, memory stays bounded.
 
     python -m tests.hostile [--cases 1000000] [--seed N] [--processes N]
+    python -m tests.hostile --beside-requests          the dearest uploads, and how long others wait (`beside.py`)
 
 A case is a valid upload with one mutation (`mutations.py`). What must be refused is known for half of the
 mutations. For the others an oracle of its own, which parses with `json` and NumPy alone, looks at what was accepted:
@@ -28,6 +29,7 @@ from adapters.canonical import from_canonical, to_canonical
 from adapters.errors import InvalidDelta, PayloadTooLarge
 from adapters.formats import read_upload
 from adapters.normal_form import Delta, LowRank
+from tests.hostile import beside
 from tests.hostile.mutations import ANY, INVALID, Files, split
 from tests.hostile.seeds import Seed, seeds
 from tests.unit.serving.http_support import SPEC
@@ -141,7 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--beside-requests", action="store_true")
     given = parser.parse_args(arguments)
+    if given.beside_requests:
+        return beside.main()
     began, tally = time.monotonic(), Tally()
     share = -(-given.cases // given.processes)
     starts = range(0, given.cases, share)

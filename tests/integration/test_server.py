@@ -74,6 +74,14 @@ def test_only_http_answers_without_a_token(server: ServerProcess, tmp_path: Path
     assert not canary.exists()
 
 
+def test_a_replicas_kernel_threads_sleep_soon(server: ServerProcess) -> None:
+    replicas = [pid for pid, name in server.processes().items() if name.startswith(REPLICA)]
+    assert replicas
+    for pid in replicas:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        assert {"OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=1000"} <= set(variables)
+
+
 # -- uploads ---------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +26,23 @@ DIGEST = "ab" + "0123456789abcdef" * 3 + "0" * 14
 OTHER = "cd" + DIGEST[2:]
 MANIFEST, TENSORS = b'{"format":"deltamux/1"}', bytes(range(256)) * 40
 WHOLE = Blob(MANIFEST, TENSORS)
+LARGE = bytes(range(251)) * (9 << 12)
+"""More than one part of a file that is sent in parts."""
+STORE_AND_TELL = """
+import pathlib, sys
+from adapters.object_store import ObjectBlobStore
+
+def peak():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+store = ObjectBlobStore(sys.argv[1])
+store.put("a" * 64, b"manifest", b"tensors")
+before = peak()
+store.put("b" * 64, b"manifest", pathlib.Path(sys.argv[2]))
+print(peak() - before)
+"""
+"""Its output: the bytes by which the process grew while it stored a file."""
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -194,6 +213,43 @@ class TestObjectStore:
         one.put(DIGEST, MANIFEST, TENSORS)
         assert not two.exists(DIGEST)
         assert list(two.iter_digests()) == []
+
+    def test_a_killed_writer_leaves_what_the_collector_finds(self, bucket: str) -> None:
+        store, staged = ObjectBlobStore(bucket), f"sha256/{DIGEST}/tensors.staged"
+        obstore.put(from_url(bucket), staged, b"half")
+        assert list(store.iter_digests()) == [DIGEST]
+        store.delete(DIGEST)
+        assert list(store.iter_digests()) == []
+
+    def test_a_large_file_is_staged_and_never_overwrites(self, bucket: str, tmp_path: Path) -> None:
+        store, file = ObjectBlobStore(bucket), tmp_path / "large"
+        objects, path = from_url(bucket), f"sha256/{DIGEST}/tensors.safetensors"
+        file.write_bytes(LARGE)
+        for other in (LARGE[:-1] + b"?", LARGE[:-1], LARGE + b"?"):
+            obstore.put(objects, path, other)
+            with pytest.raises(StoreError, match=f"holds {len(other)} other bytes"):
+                store.put(DIGEST, MANIFEST, file)
+            assert bytes(obstore.get(objects, path).bytes()) == other
+            assert not store.exists(DIGEST)
+        obstore.delete(objects, path)
+        store.put(DIGEST, MANIFEST, file)
+        assert store.read(DIGEST) == Blob(MANIFEST, LARGE)
+        names = {item["path"].rpartition("/")[2] for page in obstore.list(objects) for item in page}
+        assert names == {"manifest.json", "tensors.safetensors"}
+
+    def test_many_writers_of_the_same_large_file(self, bucket: str, tmp_path: Path) -> None:
+        store, file = ObjectBlobStore(bucket), tmp_path / "large"
+        file.write_bytes(LARGE)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: store.put(DIGEST, MANIFEST, file), range(3)))
+        assert store.read(DIGEST) == Blob(MANIFEST, LARGE)
+
+    def test_memory_stays_bounded_while_a_large_file_is_stored(self, bucket: str, tmp_path: Path) -> None:
+        with (tmp_path / "large").open("wb") as file:
+            file.truncate(96 << 20)
+        command = [sys.executable, "-c", STORE_AND_TELL, bucket, str(tmp_path / "large")]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert int(done.stdout) < 64 << 20, f"memory grew by {int(done.stdout) >> 20} MiB"
 
     def test_no_such_bucket(self, bucket: str) -> None:
         with pytest.raises(StoreError, match="can't be opened"):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -506,6 +507,17 @@ class TestDatabase:
             with transaction() as tx:
                 assert {key: tx.exec_driver_sql(f"PRAGMA {key}").scalar() for key in expected} == expected
         database.close()
+
+    def test_a_writer_waits_five_seconds_for_a_lock_and_then_says_so(self, path: Path) -> None:
+        with Registry(f"sqlite:///{path}") as registry, closing(sqlite3.connect(path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            began = time.monotonic()
+            with pytest.raises(RegistryUnavailable, match=r"another writer kept it locked\. Nothing"):
+                publish(registry, "sql", A)
+            assert time.monotonic() - began >= 5
+            assert registry.list_adapters("default").items == (), "who reads does not wait"
+            other.rollback()
+            assert publish(registry, "sql", A).version == 1
 
     def test_migrations_lead_to_the_tables_in_use(self, make_url: Callable[[], str]) -> None:
         migrated, declared = (Database(make_url(), busy_timeout_s=1) for _ in range(2))

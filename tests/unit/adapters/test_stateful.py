@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import Connection, delete
 
+from adapters import deletion
 from adapters.migrations.schema import alias_history, aliases
 from adapters.registry import Registry
 from tests.postgres import PostgresServer
@@ -28,18 +28,18 @@ def test_the_registry_on_postgresql_does_what_its_model_does(postgres: PostgresS
 def test_the_model_sees_a_version_that_comes_back_under_its_old_number(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    point = Registry._point
+    point = deletion.point
 
     def forgets_revisions(
-        self: Registry, tx: Connection, adapter_id: int, alias: str, version: int | None, *shares: Any
+        tx: Connection, adapter_id: int, alias: str, version: int | None, now: float
     ) -> object:
         if version is None:
             for kept in (aliases, alias_history):
                 tx.execute(delete(kept).where(kept.c.adapter_id == adapter_id, kept.c.alias == alias))
             return 0, 0.0
-        return point(self, tx, adapter_id, alias, version, *shares)
+        return point(tx, adapter_id, alias, version, now)
 
-    monkeypatch.setattr(Registry, "_point", forgets_revisions)
+    monkeypatch.setattr(deletion, "point", forgets_revisions)
     with databases("sqlite") as make_url, pytest.raises(AssertionError):
         check_model(make_url, 5000, seed=0, shrink=False)
 

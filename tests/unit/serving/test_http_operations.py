@@ -105,6 +105,21 @@ async def test_docs_name_the_errors_that_there_are(tmp_path: Path) -> None:
         assert ErrorBody.model_validate(shown, extra="forbid").error.code == "model_not_found"
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_docs_name_both_types_of_an_answer_that_may_be_streamed(tmp_path: Path, path: str) -> None:
+    async with gateway(tmp_path) as g:
+        content = (await g.http.get("/openapi.json")).json()["paths"][path]["post"]["responses"]["200"][
+            "content"
+        ]
+        prompt = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "hi"}
+        for stream, kind in ((True, "text/event-stream"), (False, "application/json")):
+            body = {"model": BACKBONE, "max_tokens": 1, "stream": stream, **prompt}
+            reply = (await g.http.post(path, json=body)).raise_for_status()
+            assert reply.headers["content-type"].partition(";")[0] == kind
+        assert set(content) == {"application/json", "text/event-stream"}
+        assert content["text/event-stream"]["itemSchema"]["required"] == ["data"]
+
+
 async def test_the_sdk_does_not_repeat_a_lost_swap(tmp_path: Path) -> None:
     async with gateway(tmp_path) as g:
         await g.push("delta")

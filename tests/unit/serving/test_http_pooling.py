@@ -17,6 +17,7 @@ from tests.cases import tiny_backbone
 from tests.contract.task_models import HeadCase
 from tests.unit.serving.http_support import Gateway
 from tests.unit.serving.pooling_support import Adapter, pooling_gateway, tokenizer
+from tests.unit.serving.test_http_files import sent
 
 TEXTS = ("the cat sat", "a dog, a bone", "zebra")
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -267,6 +268,23 @@ async def test_unknown_models_and_too_many_inputs_are_refused(tmp_path: Path) ->
         answer = await world.http.post("/v1/embeddings", json={"model": "nobody", "input": "a"})
         assert answer.status_code == 404
         assert "at most 2" in await refused(world, "embeddings", model="tiny", input=["a"] * 3)
+
+
+async def test_a_head_json_sent_as_a_file_names_the_labels(
+    world: Gateway, adapters: dict[str, Adapter]
+) -> None:
+    adapter = adapters["mood"]
+    contents = [item for _, item in adapter.files()]
+    assert contents[-1][0] == "head.json"
+    ids = [await sent(world, data, name, part=1 << 20) for name, data in contents]
+    answer = await world.http.put("/v1/adapters/sent/versions", json={"file_ids": ids})
+    assert answer.status_code == 201, answer.text
+    await adapter.push(world)
+    (by_id,), (in_body,) = [
+        (await post(world, "classify", model=name, input=TEXTS[0]))["data"] for name in ("sent", adapter.name)
+    ]
+    assert by_id["label"] in {"bad", "so so", "good"}
+    assert by_id == in_body
 
 
 async def test_tokens_are_counted(world: Gateway) -> None:

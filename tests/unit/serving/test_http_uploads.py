@@ -20,6 +20,7 @@ from adapters.registry import Registry
 from adapters.store import LocalBlobStore
 from adapters.typology import describe
 from serving.core import AdmissionProof
+from serving.http.multipart import MAX_JSON_BYTES
 from tests.unit.serving.http_support import (
     BACKBONE,
     PROOF,
@@ -499,3 +500,12 @@ async def test_a_header_that_is_dear_to_parse_never_reaches_the_parser(
         assert refused.status_code == 413
         assert refused.json()["error"]["code"] == "payload_too_large"
         assert left(g) == (set(), [], [])
+
+
+async def test_a_json_body_is_as_short_as_its_fields(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as g:
+        lists = b'{"file_ids":[' + b"[]," * (MAX_JSON_BYTES // 3) + b"[]]}"
+        for content, status in ((lists, 413), (b'{"file_ids":["none"],"labels":{}}', 404)):
+            headers = {"content-type": "application/json"}
+            reply = await g.http.put("/v1/adapters/delta/versions", content=content, headers=headers)
+            assert reply.status_code == status, reply.text
