@@ -23,6 +23,7 @@ COMMANDS = {
     "abuse": ("loadtest.abuse", "one tenant at ten times its share: what the others wait, by policy"),
     "upload": ("loadtest.upload", "streams' gaps while deltas are uploaded, against without"),
     "http": ("loadtest.http", "any OpenAI-compatible server, streaming"),
+    "compare": ("loadtest.compare", "result files of `http` side by side, ratios to the first"),
     "report": ("loadtest.page", "one HTML page of tables and plots from result files"),
 }  # fmt: skip
 
