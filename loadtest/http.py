@@ -10,7 +10,8 @@ the first --model alone:
   python -m loadtest http --url http://127.0.0.1:8000 --model base --deltas 0 1 8 32 --pattern 'lora*'
 
 A server that selects a delta by other fields than `model` has them in the JSON file --bodies: name -> the fields of its
-requests. Its names count as listed (llama.cpp: {"base": {"lora": []}, "lora0": {"lora": [{"id": 0, "scale": 1}]}}).
+requests. Its names count as listed (llama.cpp: {"lora0": {"lora": [{"id": 0, "scale": 1}]}, ...}, and scale 0 for the
+bare model, since an empty list there changes nothing).
 --server names the server in the result, for `python -m loadtest compare`.
 
 Greedy, fixed output length (`ignore_eos`), the same seeded prompts of 16 to 128 token ids for every server; --text for
@@ -42,6 +43,7 @@ import httpx
 
 from loadtest.report import Record, Spread, make_parser, percentile, publish
 from loadtest.workload import random_prompts
+
 
 @dataclass(slots=True)
 class Reply:
