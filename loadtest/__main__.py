@@ -12,7 +12,9 @@ COMMANDS = {
     "budget": ("loadtest.budget", "one row of the performance budgets, by name"),
     "kernels": ("loadtest.kernels", "compiled kernels against plain torch and the bandwidth floor"),
     "engine": ("loadtest.engine", "tokens/s in process against PEFT's mixed batch; --profile: where a step goes"),
-    "residency": ("loadtest.residency", "thousands of deltas over little room; starvation; S-LoRA's workload"),
+    "residency": ("loadtest.residency", "thousands of deltas over little room, drawn by Zipf"),
+    "popularity": ("loadtest.popularity", "S-LoRA's workload: popularity by power law, arrivals in bursts"),
+    "starvation": ("loadtest.starvation", "six deltas, room for three: p90 of the latency over its median, by policy"),
     "prefill": ("loadtest.prefill", "prefill tokens/s by chunk size, alone and beside decoding rows"),
     "scale": ("loadtest.scale", "1 to 10,000 registered deltas: resolve, list, generate"),
     "pooling": ("loadtest.pooling", "ten tasks of one encoder against PEFT, one by one and in processes"),
@@ -21,6 +23,7 @@ COMMANDS = {
     "abuse": ("loadtest.abuse", "one tenant at ten times its share: what the others wait, by policy"),
     "upload": ("loadtest.upload", "streams' gaps while deltas are uploaded, against without"),
     "http": ("loadtest.http", "any OpenAI-compatible server, streaming"),
+    "compare": ("loadtest.compare", "result files of `http` side by side, ratios to the first"),
     "report": ("loadtest.page", "one HTML page of tables and plots from result files"),
 }  # fmt: skip
 

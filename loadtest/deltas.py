@@ -125,9 +125,13 @@ def random_delta(spec: BackboneSpec, method: str, rank: int, seed: int) -> Delta
 
 
 def random_lora(
-    spec: BackboneSpec, rank: int, seed: int, names: frozenset[str] = ATTENTION, layers: int | None = None
+    spec: BackboneSpec,
+    rank: int,
+    seed: int,
+    names: frozenset[str] | None = ATTENTION,
+    layers: int | None = None,
 ) -> Delta:
-    """A LoRA on the linears that write `names`, of the first `layers` layers or of all."""
+    """A LoRA on the linears that write `names`, or on all, of the first `layers` layers or of all."""
     maker = _Maker(spec, seed)
     ops = tuple(
         maker.low_rank(m, rank)

@@ -4,6 +4,16 @@ Give --model once for each case, with one name or several that the requests take
 
   python -m loadtest http --url http://127.0.0.1:8000 --model base --model lora0 lora1 lora2 lora3
 
+or --deltas for cases of so many of the names that the server lists and --pattern matches, in natural order; 0 is
+the first --model alone:
+
+  python -m loadtest http --url http://127.0.0.1:8000 --model base --deltas 0 1 8 32 --pattern 'lora*'
+
+A server that selects a delta by other fields than `model` has them in the JSON file --bodies: name -> the fields of its
+requests. Its names count as listed (llama.cpp: {"lora0": {"lora": [{"id": 0, "scale": 1}]}, ...}, and scale 0 for the
+bare model, since an empty list there changes nothing).
+--server names the server in the result, for `python -m loadtest compare`.
+
 Greedy, fixed output length (`ignore_eos`), the same seeded prompts of 16 to 128 token ids for every server; --text for
 servers that take no ids. Every round runs all cases at one concurrency in turn; ratios are against the first case. A
 gap is the time between two pieces of a stream, which hold one token or more. The number of tokens is what the server's
@@ -19,20 +29,20 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import shlex
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from loadtest.report import Record, Spread, make_parser, percentile, publish
 from loadtest.workload import random_prompts
-
-PER_PROMPT = 3
-"""Requests per place in flight and round."""
 
 
 @dataclass(slots=True)
@@ -82,15 +92,20 @@ async def chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 async def run_batch(
-    client: httpx.AsyncClient, models: Sequence[str], concurrency: int, args: argparse.Namespace
+    client: httpx.AsyncClient,
+    models: Sequence[str],
+    concurrency: int,
+    args: argparse.Namespace,
+    turn: int = 0,
 ) -> Run:
-    """`PER_PROMPT` requests for each of `concurrency` places, so many at a time."""
-    prompts = random_prompts(concurrency * PER_PROMPT)
+    """`per_place` requests for each of `concurrency` places, so many at a time; later turns go on with the models."""
+    prompts = random_prompts(concurrency * args.per_place)
     gate = asyncio.Semaphore(concurrency)
 
     async def one(index: int, prompt: list[int]) -> Reply:
+        model = models[(turn * len(prompts) + index) % len(models)]
         body = {
-            "model": models[index % len(models)],
+            "model": model,
             "prompt": " ".join(f"w{token}" for token in prompt) if args.text else prompt,
             "max_tokens": args.output_tokens,
             "temperature": 0,
@@ -98,6 +113,7 @@ async def run_batch(
             "stream_options": {"include_usage": True},
             "ignore_eos": True,
             **args.extra,
+            **args.bodies.get(model, {}),
         }
         async with gate:
             return await ask(client, body)
@@ -110,18 +126,44 @@ async def run_batch(
 
 async def measure(client: httpx.AsyncClient, args: argparse.Namespace) -> list[Record]:
     """A record for each concurrency and case."""
+    cases = await cases_of(client, args)
+    facts = {"server": args.server} if args.server else {}
     records = []
     for concurrency in args.concurrency:
-        found: list[list[Run]] = [[] for _ in args.model]
+        found: dict[str, list[Run]] = {case: [] for case in cases}
         for turn in range(args.rounds + 1):  # the first is not measured
-            for case, models in enumerate(args.model):
-                run = await run_batch(client, models, concurrency, args)
+            for case, models in cases.items():
+                run = await run_batch(client, models, concurrency, args, turn)
                 if turn:
                     found[case].append(run)
-        for models, runs in zip(args.model, found, strict=True):
-            name = models[0] if len(models) == 1 else f"{models[0]} and {len(models) - 1} more"
-            records.append(Record(f"{concurrency} in flight, {name}", _figures(runs, found[0])))
+        first = next(iter(found.values()))
+        records += [
+            Record(f"{concurrency} in flight, {case}", _figures(runs, first), facts)
+            for case, runs in found.items()
+        ]
     return records
+
+
+async def cases_of(client: httpx.AsyncClient, args: argparse.Namespace) -> dict[str, list[str]]:
+    """Models by case. Raises RuntimeError where the server lists fewer matching models than a case takes."""
+    if not args.deltas:
+        return {m[0] if len(m) == 1 else f"{m[0]} and {len(m) - 1} more": m for m in args.model}
+    response = await client.get("/v1/models")
+    response.raise_for_status()
+    listed = {entry["id"] for entry in response.json()["data"]} | set(args.bodies)
+    matching = sorted((name for name in listed if fnmatchcase(name, args.pattern)), key=_natural)
+    if len(matching) < max(args.deltas):
+        raise RuntimeError(
+            f"{len(matching)} models match {args.pattern!r}, {max(args.deltas)} are asked for; the server lists"
+            f" {sorted(listed, key=_natural)}"
+        )
+    bare = args.model[0]
+    return {f"{n} deltas": matching[:n] if n else bare for n in args.deltas}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """By which lora2 comes before lora10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _figures(runs: Sequence[Run], first: Sequence[Run]) -> dict[str, Spread]:
@@ -140,6 +182,10 @@ def _figures(runs: Sequence[Run], first: Sequence[Run]) -> dict[str, Spread]:
     return values
 
 
+def _json_file(path: str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure one server."""
     parser = make_parser("http", __doc__)
@@ -147,7 +193,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--model", nargs="+", action="append", required=True, help="one case; may be repeated"
     )
+    parser.add_argument(
+        "--deltas", type=int, nargs="+", help="cases by number of deltas, 0: the first --model"
+    )
+    parser.add_argument(
+        "--pattern", default="*", help="which of the listed models are deltas (shell pattern)"
+    )
+    parser.add_argument(
+        "--bodies", type=_json_file, default={}, help="JSON file: model -> fields of its requests"
+    )
+    parser.add_argument("--server", help="what to call the server in the result")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--per-place", type=int, default=3, help="requests per place in flight and round")
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--text", action="store_true", help="send words instead of token ids")
     parser.add_argument("--extra", type=json.loads, default={}, help="JSON object merged into every request")
@@ -164,5 +221,5 @@ def main(argv: Sequence[str]) -> None:
             return await measure(client, args)
 
     records = asyncio.run(run())
-    title = f"{args.url}, outputs of {args.output_tokens}, median (min-max) of {args.rounds}"
+    title = f"{args.server or args.url}, outputs of {args.output_tokens}, median (min-max) of {args.rounds}"
     publish(title, shlex.join(["http", *argv]), records, args.json)

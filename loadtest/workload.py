@@ -49,6 +49,12 @@ def gamma_times(count: int, rate: float, cv: float, *, seed: int = 7) -> list[fl
     return [float(t) for t in np.cumsum(gaps)]
 
 
+def times_within(seconds: float, rate: float, cv: float, *, seed: int = 7) -> list[float]:
+    """`gamma_times` of the first `seconds`, the first of them at 0: as many as there happen to be, one at least."""
+    times = gamma_times(int(4 * rate * seconds) + 64, rate, cv, seed=seed)
+    return [at for at in (time - times[0] for time in times) if at < seconds]
+
+
 def uniform_lengths(count: int, low: int, high: int, *, seed: int = 7) -> list[int]:
     """`count` lengths, low to high inclusive."""
     draw = np.random.default_rng(seed)

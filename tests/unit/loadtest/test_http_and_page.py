@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtest import http
+from loadtest import compare, http
 from loadtest.page import render
 
 ROOT = Path(__file__).parents[3]
@@ -25,6 +25,9 @@ class StandIn:
         self.bodies: list[dict[str, Any]] = []
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            listed = ("lora10", "base", "lora1", "other", "lora2")
+            return httpx.Response(200, json={"data": [{"id": name} for name in listed]})
         body = json.loads(request.content)
         self.bodies.append(body)
         self.authorization = request.headers.get("authorization")
@@ -76,6 +79,87 @@ def test_every_case_at_every_concurrency(
     assert all(isinstance(token, int) for token in server.bodies[0]["prompt"])
 
 
+def test_cases_by_number_of_deltas_take_the_names_that_the_server_lists(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = StandIn()
+    result = run(
+        server, monkeypatch, tmp_path, "--model", "base", "--deltas", "0", "2", "3", "--pattern", "lora*",
+        "--concurrency", "1", "--server", "some", "--rounds", "1",
+    )  # fmt: skip
+    assert [(r["label"], r["facts"]) for r in result["records"]] == [
+        (f"1 in flight, {count} deltas", {"server": "some"}) for count in (0, 2, 3)
+    ]
+    asked = [body["model"] for body in server.bodies]
+    first, second = asked[:9], asked[9:]
+    assert first[:3] == second[:3] == ["base"] * 3
+    assert (first[3:6], second[3:6]) == (["lora1", "lora2", "lora1"], ["lora2", "lora1", "lora2"])
+    assert first[6:] == ["lora1", "lora2", "lora10"]
+    assert result["title"].startswith("some, outputs of 3")
+
+
+def test_too_few_listed_deltas_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"3 models match 'lora\*', 4 are asked for"):
+        run(StandIn(), monkeypatch, tmp_path, "--model", "base", "--deltas", "4", "--pattern", "lora*")
+
+
+def test_a_model_s_own_fields_go_into_its_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = StandIn()
+    bodies = tmp_path / "bodies.json"
+    bodies.write_text(
+        json.dumps({"base": {"lora": []}, "x0": {"lora": [{"id": 0}]}, "x1": {"lora": [{"id": 1}]}})
+    )
+    run(
+        server, monkeypatch, tmp_path, "--model", "base", "--deltas", "0", "2", "--pattern", "x*",
+        "--concurrency", "1", "--bodies", str(bodies),
+    )  # fmt: skip
+    assert {(body["model"], json.dumps(body["lora"])) for body in server.bodies} == {
+        ("base", "[]"), ("x0", '[{"id": 0}]'), ("x1", '[{"id": 1}]'),
+    }  # fmt: skip
+
+
+def saved(
+    path: Path, server: str | None, speeds: dict[str, tuple[float, float, float]], cpu: str = "some"
+) -> str:
+    """A result file of `http` with these medians, minima and maxima of tokens/s by case."""
+    records = [
+        {
+            "label": label,
+            "values": {"tok/s": dict(zip(("median", "low", "high"), speed, strict=True))},
+            "facts": {"server": server} if server else {},
+        }
+        for label, speed in speeds.items()
+    ]
+    environment = {"cpu": cpu, "cores": 2, "gpu": None, "command": "python -m loadtest http"}
+    path.write_text(json.dumps({"title": "t", "environment": environment, "records": records}))
+    return str(path)
+
+
+def test_servers_stand_side_by_side_with_ratios_to_the_first(tmp_path: Path) -> None:
+    ours = saved(tmp_path / "a.json", "ours", {"1 delta": (6, 4, 8), "8 deltas": (5, 5, 5)})
+    other = saved(tmp_path / "other.json", None, {"1 delta": (3, 2, 4)})
+    out = tmp_path / "out.json"
+    compare.main([ours, other, "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert result["title"] == "side by side: ours, other"
+    both, alone = result["records"]
+    assert both["values"]["ours / other tok/s"] == {"median": 2, "low": 1, "high": 4}
+    assert set(both["values"]) == {"ours tok/s", "other tok/s", "ours / other tok/s"}
+    assert set(alone["values"]) == {"ours tok/s"}
+    assert "ours / other tok/s" in render([out])
+
+
+def test_results_of_two_machines_or_of_one_server_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = saved(tmp_path / "a.json", "ours", {"1 delta": (6, 4, 8)})
+    elsewhere = saved(tmp_path / "b.json", "other", {"1 delta": (3, 2, 4)}, cpu="another")
+    for second, reason in ((elsewhere, "different machines"), (ours, "same server's name")):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            compare.main([ours, second])
+        assert reason in capsys.readouterr().err
+
+
 def test_a_short_reply_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="2 tokens in 2 pieces, asked for 3"):
         run(StandIn(short=1), monkeypatch, tmp_path, "--model", "base", "--concurrency", "1")
@@ -93,7 +177,7 @@ def test_words_are_sent_where_ids_are_not_taken() -> None:
         async with httpx.AsyncClient(
             transport=httpx.MockTransport(server), base_url="http://stand-in"
         ) as client:
-            args = http.argparse.Namespace(text=True, output_tokens=2, extra={})
+            args = http.argparse.Namespace(text=True, output_tokens=2, per_place=3, extra={}, bodies={})
             await http.run_batch(client, ["base"], 1, args)
 
     asyncio.run(batch())
