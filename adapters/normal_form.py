@@ -220,8 +220,10 @@ class Head:
 
     `site` says what the outputs are. At `logits`: one per token of the vocabulary, the language model head replaced,
     its bias too (there is none without `bias`), also where the base head is tied to the embedding; f is the identity,
-    and nothing follows. At `scores`: a stage of the task head, of which several follow one another in the order of
-    the ops, fed as `HeadSpec` says; without `activation` f is the identity, without `norm_weight` there is no norm.
+    and nothing follows. At `mlm.out`: what the dense layer of a masked language model head makes, replaced alike. At
+    `scores`: a stage of the task head, of which several follow one another in the order of the ops, fed as `HeadSpec`
+    says; without `activation` f is the identity, without `norm_weight` there is no norm.
+    A stage without `weight` hands on what it reads, and is there for the statistics of a cloze.
     `class_means` and `precision`, of the first stage: what it reads for inputs of each class, on average, and the
     inverse of their shared covariance, for scores of being out of distribution.
     Shapes: weight [n, d], bias, norm_weight and norm_bias [n], class_means [C, d], precision [d, d].
@@ -231,7 +233,7 @@ class Head:
 
     kind: ClassVar[OpKind] = OpKind.HEAD
     site: Site
-    weight: Tensor
+    weight: Tensor | None = None
     bias: Tensor | None = None
     activation: Activation | None = None
     norm_weight: Tensor | None = None
