@@ -31,6 +31,7 @@ MAX_PATTERNS = 16
 MAX_PATTERN_CHARS = 2048
 MAX_WORDS = 64
 """Words of one label."""
+MAX_ALL_WORDS = 1024
 MAX_WORD_CHARS = 128
 MAX_WEIGHT = 1e6
 
@@ -55,6 +56,11 @@ class Cloze:
     def takes_pairs(self) -> bool:
         """True where the patterns are around two texts."""
         return PAIR in pieces(self.patterns[0])
+
+    def shown(self, labels: Sequence[str]) -> dict[str, Any]:
+        """What the admission proof says of it."""
+        words = {label: list(found) for label, found in zip(labels, self.words, strict=True)}
+        return {"patterns": list(self.patterns), "weights": list(self.shares), "verbalizer": words}
 
     def to_json(self) -> dict[str, Any]:
         """As the canonical manifest has it; `cloze_from_json` is the inverse."""
@@ -100,6 +106,8 @@ def cloze_problems(cloze: Cloze, labels: Sequence[str]) -> Iterator[str]:
         yield "verbalizer: one label; the words of two or more are weighed against each other."
     for index, words in enumerate(cloze.words):
         yield from (f"verbalizer: label {index}: {text}" for text in _word_problems(words))
+    if (total := sum(map(len, cloze.words))) > MAX_ALL_WORDS:
+        yield f"verbalizer: {total} words in all, expected at most {MAX_ALL_WORDS}."
     counts = Counter(word for words in cloze.words for word in set(words))
     if shared := [word for word, count in counts.items() if count > 1]:
         yield f"verbalizer: {ascii(shared[0])[:80]} stands for two labels."

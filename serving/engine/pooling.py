@@ -101,10 +101,15 @@ def _worded(seq: Sequence, logits: Tensor, hidden: Tensor) -> Pooled | None:
     if not bool(torch.isfinite(logits).all()):
         return None
     knows_classes = head_of(seq).class_means is not None
-    features = _bytes(hidden[list(seq.request.masks)].mean(dim=0)) if knows_classes else b""
+    features = _bytes(at_masks(seq, hidden)) if knows_classes else b""
     words = torch.tensor(seq.request.words, device=logits.device)
     scores = logits.log_softmax(dim=-1)[torch.arange(len(logits), device=logits.device), words].mean(dim=1)
     return Pooled(values=_bytes(scores), shape=tuple(scores.shape), features=features)
+
+
+def at_masks(seq: Sequence, hidden: Tensor) -> Tensor:
+    """The mean [d] of the states at the masks; `hidden` [T, d] are those of all tokens."""
+    return hidden[list(seq.request.masks)].mean(dim=0)
 
 
 def _is_complete(seq: Sequence, hidden: Tensor) -> bool:

@@ -10,9 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 
-def word_score(model: Any, tokenizer: PreTrainedTokenizerFast, pattern: str, word: str, **texts: str) -> float:
+def word_score(
+    model: Any, tokenizer: PreTrainedTokenizerFast, pattern: str, word: str, **texts: str
+) -> float:
     """The mean log-probability of the word's tokens, each at a mask of its own, in one pass."""
-    before = pattern.split("{mask}")[0]
+    before = pattern.split("{mask}", maxsplit=1)[0]
     ids = tokenizer((" " if before.endswith(" ") else "") + word, add_special_tokens=False)["input_ids"]
     # the mask first: texts may hold braces
     filled = pattern.replace("{mask}", tokenizer.mask_token * len(ids))

@@ -1,7 +1,7 @@
 """Task heads and masked language model heads on a bf16 backbone, against PEFT in fp32 on the same rounded weights.
 
-The rule is that of `tests/contract/exactness.py`: the root mean square of our errors is at most 1.5 times that of PEFT's
-own in bf16, the largest at most three times PEFT's largest.
+The rule is that of `tests/contract/exactness.py`: the root mean square of our errors is at most 1.5 times that of
+PEFT's own in bf16, the largest at most three times PEFT's largest.
 """
 
 from __future__ import annotations

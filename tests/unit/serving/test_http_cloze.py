@@ -148,7 +148,9 @@ async def test_answers_are_the_formulas_with_and_without_a_delta_beside_other_ta
 
 
 async def test_a_mask_in_the_text_is_not_the_patterns(world: Gateway) -> None:
-    await push(world, "zero", {}, cloze={"patterns": ["{text} {mask} ."], "verbalizer": {"y": ["a"], "n": ["b"]}})
+    await push(
+        world, "zero", {}, cloze={"patterns": ["{text} {mask} ."], "verbalizer": {"y": ["a"], "n": ["b"]}}
+    )
     found = await post(world, "classify", model="zero", input="dog [MASK] q")
     ids = torch.tensor([tokenizer()("dog [MASK] q [MASK] .")["input_ids"]])
     with torch.no_grad():
@@ -166,7 +168,11 @@ async def test_two_texts_are_read_and_only_they_are_cut(world: Gateway) -> None:
     for index in range(2):
         texts = {"text": both["input"][index], "text_pair": both["text_pair"][index]}
         wanted, _ = probabilities(
-            with_head(), tokenizer(), cloze["patterns"], cloze["verbalizer"], **texts  # type: ignore[arg-type]
+            with_head(),
+            tokenizer(),
+            cloze["patterns"],
+            cloze["verbalizer"],
+            **texts,  # type: ignore[arg-type]
         )
         assert found["data"][index]["probs"] == pytest.approx(wanted.tolist(), abs=LIMIT)
     # 12 tokens for one mask: [CLS] ? [MASK] , [SEP] and 7 of texts; the longer text goes first
@@ -197,7 +203,9 @@ def probabilities_of_parts(*parts: tuple[str, str]) -> list[float]:
     from tests.contract.cloze_reference import word_score  # noqa: PLC0415
 
     scores = [
-        word_score(with_head(), tokenizer(), "{text_pair} ? {mask}, {text}", word, text=text, text_pair="d e f")
+        word_score(
+            with_head(), tokenizer(), "{text_pair} ? {mask}, {text}", word, text=text, text_pair="d e f"
+        )
         for word, text in parts
     ]
     return [float(p) for p in torch.tensor(scores).softmax(dim=0)]
@@ -228,53 +236,45 @@ async def test_classes_are_told_apart_by_the_states_at_the_masks(world: Gateway,
         assert item["ood"]["cosine"] == pytest.approx(float(cosine), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("head", "said"),
-    [
-        ({"patterns": ["{text} it is"]}, "{mask} 0 times, expected once"),
-        ({"patterns": ["{text} {mask} {mask}"]}, "{mask} 2 times"),
-        ({"patterns": ["it is {mask}"]}, "{text} 0 times"),
-        ({"patterns": ["{txt} {text} {mask}"]}, "braces stand around"),
-        ({"patterns": ["{text} {mask}", "{text} {text_pair} {mask}"]}, "one text or two"),
-        ({"patterns": []}, "patterns: 0"),
-        ({"verbalizer": {"up": ["a"], "down": []}}, "label 1: 0 words"),
-        ({"verbalizer": {"up": ["a"], "down": ["a"]}}, "stands for two labels"),
-        ({"verbalizer": {"up": ["a"], "down": [" b"]}}, "without space around"),
-        ({"verbalizer": {"up": ["a"]}}, "one label"),
-        ({"verbalizer": {"up": ["a"], "down": ["1"]}}, "no tokens of its own"),  # [UNK]
-        ({"verbalizer": {"up": ["a"], "down": ["\u200d"]}}, "no tokens of its own"),  # cleaned away or unknown
-        ({"verbalizer": {"up": ["a"], "down": ["[MASK]"]}}, "no tokens of its own"),
-        ({"verbalizer": {"up": ["a"], "down": ["bcdefghij"]}}, "9 tokens, expected at most 8"),
-        ({"weights": [1, 2]}, "weights: 2 for 3 patterns"),
-        ({"weights": [1, 0, 1]}, "above 0"),
-        ({"pattern": ["{text} {mask}"]}, "pattern"),
-    ],
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"patterns": ["{text} it is"]}, "{mask} 0 times, expected once"),
+    ({"patterns": ["{text} {mask} {mask}"]}, "{mask} 2 times"),
+    ({"patterns": ["it is {mask}"]}, "{text} 0 times"),
+    ({"patterns": ["{txt} {text} {mask}"]}, "braces stand around"),
+    ({"patterns": ["{text} {mask}", "{text} {text_pair} {mask}"]}, "one text or two"),
+    ({"patterns": []}, "patterns: 0"),
+    ({"verbalizer": {"up": ["a"], "down": []}}, "label 1: 0 words"),
+    ({"verbalizer": {"up": ["a"], "down": ["a"]}}, "stands for two labels"),
+    ({"verbalizer": {"up": ["a"], "down": [" b"]}}, "without space around"),
+    ({"verbalizer": {"up": ["a"]}}, "one label"),
+    ({"verbalizer": {"up": ["a"], "down": ["1"]}}, "no tokens of its own"),  # [UNK]
+    (
+        {"verbalizer": {"up": ["a"], "down": ["\u200d"]}},
+        "no tokens of its own",
+    ),  # cleaned away or unknown
+    ({"verbalizer": {"up": ["a"], "down": ["[MASK]"]}}, "no tokens of its own"),
+    ({"verbalizer": {"up": ["a"], "down": ["bcdefghij"]}}, "9 tokens, expected at most 8"),
+    ({"weights": [1, 2]}, "weights: 2 for 3 patterns"),
+    ({"weights": [1, 0, 1]}, "above 0"),
+    ({"pattern": ["{text} {mask}"]}, "pattern"),
 )
-async def test_what_can_not_be_asked_is_refused_when_it_is_uploaded(
-    world: Gateway, head: dict[str, Any], said: str
-) -> None:
-    answer = await put(world, "zero", {}, cloze=CLOZE | head)
-    assert answer.status_code == 400, answer.text
-    assert said in answer.json()["error"]["message"]
+
+BESIDE: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"labels": ["up", "down"]}, "`labels` differ in 'level'"),
+    ({"task": "token-classification"}, "a cloze is for sequence-classification"),
+    ({"pooling": "mean"}, "reads what stands at its mask"),
+    ({"problem_type": "multi_label"}, "single_label"),
+)
+
+
+async def test_what_can_not_be_asked_is_refused_when_it_is_uploaded(world: Gateway) -> None:
+    asked = [({"cloze": CLOZE | head}, said) for head, said in REFUSED]
+    for head, said in asked + [({"cloze": CLOZE} | changes, said) for changes, said in BESIDE]:
+        answer = await put(world, "zero", {}, **head)
+        assert answer.status_code == 400, (said, answer.text)
+        assert said in answer.json()["error"]["message"]
     listed = await world.http.get("/v1/adapters")
     assert listed.json()["data"] == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"labels": ["up", "down"]}, "`labels` differ in 'level'"),
-        ({"task": "token-classification"}, "a cloze is for sequence-classification"),
-        ({"pooling": "mean"}, "reads what stands at its mask"),
-        ({"problem_type": "multi_label"}, "single_label"),
-    ],
-)
-async def test_what_does_not_go_with_a_cloze_is_refused(
-    world: Gateway, changes: dict[str, Any], said: str
-) -> None:
-    answer = await put(world, "zero", {}, **({"cloze": CLOZE} | changes))
-    assert answer.status_code == 400, answer.text
-    assert said in answer.json()["error"]["message"]
 
 
 async def test_a_head_alone_that_is_no_cloze_and_a_cloze_beside_a_head_are_refused(
