@@ -11,6 +11,8 @@ head by head) · `kv` (the cache, after rotary) · `ctx` (concatenated heads) ·
 follows) · `ffn.r` (residual stream entering the feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` ·
 `ffn.a` (activation, input of down) · `down.out` · `ffn.post` (its norm, where one follows) · `layer.out` ·
 `final.pre` · `final` · `logits`, or `scores` (what a task head makes of the final hidden states, see `adapters.tasks`).
+An encoder's own heads: `pooled.x` `pooled` (its pooler), `mlm.r` `mlm.out` `mlm.a` `mlm.x` `logits` (what the dense
+layer, the norm and the decoder of its masked language model head read and write).
 
 Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it or Rows of it
 (+ WeightDelta, which reads what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output

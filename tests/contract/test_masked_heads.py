@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from adapters.canonical import from_canonical, to_canonical
@@ -38,9 +38,9 @@ WHOLE: dict[Encoder, list[str]] = {
 PROMPTS = ((5, 8, 3, 7, 40, 61, 9), (4,), (12, 96, 33, 2))
 
 
-def configs(family: Encoder) -> dict[str, LoraConfig]:
+def configs(family: Encoder) -> dict[str, PeftConfig]:
     attention = list(TARGETS[family].linears)
-    return {
+    found: dict[str, PeftConfig] = {
         "lora on the transform": LoraConfig(r=3, target_modules=[*attention, TRANSFORM[family]]),
         "lora on the transform alone": LoraConfig(r=3, target_modules=[TRANSFORM[family]]),
         "the whole head": LoraConfig(r=3, target_modules=attention, modules_to_save=WHOLE[family]),
@@ -48,12 +48,18 @@ def configs(family: Encoder) -> dict[str, LoraConfig]:
             r=3, target_modules=attention, modules_to_save=[TRANSFORM[family]], bias="lora_only"
         ),
     }
+    if family == "bert":  # virtual tokens stand before the masks
+        rest = {"task_type": "FEATURE_EXTRACTION", **TARGETS[family].prompt}
+        found["prefix"] = PrefixTuningConfig(num_virtual_tokens=4, **rest)
+        found["prompt"] = PromptTuningConfig(num_virtual_tokens=3, **rest)
+    return found
 
 
 @torch.no_grad()
 def log_probabilities(model: torch.nn.Module) -> list[Tensor]:
     """Of every token at every place of every prompt, [T, V] each."""
-    return [model(input_ids=torch.tensor([p])).logits[0].log_softmax(dim=-1) for p in PROMPTS]
+    found = [model(input_ids=torch.tensor([p])).logits[0].log_softmax(dim=-1) for p in PROMPTS]
+    return [rows[-len(prompt) :] for rows, prompt in zip(found, PROMPTS, strict=True)]
 
 
 @pytest.mark.parametrize("family", ENCODERS)
