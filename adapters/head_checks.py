@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapters.backbone_spec import MASKED_HEAD_SITES
 from adapters.cloze import Cloze, cloze_problems
-from adapters.normal_form import Delta, Head, Rows, Site
+from adapters.normal_form import Affine, Delta, Head, LinearMap, LowRank, Op, Rows, Site, WeightDelta
 from adapters.op_checks import ACTIVATIONS, OpChecker
 from adapters.tasks import LABELLED, PER_TOKEN, HeadSpec, Pooling, ProblemType, Task
 
@@ -41,9 +41,7 @@ def check_task(delta: Delta, checker: OpChecker) -> None:
         checker.add(f"head: a {task.value} delta says how its head is read.")
         return
     masked = delta.head.cloze is not None or task is Task.EMBEDDING  # which are asked to fill masks, too
-    if not (masked and checker.spec.kind == "encoder") and any(
-        isinstance(op, Head | Rows) and op.site.name in _LANGUAGE_MODEL for op in delta.ops
-    ):
+    if not (masked and checker.spec.kind == "encoder") and any(map(_changes_language_model, delta.ops)):
         checker.add(
             f"the language model head is never run for {task.value}, so replacing it changes nothing."
         )
@@ -53,8 +51,17 @@ def check_task(delta: Delta, checker: OpChecker) -> None:
     _check_meaning(task, delta.head, stages, width, checker)
 
 
-_LANGUAGE_MODEL = MASKED_HEAD_SITES | {"logits"}
-"""Sites of the language model head that a delta may replace."""
+def _changes_language_model(op: Op) -> bool:
+    """True for an op that only the logits of a language model show."""
+    match op:
+        case Head() | Rows():
+            return op.site.name in (*MASKED_HEAD_SITES, "logits")
+        case LowRank():
+            return op.write.name in MASKED_HEAD_SITES
+        case Affine() | LinearMap() | WeightDelta():
+            return op.site.name in MASKED_HEAD_SITES
+        case _:
+            return False
 
 
 def _check_statistics_alone(stages: Sequence[Head], checker: OpChecker) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from adapters.canonical import from_canonical, to_canonical
 from adapters.formats import read_directory
-from adapters.normal_form import Delta, Head, Site
-from adapters.tasks import Task
+from adapters.normal_form import SCORES, Delta, Head, Site
+from adapters.tasks import HeadSpec, Task
+from adapters.validate import check
 from serving.core import BASE, PoolingParams, Request
 from serving.model.backbone import adopt_backbone
 from tests.cases import quiet, randomise, tiny_backbone
@@ -104,6 +106,25 @@ def test_masks_are_scored_through_changed_heads_as_by_peft(family: Encoder, tmp_
         assert float((got - wanted).abs().max()) <= LIMIT * float(wanted.abs().max()), (name, index, at)
     whole = {op.site for op in deltas["the whole head"].ops if isinstance(op, Head)}
     assert whole == {Site("mlm.out"), Site("logits")}
+
+
+def test_a_classifier_does_not_pass_its_own_layer_off_as_the_masked_head(tmp_path: Path) -> None:
+    backbone = adopt_backbone(tiny_backbone("bert"), name="tiny", device="cpu", dtype="float32")
+    with quiet():
+        adapted = get_peft_model(tiny_backbone("bert"), configs("bert")["lora on the transform"])
+        randomise(adapted, 1, 0.3)
+        adapted.save_pretrained(str(tmp_path))
+    delta = read_directory(tmp_path, backbone.spec)
+    assert check(delta, backbone.spec) == []
+    head = HeadSpec(pooling="cls", labels=("a", "b"), problem_type="single_label")
+    classifier = replace(
+        delta,
+        task=Task.SEQUENCE_CLASSIFICATION.value,
+        head=head,
+        ops=(*delta.ops, Head(site=SCORES, weight=torch.ones(2, 32))),
+    )
+    (problem,) = check(classifier, backbone.spec)
+    assert "never run for sequence-classification" in problem
 
 
 @pytest.mark.parametrize("name", ["lora on the transform alone", "the whole head"])

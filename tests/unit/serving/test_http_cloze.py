@@ -23,6 +23,7 @@ from serving.model.backbone import adopt_backbone
 from tests.cases import quiet, randomise, tiny_body
 from tests.contract.cloze_reference import probabilities
 from tests.contract.task_models import HeadCase
+from tests.unit.serving.cli_support import commands
 from tests.unit.serving.http_support import FakeBackend, Gateway, gateway
 from tests.unit.serving.test_http_encoder import tokenizer, with_head
 
@@ -306,3 +307,15 @@ async def test_labels_order_the_scores_and_another_task_is_refused(world: Gatewa
     ):
         refused = await world.http.post(f"/v1/{route}", json={"model": "zero", **body})
         assert refused.status_code == 400, refused.text
+
+
+async def test_the_commands_send_a_head_alone_and_show_what_it_asks(
+    world: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mood").mkdir()
+    (tmp_path / "mood" / "head.json").write_text(json.dumps({"cloze": CLOZE}))
+    run = commands(world, monkeypatch)
+    await run("push", str(tmp_path / "mood"), "mood")
+    shown = await run("adapters", "show", "mood")
+    assert ", ".join(PATTERNS) in shown
+    assert "up: a, bcd; down: xy; level: q, rs, t" in shown
