@@ -108,7 +108,8 @@ def cloze_problems(cloze: Cloze, labels: Sequence[str]) -> Iterator[str]:
         yield from (f"verbalizer: label {index}: {text}" for text in _word_problems(words))
     if (total := sum(map(len, cloze.words))) > MAX_ALL_WORDS:
         yield f"verbalizer: {total} words in all, expected at most {MAX_ALL_WORDS}."
-    counts = Counter(word for words in cloze.words for word in set(words))
+    texts = ({word for word in words if isinstance(word, str)} for words in cloze.words)
+    counts = Counter(word for words in texts for word in words)
     if shared := [word for word, count in counts.items() if count > 1]:
         yield f"verbalizer: {ascii(shared[0])[:80]} stands for two labels."
 

@@ -220,6 +220,7 @@ def test_a_cloze_stands_on_an_adapterhub_adapter_and_keeps_its_bytes() -> None:
         {"patterns": ["{text} {mask}"], "words": [["a"], ["b"]], "weights": ["1"]},
         {"patterns": ["{text} {mask}"], "words": [["a"], ["b"]], "more": 1},
         {"patterns": ["{text} {mask}"], "words": [["a"], "b"]},
+        {"patterns": [["{text} {mask}"]], "words": [[["a"]], [{"b": 1}]], "weights": [None]},
         "{text} {mask}",
     ],
 )
