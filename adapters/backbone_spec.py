@@ -14,6 +14,13 @@ ModuleKind = Literal["linear", "conv1d", "norm", "embedding", "layer"]
 BackboneKind = Literal["decoder", "encoder"]
 
 
+MASKED_HEAD_SITES = frozenset({"mlm.out", "mlm.x"})
+"""What the masked language model head writes before its logits."""
+
+HEAD_SITES = MASKED_HEAD_SITES | {"pooled"}
+"""What modules write that models of some tasks lack: adapters that were trained on those have nothing for them."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
     """What the live module says of itself. `conv1d` stores its weight transposed, [d_in, d_out]."""
@@ -41,6 +48,11 @@ class ModuleSpec:
     read: Site | None
     writes: tuple[Slice, ...]
     shape: ModuleShape
+
+    @property
+    def in_head(self) -> bool:
+        """True for a module that only models of some tasks have."""
+        return self.writes[0].site.name in HEAD_SITES
 
 
 @dataclass(frozen=True)

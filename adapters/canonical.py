@@ -19,6 +19,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from adapters.cloze import cloze_from_json
 from adapters.errors import InvalidDelta
 from adapters.normal_form import (
     EXECUTED_OPS,
@@ -289,7 +290,8 @@ def _head_to_json(head: HeadSpec) -> dict[str, Any]:
     """What differs from the defaults, so that a field that is added later changes no digest."""
     given = {spec.name: (getattr(head, spec.name), spec.default) for spec in fields(HeadSpec)}
     found = {name: value for name, (value, default) in given.items() if value != default}
-    return found | ({"labels": list(head.labels)} if head.labels else {})
+    found |= {"labels": list(head.labels)} if head.labels else {}
+    return found | ({} if head.cloze is None else {"cloze": head.cloze.to_json()})
 
 
 def _head_from_json(raw: object) -> HeadSpec | None:
@@ -298,7 +300,8 @@ def _head_from_json(raw: object) -> HeadSpec | None:
     known = {spec.name for spec in fields(HeadSpec)}
     if not isinstance(raw, dict) or not set(raw) <= known or not isinstance(raw.get("labels", []), list):
         raise ValueError(f"head, expected an object with {', '.join(sorted(known))}")
-    return HeadSpec(**raw | {"labels": tuple(raw.get("labels", []))})
+    cloze = cloze_from_json(raw["cloze"]) if "cloze" in raw else None
+    return HeadSpec(**raw | {"labels": tuple(raw.get("labels", [])), "cloze": cloze})
 
 
 def _content_name(tensor: Tensor) -> str:

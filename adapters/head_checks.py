@@ -10,7 +10,9 @@ from typing import get_args
 
 from torch import Tensor
 
-from adapters.normal_form import Delta, Head, Rows, Site
+from adapters.backbone_spec import MASKED_HEAD_SITES
+from adapters.cloze import Cloze, cloze_problems
+from adapters.normal_form import Affine, Delta, Head, LinearMap, LowRank, Op, Rows, Site, WeightDelta
 from adapters.op_checks import ACTIVATIONS, OpChecker
 from adapters.tasks import LABELLED, PER_TOKEN, HeadSpec, Pooling, ProblemType, Task
 
@@ -38,13 +40,43 @@ def check_task(delta: Delta, checker: OpChecker) -> None:
     if not isinstance(delta.head, HeadSpec):
         checker.add(f"head: a {task.value} delta says how its head is read.")
         return
-    if any(isinstance(op, Head | Rows) and op.site == Site("logits") for op in delta.ops):
+    masked = delta.head.cloze is not None or task is Task.EMBEDDING  # which are asked to fill masks, too
+    if not (masked and checker.spec.kind == "encoder") and any(map(_changes_language_model, delta.ops)):
         checker.add(
             f"the language model head is never run for {task.value}, so replacing it changes nothing."
         )
-    width = _check_stages(stages, checker)
+    check_stages = _check_stages if delta.head.cloze is None else _check_statistics_alone
+    width = check_stages(stages, checker)
     checker.where = "head"
     _check_meaning(task, delta.head, stages, width, checker)
+
+
+def _changes_language_model(op: Op) -> bool:
+    """True for an op that only the logits of a language model show."""
+    match op:
+        case Head() | Rows():
+            return op.site.name in (*MASKED_HEAD_SITES, "logits")
+        case LowRank():
+            return op.write.name in MASKED_HEAD_SITES
+        case Affine() | LinearMap() | WeightDelta():
+            return op.site.name in MASKED_HEAD_SITES
+        case _:
+            return False
+
+
+def _check_statistics_alone(stages: Sequence[Head], checker: OpChecker) -> int | None:
+    """Check what a cloze has at scores: class statistics, or nothing. Its labels are known by its words."""
+    for stage in stages:
+        checker.where = "stage of a cloze"
+        others = ("weight", "bias", "activation", "norm_weight", "norm_bias", "norm_eps")
+        if len(stages) > 1 or any(getattr(stage, name) is not None for name in others):
+            checker.add(
+                "its scores are those of words; expected class_means and precision alone, once at most."
+            )
+        if stage.class_means is None:
+            checker.add("class_means: expected a tensor.")
+        _check_statistics(0, stage, checker.spec.hidden_size, checker)
+    return None
 
 
 def _check_stages(stages: Sequence[Head], checker: OpChecker) -> int | None:
@@ -93,6 +125,8 @@ def _check_meaning(
     elif (head.pooling == "tokens") != (task in PER_TOKEN):
         which = "each token by itself" if task in PER_TOKEN else "one vector of the whole input"
         checker.add(f"pooling: got {head.pooling}, but {task.value} scores {which}.")
+    elif (head.pooling == "mask") != (head.cloze is not None):
+        checker.add(f"pooling: got {head.pooling}; mask belongs to a cloze, and a cloze to mask.")
     elif head.pooling == "pooler" and Site("pooled") not in checker.spec.writer:
         checker.add("pooling: the backbone has no pooler; the head was trained over another pooling.")
     if type(head.normalize) is not bool or (head.normalize and task is not Task.EMBEDDING):
@@ -101,18 +135,29 @@ def _check_meaning(
         type(head.pad_token_id) is int and head.pad_token_id >= 0 and head.pooling == "last_not_pad"
     ):
         checker.add("pad_token_id: expected a token id, and one only beside the pooling last_not_pad.")
-    if task is not Task.EMBEDDING and not stages:
+    if head.cloze is not None:
+        _check_cloze(task, head, head.cloze, checker)
+    elif task is not Task.EMBEDDING and not stages:
         checker.add(f"a {task.value} head has at least one stage at scores.")
     if task is Task.QUESTION_ANSWERING and stages and width != SPAN_SCORES:
         checker.add(
             f"it gives {width} scores a token, expected {SPAN_SCORES}: where the answer begins and ends."
         )
     if task in LABELLED:
-        _check_labels(task, head, width if stages else None, checker)
+        _check_labels(task, head, width, checker)
     elif head.labels or head.problem_type is not None:
         checker.add(f"labels, problem_type: {task.value} has none.")
     if task is not Task.SEQUENCE_CLASSIFICATION and any(s.class_means is not None for s in stages):
         checker.add(f"class_means: {task.value} has no classes of whole inputs.")
+
+
+def _check_cloze(task: Task, head: HeadSpec, cloze: Cloze, checker: OpChecker) -> None:
+    if checker.spec.kind != "encoder" or Site("logits") not in checker.spec.writer:
+        checker.add("cloze: the backbone has no masked language model head that could fill the mask.")
+    if task is not Task.SEQUENCE_CLASSIFICATION or head.problem_type != "single_label":
+        checker.add("cloze: it is for sequence-classification with the problem_type single_label.")
+    for text in cloze_problems(cloze, head.labels):
+        checker.add(f"cloze: {text}")
 
 
 def _check_labels(task: Task, head: HeadSpec, width: int | None, checker: OpChecker) -> None:

@@ -123,11 +123,11 @@ def rows(checker: OpChecker, op: Rows) -> None:
 
 
 def head(checker: OpChecker, op: Head) -> None:
-    """Check one Head at `logits`; the stages of a task head are checked together (`head_checks`)."""
+    """Check one Head at `logits` or `mlm.out`; the stages of a task head are checked together (`head_checks`)."""
     if op.site == SCORES:
         return
-    if op.site.name != "logits":
-        checker.add("a head is executed only at logits and scores.")
+    if op.site.name not in ("logits", "mlm.out"):
+        checker.add("a head is executed only at logits, mlm.out and scores.")
         return
     target = checker.target(op.site, LINEAR_KINDS)
     width = width_of(target)

@@ -11,6 +11,8 @@ head by head) · `kv` (the cache, after rotary) · `ctx` (concatenated heads) ·
 follows) · `ffn.r` (residual stream entering the feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` ·
 `ffn.a` (activation, input of down) · `down.out` · `ffn.post` (its norm, where one follows) · `layer.out` ·
 `final.pre` · `final` · `logits`, or `scores` (what a task head makes of the final hidden states, see `adapters.tasks`).
+An encoder's own heads: `pooled.x` `pooled` (its pooler), `mlm.r` `mlm.out` `mlm.a` `mlm.x` `logits` (what the dense
+layer, the norm and the decoder of its masked language model head read and write).
 
 Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it or Rows of it
 (+ WeightDelta, which reads what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output
@@ -220,8 +222,10 @@ class Head:
 
     `site` says what the outputs are. At `logits`: one per token of the vocabulary, the language model head replaced,
     its bias too (there is none without `bias`), also where the base head is tied to the embedding; f is the identity,
-    and nothing follows. At `scores`: a stage of the task head, of which several follow one another in the order of
-    the ops, fed as `HeadSpec` says; without `activation` f is the identity, without `norm_weight` there is no norm.
+    and nothing follows. At `mlm.out`: what the dense layer of a masked language model head makes, replaced alike. At
+    `scores`: a stage of the task head, of which several follow one another in the order of the ops, fed as `HeadSpec`
+    says; without `activation` f is the identity, without `norm_weight` there is no norm.
+    A stage without `weight` hands on what it reads, and is there for the statistics of a cloze.
     `class_means` and `precision`, of the first stage: what it reads for inputs of each class, on average, and the
     inverse of their shared covariance, for scores of being out of distribution.
     Shapes: weight [n, d], bias, norm_weight and norm_bias [n], class_means [C, d], precision [d, d].
@@ -231,7 +235,7 @@ class Head:
 
     kind: ClassVar[OpKind] = OpKind.HEAD
     site: Site
-    weight: Tensor
+    weight: Tensor | None = None
     bias: Tensor | None = None
     activation: Activation | None = None
     norm_weight: Tensor | None = None

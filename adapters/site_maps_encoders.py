@@ -1,7 +1,8 @@
 """Site maps of encoders. Their norms follow the blocks, except ModernBERT's: `attn.r` and `ffn.r` are what blocks read.
 
 Paths are those of the models with a head, whose body stands under its own name: adapters are saved from them. The
-masked language model head comes from checkpoints that have it, and so does the pooler: both are optional.
+masked language model head comes from checkpoints that have it, and so does the pooler: both are optional. That head is
+a dense layer (`mlm.r` to `mlm.out`), an activation, a norm (`mlm.a` to `mlm.x`) and the decoder.
 """
 
 from __future__ import annotations
@@ -9,6 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from adapters.site_rows import Config, Required, Row, SiteMap
+
+
+def _masked_head(dense: str, norm: str, decoder: str) -> tuple[Row, ...]:
+    """The masked language model head, module by module."""
+    return (
+        Row(dense, "mlm.r", ("mlm.out",), optional=True),
+        Row(norm, "mlm.a", ("mlm.x",), optional=True),
+        Row(decoder, "mlm.x", ("logits",), optional=True),
+    )
 
 
 def _bert(body: str, head: tuple[Row, ...], *, pooler: bool = True) -> tuple[Row, ...]:
@@ -32,14 +42,23 @@ def _bert(body: str, head: tuple[Row, ...], *, pooler: bool = True) -> tuple[Row
     )
 
 
-_ROBERTA = _bert("roberta", (Row("lm_head.decoder", "mlm.x", ("logits",), optional=True),))
+_ROBERTA = _bert("roberta", _masked_head("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"))
 
 ENCODER_MAPS: Mapping[str, SiteMap] = {
-    "bert": _bert("bert", (Row("cls.predictions.decoder", "mlm.x", ("logits",), optional=True),)),
+    "bert": _bert(
+        "bert",
+        _masked_head(
+            "cls.predictions.transform.dense",
+            "cls.predictions.transform.LayerNorm",
+            "cls.predictions.decoder",
+        ),
+    ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "electra": _bert(
-        "electra", (Row("generator_lm_head", "mlm.x", ("logits",), optional=True),), pooler=False
+        "electra",
+        _masked_head("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"),
+        pooler=False,
     ),
     "distilbert": (
         Row("distilbert.embeddings.word_embeddings", None, ("embed",)),
@@ -53,7 +72,7 @@ ENCODER_MAPS: Mapping[str, SiteMap] = {
         Row("distilbert.transformer.layer.*.ffn.lin1", "ffn.r", ("up.out",)),
         Row("distilbert.transformer.layer.*.ffn.lin2", "ffn.a", ("down.out",)),
         Row("distilbert.transformer.layer.*.output_layer_norm", "ffn.sum", ("ffn.post",)),
-        Row("vocab_projector", "mlm.x", ("logits",), optional=True),
+        *_masked_head("vocab_transform", "vocab_layer_norm", "vocab_projector"),
     ),
     "modernbert": (
         Row("model.embeddings.tok_embeddings", None, ("embed",)),
@@ -67,7 +86,7 @@ ENCODER_MAPS: Mapping[str, SiteMap] = {
         Row("model.layers.*.mlp.Wi", "ffn.x", ("gate.out", "up.out")),
         Row("model.layers.*.mlp.Wo", "ffn.a", ("down.out",)),
         Row("model.final_norm", "final.pre", ("final",)),
-        Row("decoder", "mlm.x", ("logits",), optional=True),
+        *_masked_head("head.dense", "head.norm", "decoder"),
     ),
 }
 

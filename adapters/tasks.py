@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from adapters.cloze import Cloze
+
 
 class Task(StrEnum):
     """What is asked of a prompt. All but `CAUSAL_LM` are answered from final hidden states, without generating.
@@ -30,7 +32,7 @@ PER_TOKEN = frozenset({Task.TOKEN_CLASSIFICATION, Task.QUESTION_ANSWERING})
 LABELLED = frozenset({Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION})
 """Tasks whose scores belong to labels."""
 
-Pooling = Literal["cls", "first", "last", "last_not_pad", "mean", "tokens", "pooler"]
+Pooling = Literal["cls", "first", "last", "last_not_pad", "mean", "tokens", "pooler", "mask"]
 ProblemType = Literal["single_label", "multi_label", "regression"]
 
 
@@ -42,6 +44,7 @@ class HeadSpec:
     the delta has such (prompts on encoders under PEFT). `last`: the
     last. `last_not_pad`: the last that is not a pad, the first where all are. `mean`: their average. `tokens`: each by
     itself. `pooler`: the backbone's own pooler, over the first. `labels`: names of the scores, in their order.
+    `mask`: those at the masks of `cloze`, whose logits the backbone's own masked language model head makes.
     `normalize`: the result is divided by its Euclidean norm. `pad_token_id`: what `last_not_pad` takes for a pad;
     without one, what the backbone's configuration says.
     Source: the task classes of transformers; PEFT's `PeftModelFor*`.
@@ -52,6 +55,7 @@ class HeadSpec:
     problem_type: ProblemType | None = None
     normalize: bool = False
     pad_token_id: int | None = None
+    cloze: Cloze | None = None
 
 
 MEAN_EMBEDDING = HeadSpec(pooling="mean", normalize=True)

@@ -170,7 +170,8 @@ class Request:
     """A tokenised request as the engine admits it. The other fields are those of `GenerateCall`.
 
     `token_types`: which part each token belongs to, where an encoder tells them apart. `masks`: the places that
-    FILL_MASK asks for; `targets`: the token ids that may be chosen there, empty for all.
+    FILL_MASK asks for, or a cloze head's; `targets`: the token ids that may be chosen there, empty for all; `words`: in
+    their place what a cloze head wants scored, one id a mask each.
     """
 
     request_id: str
@@ -185,6 +186,7 @@ class Request:
     token_types: tuple[int, ...] = ()
     masks: tuple[int, ...] = ()
     targets: tuple[int, ...] = ()
+    words: tuple[tuple[int, ...], ...] = ()
 
     @property
     def task(self) -> Task:
@@ -241,10 +243,11 @@ class Pooled:
     """What a task head made of one prompt.
 
     `values` are `shape` fp32 numbers in the machine's order: [d] an embedding, [C] the scores of an input, [T, C]
-    those of its tokens. `probs`: the same of probabilities, where the scores are logits. `ood`: see
-    `PlacedHead.out_of_distribution`. Of a prompt that was text, one entry a token: `offsets` of its characters, and
-    `words`, the index of the word that it belongs to, None for special tokens; `sequences`: 1 for those of the
-    second text of a pair. `masks`: per mask its choices, the likeliest first.
+    those of its tokens; of `Request.words`, one score each. `probs`: the same of probabilities, where the scores are
+    logits. `ood`: see `PlacedHead.out_of_distribution`. Of a prompt that was text, one entry a token: `offsets` of its
+    characters, and `words`, the index of the word that it belongs to, None for special tokens; `sequences`: 1 for those
+    of the second text of a pair. `masks`: per mask its choices, the likeliest first. `features`: of `Request.words`,
+    the mean [d] fp32 of the states at the masks, where the head has class statistics.
     """
 
     values: bytes
@@ -257,6 +260,7 @@ class Pooled:
     words: tuple[int | None, ...] = ()
     sequences: tuple[int | None, ...] = ()
     masks: tuple[tuple[Choice, ...], ...] = ()
+    features: bytes = b""
 
     def numbers(self) -> list[float]:
         """`values`, row after row."""

@@ -5,8 +5,9 @@
 | adapter_config.json, adapter_model.safetensors | PEFT |
 | adapter_config.json, adapter.safetensors | AdapterHub |
 | manifest.json, tensors.safetensors | canonical |
+| head.json, with a cloze | the backbone as it is, behind that head |
 
-Beside the first two: `head.json` and `ood.safetensors`, which say more of a task head (`head_file`).
+Beside all but the third: `head.json` and `ood.safetensors`, which say more of a task head (`head_file`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec
 from adapters.errors import InvalidDelta
 from adapters.formats.adapterhub import read_adapterhub
+from adapters.formats.base_claim import check_base
 from adapters.formats.canonical_pair import MAX_MANIFEST_BYTES, read_pair
 from adapters.formats.files import CONVERT, MAX_CONFIG_BYTES, Upload, read_json, read_safetensors
 from adapters.formats.head_file import (
@@ -56,6 +58,9 @@ FORMATS: tuple[Format, ...] = (
     Format("canonical", "manifest.json", "tensors.safetensors", read_pair, MAX_MANIFEST_BYTES),
 )
 
+HEAD_ALONE = "head.json with a cloze"
+"""The format of an upload without tensors of its own."""
+
 BESIDE = frozenset({HEAD_FILE, STATISTICS_FILE})
 READ = frozenset(name for form in FORMATS for name in (form.config, form.tensors)) | BESIDE
 IGNORED = frozenset({"README.md"})
@@ -72,8 +77,13 @@ REFUSED: Mapping[str, str] = {
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def detect(names: Collection[str]) -> Format:
-    """The format that a set of file names makes up. Raises InvalidDelta naming each file that does not belong."""
+def detect(names: Collection[str]) -> Format | None:
+    """The format that a set of file names makes up, None for a head alone.
+
+    Raises InvalidDelta naming each file that does not belong.
+    """
+    if HEAD_FILE in names and set(names) <= BESIDE | IGNORED:
+        return None
     problems = Problems()
     given = set(names) - IGNORED - (BESIDE if "manifest.json" not in names else frozenset())
     for name in sorted(given - READ):
@@ -82,7 +92,7 @@ def detect(names: Collection[str]) -> Format:
     if not whole:
         sets = "; ".join(f"{form.config} with {form.tensors} ({form.name})" for form in FORMATS)
         have = ", ".join(sorted(given & READ)) or "none of them"
-        problems.add(f"An upload is one of: {sets}. Got {have}.", param="file")
+        problems.add(f"An upload is one of: {sets}; {HEAD_ALONE}. Got {have}.", param="file")
     elif len(whole) > 1 or given & READ != {whole[0].config, whole[0].tensors}:
         problems.add(
             f"The files {', '.join(sorted(given & READ))} belong to different formats; send one pair.",
@@ -104,14 +114,19 @@ def read_upload(
     """
     form = detect(files)
     problems = Problems()
-    written, stored = files[form.config], files[form.tensors]
-    config = read_json(form.config, written, problems, max_bytes=form.max_config_bytes)
-    tensors = read_safetensors(form.tensors, stored, problems)
-    said, statistics = _beside(files, problems)
-    delta = None
-    if config is not None and tensors is not None:
-        task = None if said is None else said.task
-        delta = form.read(Upload(written[:], config, tensors, task), spec, backbone_digest, problems)
+    if form is None:
+        said, statistics = _beside(files, problems)
+        delta = _bare(said, spec, backbone_digest, problems)
+    else:
+        written, stored = files[form.config], files[form.tensors]
+        config = read_json(form.config, written, problems, max_bytes=form.max_config_bytes)
+        tensors = read_safetensors(form.tensors, stored, problems)
+        said, statistics = _beside(files, problems)
+        delta = None
+        if config is not None and tensors is not None:
+            # behind a cloze is a body, whatever its head is for
+            task = None if said is None or said.cloze is not None else said.task
+            delta = form.read(Upload(written[:], config, tensors, task), spec, backbone_digest, problems)
     if delta is not None and said is not None:
         delta = with_head_file(delta, said, problems)
     if delta is not None and statistics is not None:
@@ -119,8 +134,20 @@ def read_upload(
     if delta is not None and (delta.ops or not problems.texts):
         problems.extend(check(delta, spec, between=lambda: let_go_of(files)))
     problems.raise_if_any()
-    assert delta is not None, form.name
+    assert delta is not None, form
     return delta
+
+
+def _bare(
+    said: HeadFile | None, spec: BackboneSpec, backbone_digest: str | None, problems: Problems
+) -> Delta | None:
+    """The backbone as it is, for a head alone to stand on."""
+    if said is not None and said.cloze is None:
+        problems.add(f"{HEAD_FILE}: only a cloze stands alone; other heads have tensors.", param=HEAD_FILE)
+    if said is None or said.cloze is None:
+        return None
+    lineage = check_base(None, None, spec, backbone_digest, problems)
+    return Delta(method="CLOZE", ops=(), backbone_digest=spec.digest, lineage={"format": "head", **lineage})
 
 
 def _beside(

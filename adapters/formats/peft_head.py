@@ -74,7 +74,9 @@ def split_head(
     if not stages:  # refused already: whatever else is wrong is not the head's
         task = Task.CAUSAL_LM
     else:
-        labels = _default_labels(task, len(stages[-1].weight))
+        last = stages[-1].weight
+        assert last is not None
+        labels = _default_labels(task, len(last))
         spec = HeadSpec(
             pooling=recipe.pooling, labels=labels, problem_type=_default_problem(task, len(labels))
         )

@@ -75,6 +75,7 @@ def read_modules(
     kinds = LINEAR_KINDS if "linear" in layout.kinds else layout.kinds
     expected = expected_paths(config, spec, adapted, problems, kinds)
     biased = _biased_paths(config.get("bias"), spec, expected | adapted)
+    biased -= {module.path for module in spec.modules if module.in_head} - placed.keys()
     ops: list[Op] = [*saved]
     for module in spec.modules:
         found = placed.get(module.path, {})

@@ -49,8 +49,22 @@ def expected_paths(
     `config`: the checked `target_modules` and, where the method has them, `exclude_modules`, `layers_to_transform` and
     `modules_to_save` (PEFT adapts no module that it saves whole).
     `adapted`: the paths that have tensors; they decide where the config holds a regular expression or nothing.
-    `kinds`: the kinds of modules that the method adapts.
+    `kinds`: the kinds of modules that the method adapts. Of heads that the trained model may have lacked, only what is
+    adapted is expected.
     """
+    found = _configured_paths(config, spec, adapted, problems, kinds)
+    lacking = {module.path for module in spec.modules if module.in_head} - set(adapted)
+    return found - lacking
+
+
+def _configured_paths(
+    config: Mapping[str, Any],
+    spec: BackboneSpec,
+    adapted: Collection[str],
+    problems: Problems,
+    kinds: Collection[str],
+) -> set[str]:
+    """The paths that the config names."""
     targets = config["target_modules"]
     excluded = [*(config.get("exclude_modules") or ()), *(config.get("modules_to_save") or ())]
     if isinstance(targets, list):
@@ -61,7 +75,7 @@ def expected_paths(
             and _in_layers(module, config.get("layers_to_transform"), targets)
         }
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        inside = (module for module in _of_kinds(spec, kinds) if _layer(module) is not None)
+        inside = (m for m in _of_kinds(spec, kinds) if _layer(m) is not None or m.in_head)
         return {module.path for module in inside if not matches(module.path, excluded)}
     return _same_in_every_layer(spec, adapted, kinds)
 

@@ -217,6 +217,8 @@ def show_version(version: JsonObject) -> None:
 def _written(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(_written, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_written(item)}" for key, item in value.items())
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import aclosing
 from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
@@ -26,6 +27,8 @@ from serving.core import (
     Request,
     TokenEvent,
 )
+from serving.engine.cloze import ClozeRow
+from serving.engine.cloze_calls import ClozeCalls
 from serving.engine.engine import Engine
 from serving.engine.tokenise import Tokens, masks_of, targets_of, tokenise
 from serving.metrics import EngineMetrics, families
@@ -65,6 +68,7 @@ class LocalBackend:
             metrics=EngineMetrics(self.registry),
             settings=settings,
         )
+        self._clozes = ClozeCalls(self.engine.deltas.host, backbone.tokenizer, self._run)
         self._flush_s = flush_s
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,7 +109,27 @@ class LocalBackend:
     async def generate(self, call: GenerateCall) -> AsyncGenerator[tuple[Event, ...], None]:
         """See `Backend`."""
         try:
+            if (plan := await self._clozes.plan_of(call)) is not None:
+
+                def request_of(index: int, row: ClozeRow) -> Request:
+                    request = self._request(call, row.tokens)
+                    return replace(
+                        request, request_id=f"{call.request_id}/{index}", masks=row.masks, words=row.words
+                    )
+
+                yield await self._clozes.answer(call, plan, self.engine.max_len, request_of)
+                return
             request, tokens = await asyncio.to_thread(self._tokenise, call)
+        except DeltamuxError as error:
+            yield (FailureEvent(error=error.info()),)
+            return
+        async with aclosing(self._run(request)) as batches:
+            async for batch in batches:
+                yield batch if call.pooling is None else tuple(self._in_text(e, tokens) for e in batch)
+
+    async def _run(self, request: Request) -> AsyncGenerator[tuple[Event, ...], None]:
+        """The events of one request, as `generate` gives them."""
+        try:
             if request.request_id in self._queues:
                 raise InvalidRequest("request_id is in use.", param="request_id", remedy="Send a unique one.")
             events: asyncio.Queue[Event] = asyncio.Queue()
@@ -130,7 +154,7 @@ class LocalBackend:
                 if first and refusal is not None:  # it ended before it began
                     batch = (FailureEvent(error=refusal),)
                 first = False
-                yield batch if call.pooling is None else tuple(self._in_text(e, tokens) for e in batch)
+                yield batch
         finally:
             del self._queues[request.request_id]
             if not ended:
@@ -156,7 +180,15 @@ class LocalBackend:
         """The request that `call` is, and its tokens' places in the text. Raises InvalidRequest."""
         spec = self.backbone.spec
         tokens = tokenise(call, self.backbone.tokenizer, vocab_size=spec.vocab_size, room=self.engine.max_len)
-        request = Request(
+        request = self._request(call, tokens)
+        if call.pooling is not None and call.pooling.task is Task.FILL_MASK:
+            tokenizer = self.backbone.tokenizer
+            masks, targets = masks_of(tokens, tokenizer), targets_of(call.pooling, tokenizer)
+            request = replace(request, masks=masks, targets=targets)
+        return request, tokens
+
+    def _request(self, call: GenerateCall, tokens: Tokens) -> Request:
+        return Request(
             request_id=call.request_id,
             prompt_token_ids=tokens.ids,
             sampling=call.sampling,
@@ -168,11 +200,6 @@ class LocalBackend:
             token_types=tokens.types if any(tokens.types) and self.backbone.takes_token_types else (),
             max_wait_s=call.max_wait_s,
         )
-        if call.pooling is not None and call.pooling.task is Task.FILL_MASK:
-            tokenizer = self.backbone.tokenizer
-            masks, targets = masks_of(tokens, tokenizer), targets_of(call.pooling, tokenizer)
-            request = replace(request, masks=masks, targets=targets)
-        return request, tokens
 
     def _in_text(self, event: Event, tokens: Tokens) -> Event:
         """`event`, an answer with its tokens' places in the text that was asked about, and its choices as text."""
@@ -196,6 +223,9 @@ class LocalBackend:
         """See `Backend`."""
         try:
             delta = await asyncio.wrap_future(self.engine.deltas.host.request(digest))
+            await asyncio.to_thread(
+                self._clozes.plan, delta
+            )  # patterns and words that the tokenizer can't take
             return await asyncio.wrap_future(self.engine.admit(delta, digest))
         except DeltamuxError as error:
             return error.info()
@@ -210,6 +240,7 @@ class LocalBackend:
 
     async def release(self, digest: str) -> int:
         """See `Backend`."""
+        self._clozes.forget(digest)
         return await asyncio.wrap_future(self.engine.release(digest))
 
     async def scrape(self) -> list[tuple[Mapping[str, str], tuple[MetricFamily, ...]]]:

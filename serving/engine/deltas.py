@@ -103,7 +103,7 @@ class DeltaManager:
                 return NotYet.CROWDED
         except Exception as error:
             del self._loading[digest]
-            raise _load_error(error, digest) from error
+            raise load_error(error, digest) from error
         del self._loading[digest]
         return self.residency.lease(digest) or NotYet.LOADING
 
@@ -173,7 +173,7 @@ class DeltaManager:
         error = done.exception()
         if error is not None:
             self.residency.cancel(reserved_bytes)
-            self._failed[digest] = _load_error(error, digest)
+            self._failed[digest] = load_error(error, digest)
             for probe in probes:
                 probe.answer.set_exception(self._failed[digest])
             if probes:  # they have been told
@@ -287,7 +287,7 @@ def _nothing() -> None:
     """What is posted to the engine only to wake it."""
 
 
-def _load_error(error: BaseException, digest: str) -> DeltamuxError:
+def load_error(error: BaseException, digest: str) -> DeltamuxError:
     """What a caller is told of a load that failed."""
     if isinstance(error, DeltamuxError):
         return error

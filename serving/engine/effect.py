@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters.backbone_spec import MASKED_HEAD_SITES
 from adapters.errors import InvalidDelta
 from adapters.positions import Cut, FromInvocation
 from adapters.tasks import Task
@@ -18,32 +19,42 @@ from serving.model.programs import PlacedDelta
 PROBE_TOKENS = 8
 """Length of the prompt."""
 
+LOGITS, MASKED = "logits", "logits of the masked language model head"
+STATES, SCORES = "final hidden states", "scores"
+"""What is looked at."""
+
 
 class Prober:
     """Measures deltas on one backbone. Engine thread only: decoding rows wait meanwhile, so a probe is a few tokens."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._bare: dict[bool, Tensor] = {}
+        self._masked_head = {
+            index
+            for index, module in enumerate(backbone.spec.modules)
+            if backbone.spec.kind == "encoder"
+            and module.writes[0].site.name in (*MASKED_HEAD_SITES, "logits")
+        }
+        self._bare: dict[str, Tensor] = {}
 
     def effect(self, placed: PlacedDelta) -> tuple[float, float]:
         """(max |change|, max |bare value|) of the outputs of every token.
 
-        Outputs are logits; with a task head its scores, on an encoder without one the final hidden states. A head that
-        stands alone changes nothing: there it is how far its scores of the tokens are apart. Raises InvalidDelta for a
-        delta that changes nothing or overflows.
+        Outputs are logits; with a task head its scores, on an encoder without one the final hidden states; logits there
+        too with a cloze, and where an encoder's masked language model head is changed. A head that stands alone changes
+        nothing: there it is how far its outputs of the tokens are apart. Raises InvalidDelta for a delta that changes
+        nothing or overflows.
         """
-        head, generates = placed.head, placed.head is None and self.backbone.spec.kind == "decoder"
-        what = "scores" if head is not None else "logits" if generates else "final hidden states"
+        what, head = self._probed(placed), placed.head
         tokens = probe_tokens(self.backbone.spec.vocab_size)
         replaced = [w for ops in placed.modules.values() for w in ops.embeddings]
         for weights in replaced:
             tokens[::2] = weights.ids.cpu()[torch.arange(PROBE_TOKENS // 2) % len(weights.ids)]
         bare, changed = (
-            self._bare_outputs(tokens, generates, keep=not replaced),
-            self._run(placed, tokens, generates),
+            self._bare_outputs(tokens, what, keep=not replaced),
+            self._run(placed, tokens, what),
         )
-        if head is not None:
+        if head is not None and what == SCORES:
             bare, changed = head(bare), head(changed)
         if not torch.isfinite(changed).all():
             raise InvalidDelta([f"The delta makes non-finite {what} on the probe tokens."])
@@ -57,6 +68,14 @@ class Prober:
                 remedy="Check that the trained weights were saved; a freshly initialised adapter changes nothing.",
             )
         return effect, float(bare.abs().max())
+
+    def _probed(self, placed: PlacedDelta) -> str:
+        if placed.head is None:
+            return LOGITS if self.backbone.spec.kind == "decoder" else STATES
+        if placed.head.spec.cloze is not None:
+            return MASKED
+        changed = self._masked_head & placed.modules.keys()
+        return MASKED if placed.task is Task.EMBEDDING and changed else SCORES
 
     def activations(self, placed: PlacedDelta) -> bytes:
         """One bit per neuron, layer by layer: 1 where what the down projection reads is above 0 on average.
@@ -74,22 +93,23 @@ class Prober:
         modules = [m for m in spec.modules if m.read is not None and m.read.name == "ffn.a"]
         hooks = [model.get_submodule(m.path).register_forward_pre_hook(note) for m in modules]
         try:
-            self._run(placed, probe_tokens(spec.vocab_size), generates=spec.kind == "decoder")
+            self._run(placed, probe_tokens(spec.vocab_size), LOGITS if spec.kind == "decoder" else STATES)
         finally:
             for hook in hooks:
                 hook.remove()
         return np.packbits(torch.cat(found).cpu().numpy()).tobytes() if found else b""
 
-    def _bare_outputs(self, tokens: Tensor, generates: bool, *, keep: bool) -> Tensor:
+    def _bare_outputs(self, tokens: Tensor, what: str, *, keep: bool) -> Tensor:
         """Those of the bare backbone: known ones, since a forward of the same shape gives the same bits."""
         if not keep:
-            return self._run(None, tokens, generates)
-        if generates not in self._bare:
-            self._bare[generates] = self._run(None, tokens, generates)
-        return self._bare[generates]
+            return self._run(None, tokens, what)
+        if what not in self._bare:
+            self._bare[what] = self._run(None, tokens, what)
+        return self._bare[what]
 
-    def _run(self, delta: PlacedDelta | None, tokens: Tensor, generates: bool) -> Tensor:
+    def _run(self, delta: PlacedDelta | None, tokens: Tensor, what: str) -> Tensor:
         """Logits, or final hidden states, of every token: [PROBE_TOKENS, n]."""
+        generates = what == LOGITS
         prefix_len = 0 if delta is None else delta.prefix_len
         runner = Runner(self.backbone, num_slots=1, max_len=prefix_len + PROBE_TOKENS)
         request = Request(
@@ -98,6 +118,7 @@ class Prober:
             sampling=SamplingParams(prompt_logprobs=0 if generates else None),  # 0: logits of every token
             pooling=None if generates else PoolingParams(task=Task.EMBEDDING),
             adapter_digest=None if delta is None else delta.digest,
+            masks=tuple(range(PROBE_TOKENS)) if what == MASKED else (),
         )
         row = Sequence(request, tokens.tolist(), state=None)
         row.admit(0, delta)
@@ -105,7 +126,7 @@ class Prober:
             row.cuts = (Cut(0, invocation),)
         row.pooled_tokens = range(0 if generates else PROBE_TOKENS)
         (output,) = runner.run([ScheduledRow(row, PROBE_TOKENS)])
-        return output.logits if generates else output.hidden
+        return output.logits if what in (LOGITS, MASKED) else output.hidden
 
 
 def _invocation(placed: PlacedDelta) -> FromInvocation | None:

@@ -58,11 +58,11 @@ def advance(outputs: Iterable[RowOutput]) -> dict[Sequence, Pooled | InvalidRequ
     answers: dict[Sequence, Pooled | InvalidRequest | None] = {}
     by_head: dict[PlacedHead, list[tuple[Sequence, Tensor]]] = {}
     complete = []
-    for (seq, count), _, hidden in outputs:
+    for (seq, count), logits, hidden in outputs:
         if seq.request.pooling is None:
             continue
         if seq.request.masks:
-            answers[seq] = _filled(seq, hidden)
+            answers[seq] = _worded(seq, logits, hidden) if seq.request.words else _filled(seq, logits)
             continue
         if len(hidden):
             head = head_of(seq)
@@ -93,6 +93,25 @@ def _filled(seq: Sequence, logits: Tensor) -> Pooled | None:
     return Pooled(values=b"", shape=(0,), masks=masks)
 
 
+def _worded(seq: Sequence, logits: Tensor, hidden: Tensor) -> Pooled | None:
+    """The mean log-probability of each word's tokens, see `adapters.cloze`.
+
+    Shapes: logits [masks, V], hidden [T, d].
+    """
+    if not bool(torch.isfinite(logits).all()):
+        return None
+    knows_classes = head_of(seq).class_means is not None
+    features = _bytes(at_masks(seq, hidden)) if knows_classes else b""
+    words = torch.tensor(seq.request.words, device=logits.device)
+    scores = logits.log_softmax(dim=-1)[torch.arange(len(logits), device=logits.device), words].mean(dim=1)
+    return Pooled(values=_bytes(scores), shape=tuple(scores.shape), features=features)
+
+
+def at_masks(seq: Sequence, hidden: Tensor) -> Tensor:
+    """The mean [d] of the states at the masks; `hidden` [T, d] are those of all tokens."""
+    return hidden[list(seq.request.masks)].mean(dim=0)
+
+
 def _is_complete(seq: Sequence, hidden: Tensor) -> bool:
     return seq.num_computed + len(hidden) >= seq.num_prompt
 
@@ -104,7 +123,7 @@ def _answer(seq: Sequence) -> Pooled | InvalidRequest | None:
     if not bool(torch.isfinite(scores).all()):
         return None
     if head.task in PER_TOKEN:
-        return _pooled(head, scores)
+        return scored(head, scores)
     vector = scores[0]
     if pooling.task is pooling.task.EMBEDDING:
         if pooling.dimensions is not None:
@@ -116,10 +135,11 @@ def _answer(seq: Sequence) -> Pooled | InvalidRequest | None:
                 )
             vector = F.normalize(vector[: pooling.dimensions], dim=0)
         return Pooled(values=_bytes(vector), shape=tuple(vector.shape))
-    return _pooled(head, vector, head.out_of_distribution(torch.cat(state.pooled)[0], vector))
+    return scored(head, vector, head.out_of_distribution(torch.cat(state.pooled)[0], vector))
 
 
-def _pooled(head: PlacedHead, scores: Tensor, ood: dict[str, float] | None = None) -> Pooled:
+def scored(head: PlacedHead, scores: Tensor, ood: dict[str, float] | None = None) -> Pooled:
+    """What `head` makes known of its scores [..., n]."""
     probs = head.probabilities(scores)
     return Pooled(
         values=_bytes(scores),

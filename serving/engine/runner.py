@@ -26,7 +26,8 @@ NONE_POOLED = range(0)
 class RowOutput(NamedTuple):
     """Logits [n, V] of the last n tokens that `row` ran in this step; n = 0 in the middle of a chunked prompt.
 
-    `hidden` [m, d] fp32: final hidden states of `row.pooled`.
+    Of a request with masks those at the masks, by the masked language model head. `hidden` [m, d] fp32: final hidden
+    states of `row.pooled`, or what the backbone's pooler makes of them where the row's head reads that.
     """
 
     row: ScheduledRow
@@ -96,17 +97,19 @@ class Runner:
             context,
             torch.tensor(batch.logits_rows, device=device) if batch.logits_rows else None,
         )
-        parts = torch.split(logits, batch.logits_counts)
-        none = logits[:0]
-        hidden: Seq[Tensor] = [none] * len(batch.rows)
+        parts = list(torch.split(logits, batch.logits_counts))
+        hidden = [logits[:0]] * len(batch.rows)
         if context.hidden is not None:
-            hidden = self._through_heads(batch, torch.split(context.hidden, batch.hidden_counts))
+            hidden = list(torch.split(context.hidden, batch.hidden_counts))
+            self._run_heads(batch, parts, hidden)
         return [RowOutput(*found) for found in zip(batch.rows, parts, hidden, strict=True)]
 
-    def _through_heads(self, batch: Batch, hidden: Seq[Tensor]) -> Seq[Tensor]:
-        """`hidden` of every row; where the backbone's pooler or its masked head is asked, what that makes of it."""
-        found = list(hidden)
-        for head, run in (("pooler", self.backbone.pool), ("masks", self.backbone.masked_logits)):
+    def _run_heads(self, batch: Batch, logits: list[Tensor], hidden: list[Tensor]) -> None:
+        """Put what the backbone's pooler makes of rows in place of their `hidden`, and its masked head's `logits`."""
+        for head, run, found in (
+            ("pooler", self.backbone.pool, hidden),
+            ("masks", self.backbone.masked_logits, logits),
+        ):
             chosen = [index for index, row in enumerate(batch.rows) if _asked(row.seq) == head]
             if not chosen:
                 continue
@@ -129,7 +132,6 @@ class Runner:
             made = run(torch.cat(states), ForwardContext(programs, self.cache.plan([])))
             for index, part in zip(chosen, torch.split(made, [len(s) for s in states]), strict=True):
                 found[index] = part
-        return found
 
     def _compile(self, batch: Batch) -> list[Program | None]:
         merged = NOTHING_MERGED if self.merging is None else self.merging.weights_for(batch.sole_delta)

@@ -95,6 +95,7 @@ class Sequence:
                 last = next((at for at in reversed(range(len(tokens))) if tokens[at] != pad), 0)
                 self.pooled_tokens = range(last, last + 1)
             case _:
+                assert head.pooling != "mask" or self.request.masks, "only the backend makes rows of a cloze"
                 self.pooled_tokens = range(self.num_prompt)
 
     @property
@@ -168,7 +169,10 @@ WITHOUT_HEAD = frozenset({Task.EMBEDDING, Task.FILL_MASK})
 def require_task(request: Request, delta: LeasedDelta | None) -> None:
     """Raises InvalidRequest unless `delta`, or the bare backbone, answers what is asked."""
     given = Task.CAUSAL_LM if delta is None else delta.task
+    spec = None if delta is None else delta.head_spec
+    is_cloze = spec is not None and spec.cloze is not None
     without_head = given is Task.CAUSAL_LM or given is Task.EMBEDDING
+    without_head |= is_cloze and request.task is Task.FILL_MASK  # its head is the backbone's own
     if request.task is not given and not (request.task in WITHOUT_HEAD and without_head):
         if delta is None:
             raise InvalidRequest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -43,7 +44,7 @@ def tokenise(
     """
     tokens = _tokens(call, tokenizer)
     if call.pooling is not None and call.pooling.truncate_prompt_tokens is not None:
-        tokens = _truncated(tokens, _wanted(call.pooling, room), getattr(tokenizer, "mask_token_id", None))
+        tokens = _truncated(tokens, room_for(call.pooling, room), getattr(tokenizer, "mask_token_id", None))
     if not tokens.ids:
         raise InvalidRequest("The prompt is empty.", param="prompt", remedy="Send at least one token.")
     for field, ids in (("prompt", tokens.ids), ("logit_bias", call.sampling.logit_bias)):
@@ -61,7 +62,7 @@ def _tokens(call: GenerateCall, tokenizer: PreTrainedTokenizerBase | None) -> To
             return Tokens(tuple(_need(tokenizer)(prompt)["input_ids"]))
         if not prompt:  # a tokenizer would add its special tokens to nothing
             raise InvalidRequest("The input is empty.", param="input", remedy="Send at least one character.")
-        return _aligned(_need(tokenizer)(prompt, call.pooling.text_pair))
+        return aligned(_need(tokenizer)(prompt, call.pooling.text_pair))
     if all(isinstance(token, int) for token in prompt):
         return Tokens(tuple(token for token in prompt if isinstance(token, int)))
     if not getattr(tokenizer, "chat_template", None):
@@ -76,7 +77,8 @@ def _tokens(call: GenerateCall, tokenizer: PreTrainedTokenizerBase | None) -> To
     return Tokens(tuple(_need(tokenizer)(text, add_special_tokens=False)["input_ids"]))
 
 
-def _aligned(encoded: BatchEncoding) -> Tokens:
+def aligned(encoded: BatchEncoding) -> Tokens:
+    """The tokens of one text, or two, with their places in it as far as the tokenizer says."""
     ids, types = tuple(encoded["input_ids"]), tuple(encoded.get("token_type_ids", ()))
     if not encoded.encodings:  # a tokenizer in Python knows no characters
         return Tokens(ids, types=types)
@@ -114,7 +116,8 @@ def targets_of(pooling: PoolingParams, tokenizer: PreTrainedTokenizerBase | None
     return tuple(dict.fromkeys(found))
 
 
-def _wanted(pooling: PoolingParams, room: int) -> int:
+def room_for(pooling: PoolingParams, room: int) -> int:
+    """The tokens that are left of an input that is to be truncated; `room`: those that fit the backbone."""
     wanted = pooling.truncate_prompt_tokens
     assert wanted is not None
     return room if wanted == -1 else min(wanted, room)
@@ -130,21 +133,31 @@ def _truncated(tokens: Tokens, wanted: int, mask: int | None) -> Tokens:
     if not tokens.sequences:
         return tokens.only(list(range(wanted)))
     masks = {at for at, token in enumerate(tokens.ids) if token == mask}
-    places = {
-        text: [at for at, s in enumerate(tokens.sequences) if s == text and at not in masks]
-        for text in (0, 1)
-    }
-    special = len(tokens.ids) - sum(map(len, places.values()))
+    texts = [
+        [at for at, s in enumerate(tokens.sequences) if s == text and at not in masks] for text in (0, 1)
+    ]
+    return tokens.only(cut(len(tokens.ids), texts, wanted, "special tokens and masks"))
+
+
+def cut(num_tokens: int, texts: Sequence[Sequence[int]], wanted: int, rest: str) -> list[int]:
+    """The places that are kept of so many tokens: at most `wanted`, with the ends of `texts` cut, the longer's first.
+
+    `rest` names what belongs to no text. Raises InvalidRequest where there is no room beside that.
+    """
+    if num_tokens <= wanted:
+        return list(range(num_tokens))
+    left = [list(places) for places in texts]
+    special = num_tokens - sum(map(len, left))
     if special >= wanted:
         raise InvalidRequest(
-            f"truncate_prompt_tokens: {wanted} tokens, of which {special} are special tokens and masks.",
+            f"truncate_prompt_tokens: {wanted} tokens, of which {special} are {rest}.",
             param="truncate_prompt_tokens",
             remedy="Keep more tokens.",
         )
-    for _ in range(len(tokens.ids) - wanted):
-        max(places.values(), key=len).pop()
-    kept = {at for found in places.values() for at in found}
-    return tokens.only([at for at, s in enumerate(tokens.sequences) if s is None or at in kept | masks])
+    for _ in range(num_tokens - wanted):
+        max(left, key=len).pop()
+    dropped = {at for places in texts for at in places} - {at for places in left for at in places}
+    return [at for at in range(num_tokens) if at not in dropped]
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -49,6 +49,8 @@ BODIES: Mapping[str, JsonObject] = {
         "messages": [{"role": "user", "content": "Does it work?"}],
         "max_completion_tokens": 4,
     },
+    "ClassifyBody": {"model": "sentiment:prod", "input": ["Works as advertised."]},
+    "FillMaskBody": {"model": "sentiment:prod", "input": "It works as [MASK].", "top_k": 3},
     "AliasBody": {"version": 1},
     "FileUploadBody": {
         "bytes": 3_300_000_000,

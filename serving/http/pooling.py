@@ -57,7 +57,7 @@ def pooling_router(services: Services) -> APIRouter:
     @router.post("/v1/classify", response_model=None)
     async def classify(body: ClassifyBody, request: Request, caller: Infer) -> Response:
         """The label of each input, with the scores of all of them and of being out of distribution."""
-        inputs = [Asked(item) for item in body.inputs()]
+        inputs = [Asked(*item) for item in body.pairs()]
         job, found = await answer(request, caller, body, CLASSIFICATION, inputs, "classify")
         data = [{"index": index, **_classified(one)} for index, one in enumerate(found)]
         return reply(job, {**job.head("list"), "data": data, "labels": list(found[0].labels)})

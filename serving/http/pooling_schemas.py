@@ -45,7 +45,23 @@ class EmbeddingsBody(InputBody):
 
 
 class ClassifyBody(InputBody):
-    """The body of `POST /v1/classify`."""
+    """The body of `POST /v1/classify`. `text_pair`: the second text of each input, for heads of two texts."""
+
+    text_pair: TextOrTexts | None = None
+
+    def pairs(self) -> list[tuple[str | tuple[int, ...], str | None]]:
+        """Every input with its second text. Raises InvalidRequest where there are not as many, or for token ids."""
+        first = self.inputs()
+        if self.text_pair is None:
+            return [(item, None) for item in first]
+        second = [self.text_pair] if isinstance(self.text_pair, str) else self.text_pair
+        if len(second) != len(first) or not all(isinstance(item, str) for item in first):
+            raise InvalidRequest(
+                f"text_pair: got {len(second)} texts for {len(first)} inputs, which must be texts too.",
+                param="text_pair",
+                remedy="Send one for each input.",
+            )
+        return list(zip(first, second, strict=True))
 
 
 class TokenClassifyBody(PoolingBody):

@@ -268,6 +268,8 @@ def _facts(
     if parts.parity is not None:
         parts.parity.require_proof_of(canonical.digest, delta.backbone_digest)
         facts["parity"] = parts.parity.model_dump()
+    if delta.head is not None and delta.head.cloze is not None:
+        facts["head"] = delta.head.cloze.shown(delta.head.labels)
     typology = describe(delta, canonical, between=between)
     return {"typology": typology, "lineage": shown_lineage(delta.lineage)} | facts
 

@@ -60,7 +60,7 @@ class Backbone:
     def logit_modules(self) -> frozenset[int]:
         """Indices of the modules that see only wanted rows: those of language model heads and poolers."""
         return frozenset(
-            i for i, m in enumerate(self.spec.modules) if m.writes[0].site.name in ("logits", "pooled")
+            i for i, m in enumerate(self.spec.modules) if m.in_head or m.writes[0].site.name == "logits"
         )
 
     def new_cache(self, num_slots: int, max_len: int) -> SlotKVCache | RowStore:

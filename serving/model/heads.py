@@ -101,15 +101,15 @@ def place_head_of(delta: Delta, to_device: Copy) -> PlacedHead | None:
     return PlacedHead(
         Task(delta.task),
         delta.head,
-        tuple(_stage(op, to_device) for op in ops),
+        tuple(_stage(op, op.weight, to_device) for op in ops if op.weight is not None),
         class_means=_optional(ops[0].class_means if ops else None, to_device),
         precision=_optional(ops[0].precision if ops else None, to_device),
     )
 
 
-def _stage(op: Head, to_device: Copy) -> PlacedStage:
+def _stage(op: Head, weight: Tensor, to_device: Copy) -> PlacedStage:
     return PlacedStage(
-        to_device(op.weight),
+        to_device(weight),
         _optional(op.bias, to_device),
         None if op.activation is None else FUNCTIONS[op.activation],
         _optional(op.norm_weight, to_device),

@@ -123,6 +123,7 @@ def place_replaced_norm(base: nn.Module, weight: Tensor, bias: Tensor | None, to
 
 def place_head(op: Head, to_device: Copy) -> Replacement:
     """The head with the delta's own parameters, in fp32."""
+    assert op.weight is not None
     weight = to_device(op.weight)
     bias = None if op.bias is None else to_device(op.bias)
     return lambda x: F.linear(x.to(torch.float32), weight, bias)

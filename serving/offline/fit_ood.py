@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ from adapters.formats import read_directory
 from adapters.normal_form import Delta
 from adapters.tasks import Task
 from serving.core import GenerateCall, PoolingParams, Request
-from serving.engine.pooling import PoolState
+from serving.engine.cloze import ClozePlan
+from serving.engine.pooling import PoolState, at_masks
 from serving.engine.runner import Runner
 from serving.engine.sequence import ScheduledRow, max_total_len
 from serving.engine.sequence import Sequence as Row
@@ -134,7 +135,20 @@ def _index(labels: Sequence[str], label: object) -> int:
 def features(delta: Delta, backbone: Backbone, items: Sequence[Labelled]) -> Iterator[Tensor]:
     """What the head of `delta` reads for each item, [d] fp32 each. Raises ContextLengthExceeded."""
     placed = place(delta, to_canonical(delta).digest, backbone)
-    rows = [_row(str(index), item, placed, backbone) for index, item in enumerate(items)]
+    assert placed.head is not None
+    if placed.head.spec.cloze is None:
+        rows = [_row(str(index), item, placed, backbone) for index, item in enumerate(items)]
+        yield from _vectors(rows, placed, backbone)
+        return
+    plan = ClozePlan(placed.head, backbone.tokenizer)
+    of_items = [_cloze_rows(str(index), item, plan, placed, backbone) for index, item in enumerate(items)]
+    vectors = _vectors([row for rows in of_items for row in rows], placed, backbone)
+    for rows in of_items:
+        yield plan.features([next(vectors) for _ in rows])
+
+
+def _vectors(rows: Sequence[Row], placed: PlacedDelta, backbone: Backbone) -> Iterator[Tensor]:
+    """What the head reads of each row, of a cloze the mean over its masks."""
     longest = max(row.num_prompt for row in rows)
     runner = Runner(backbone, num_slots=BATCH_ROWS, max_len=placed.prefix_len + longest)
     assert placed.head is not None
@@ -144,17 +158,47 @@ def features(delta: Delta, backbone: Backbone, items: Sequence[Labelled]) -> Ite
         for slot, row in enumerate(batch):
             row.admit(slot, placed)
         for (row, _), _, hidden in runner.run([ScheduledRow(row, row.num_prompt) for row in batch]):
-            found[row] = PoolState().take(row, placed.head, hidden)[0]
+            if row.request.masks:
+                found[row] = at_masks(row, hidden)
+            else:
+                found[row] = PoolState().take(row, placed.head, hidden)[0]
         yield from (found[row] for row in batch)
 
 
 def _row(name: str, item: Labelled, placed: PlacedDelta, backbone: Backbone) -> Row:
-    pooling = PoolingParams(task=Task.SEQUENCE_CLASSIFICATION, text_pair=item.pair)
-    room = backbone.spec.max_positions - placed.prefix_len
+    pooling, room = _asked(item, placed, backbone)
     call = GenerateCall(request_id=name, prompt=item.text, pooling=pooling)
     ids = tokenise(call, backbone.tokenizer, vocab_size=backbone.spec.vocab_size, room=room).ids
+    return _admitted(Request(request_id=name, prompt_token_ids=ids, pooling=pooling), placed, backbone, room)
+
+
+def _cloze_rows(
+    name: str, item: Labelled, plan: ClozePlan, placed: PlacedDelta, backbone: Backbone
+) -> list[Row]:
+    pooling, room = _asked(item, placed, backbone)
+    requests = [
+        Request(
+            request_id=f"{name}/{index}",
+            prompt_token_ids=found.tokens.ids,
+            pooling=pooling,
+            masks=found.masks,
+            words=found.words,
+        )
+        for index, found in enumerate(plan.rows(item.text, pooling, room))
+    ]
+    return [_admitted(request, placed, backbone, room) for request in requests]
+
+
+def _asked(item: Labelled, placed: PlacedDelta, backbone: Backbone) -> tuple[PoolingParams, int]:
+    """What is asked of a text, and how many tokens it may have."""
+    pooling = PoolingParams(task=Task.SEQUENCE_CLASSIFICATION, text_pair=item.pair)
+    return pooling, backbone.spec.max_positions - placed.prefix_len
+
+
+def _admitted(request: Request, placed: PlacedDelta, backbone: Backbone, room: int) -> Row:
+    ids = request.prompt_token_ids
     max_total_len(len(ids), 0, room)
-    request = Request(request_id=name, prompt_token_ids=ids, pooling=pooling, adapter_digest=placed.digest)
+    request = replace(request, adapter_digest=placed.digest)
     row = Row(request, list(ids), state=None)
     row.pool_for(placed, getattr(backbone.model.config, "pad_token_id", None))
     return row
