@@ -43,6 +43,17 @@ class ModuleSpec:
     shape: ModuleShape
 
 
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """Rows that belong to no token and that all rows of a batch see: a table of relative embeddings.
+
+    `count` of them pass the modules that write `sites`, which may be modules that the tokens pass too.
+    """
+
+    count: int
+    sites: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """A backbone as deltas see it.
@@ -53,7 +64,7 @@ class BackboneSpec:
     `tied_embeddings`: the head's weight is the embedding. `sees_queries`: the engine runs the attention and sees its
     queries; `free_positions`: position ids are given to the forward, not counted by it. Both depend on the layout that
     serves the backbone. `kind`: a decoder sees what came before and generates; an encoder sees whole rows, at once.
-    `first_position`: the position id of a row's first token.
+    `first_position`: the position id of a row's first token. `num_layers`: those that a token passes.
     """
 
     name: str
@@ -73,6 +84,12 @@ class BackboneSpec:
     free_positions: bool = True
     kind: BackboneKind = "decoder"
     first_position: int = 0
+    shared: SharedRows | None = None
+
+    @cached_property
+    def num_module_layers(self) -> int:
+        """Layers of sites: fewer than a token passes where layers share their modules."""
+        return 1 + max(part.site.layer for module in self.modules for part in module.writes)
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleSpec]:
@@ -121,4 +138,6 @@ class BackboneSpec:
             )
             for module in raw["modules"]
         )
+        if raw["shared"] is not None:
+            raw["shared"] = SharedRows(raw["shared"]["count"], tuple(raw["shared"]["sites"]))
         return cls(**raw)

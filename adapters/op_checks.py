@@ -168,8 +168,10 @@ class OpChecker:
 
     def target(self, site: Site, kinds: tuple[str, ...]) -> tuple[ModuleSpec, Slice] | None:
         """The module and columns that write `site`; None, with the problem noted, where an op can't write there."""
-        if 0 <= site.layer >= self.spec.num_layers:
-            self.add(f"layer {site.layer} is out of range: the backbone has {self.spec.num_layers} layers.")
+        if 0 <= site.layer >= self.spec.num_module_layers:
+            self.add(
+                f"layer {site.layer} is out of range: the backbone has {self.spec.num_module_layers} layers."
+            )
             return None
         found = self.spec.writer.get(site)
         if found is None:

@@ -63,6 +63,12 @@ class Backbone:
             i for i, m in enumerate(self.spec.modules) if m.writes[0].site.name in ("logits", "pooled")
         )
 
+    @property
+    def shared_modules(self) -> frozenset[int]:
+        """Indices of the modules that rows shared by the batch pass (`BackboneSpec.shared`)."""
+        sites = () if self.spec.shared is None else self.spec.shared.sites
+        return frozenset(i for i, m in enumerate(self.spec.modules) if m.writes[0].site.name in sites)
+
     def new_cache(self, num_slots: int, max_len: int) -> SlotKVCache | RowStore:
         """A KV cache that fits this backbone; what an encoder has instead."""
         spec = self.spec
@@ -89,7 +95,8 @@ class Backbone:
         if self.spec.first_position:
             positions = positions + self.spec.first_position
         logits = self.layout.forward(self.model, tokens, positions, context, logits_rows).float()
-        if (count := len(context.attention.attended)) != self.spec.num_layers:
+        count = len(context.attention.attended)
+        if self.layout.attends_by_plan and count != self.spec.num_layers:
             raise BackboneRefused(
                 f"{count} of {self.spec.num_layers} layers attended through the KV cache.",
                 param="backbone",
