@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from adapters.normal_form import Site
+from adapters.tasks import Pooling
 
 ModuleKind = Literal["linear", "conv1d", "norm", "embedding", "layer"]
 BackboneKind = Literal["decoder", "encoder"]
@@ -54,6 +55,22 @@ class SharedRows:
     sites: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class HeadStyle:
+    """What the backbone's configuration says of the dense layer in its task models' heads, where models differ there.
+
+    `pooling`: what a head of whole inputs reads. `activation`: transformers' name of it. `norm_eps`: that of the norm
+    behind it, None without one. `is_own`: the backbone has such a layer, and task models start from it.
+    """
+
+    pooling: Pooling
+    activation: str
+    has_bias: bool = True
+    norm_eps: float | None = None
+    has_norm_bias: bool = False
+    is_own: bool = False
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """A backbone as deltas see it.
@@ -85,11 +102,7 @@ class BackboneSpec:
     kind: BackboneKind = "decoder"
     first_position: int = 0
     shared: SharedRows | None = None
-
-    @cached_property
-    def num_module_layers(self) -> int:
-        """Layers of sites: fewer than a token passes where layers share their modules."""
-        return 1 + max(part.site.layer for module in self.modules for part in module.writes)
+    head_style: HeadStyle | None = None
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleSpec]:
@@ -140,4 +153,6 @@ class BackboneSpec:
         )
         if raw["shared"] is not None:
             raw["shared"] = SharedRows(raw["shared"]["count"], tuple(raw["shared"]["sites"]))
+        if raw["head_style"] is not None:
+            raw["head_style"] = HeadStyle(**raw["head_style"])
         return cls(**raw)

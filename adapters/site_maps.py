@@ -1,7 +1,7 @@
 """Site maps: which module of an architecture reads and writes which site. A new architecture is a row here.
 
-`*` in a path is the layer's name, its index in most architectures; the token embedding comes first. A module with several writes is fused: its output
-columns are, in this order, q, k, v (sizes from the head counts) or equal parts.
+`*` in a path is the layer's name, its index in most architectures; the token embedding comes first. A module with
+several writes is fused: its output columns are, in this order, q, k, v (sizes from the head counts) or equal parts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from adapters.backbone_spec import BackboneKind, BackboneSpec, ModuleShape, Modu
 from adapters.errors import BackboneRefused
 from adapters.normal_form import Site
 from adapters.site_maps_early import EARLY_MAPS, EARLY_REQUIRED, falcon_kv_heads
-from adapters.site_maps_encoders import ENCODER_MAPS, ENCODER_REQUIRED, first_position, layer_names, shared_rows
+from adapters.site_maps_encoders import (
+    ENCODER_MAPS,
+    ENCODER_REQUIRED,
+    first_position,
+    head_style,
+    layer_names,
+    shared_rows,
+)
 from adapters.site_rows import Config, Required, Row, SiteMap
 
 # Rows that many architectures share.
@@ -233,10 +240,12 @@ def build_spec(
         head_dim=head_dim,
         max_positions=_max_positions(config) - first_position(config),
         modules=tuple(modules),
-        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        tied_embeddings=bool(config.get("tie_word_embeddings"))
+        and any(module.writes[0].site.name == "logits" for module in modules),
         kind=kind,
         first_position=first_position(config),
         shared=shared_rows(config),
+        head_style=head_style(config, is_own=shape_of("head.dense") is not None),
     )
 
 

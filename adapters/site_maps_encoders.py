@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adapters.backbone_spec import SharedRows
+from adapters.backbone_spec import HeadStyle, SharedRows
 from adapters.site_rows import Config, Required, Row, SiteMap
 
 
@@ -147,3 +147,23 @@ def shared_rows(config: Config) -> SharedRows | None:
         2 * (buckets if buckets > 0 else distances),
         (*own, "q.out", "k.out") if config.get("share_att_key") else own,
     )
+
+
+def head_style(config: Config, *, is_own: bool) -> HeadStyle | None:
+    """The dense layer of task heads, None where all models of the architecture have the same. `is_own`: see there.
+
+    Source: transformers 5 `ContextPooler` of DeBERTa-v2, `ModernBertPredictionHead`.
+    """
+    match config["model_type"]:
+        case "deberta-v2":
+            return HeadStyle("cls", config["pooler_hidden_act"])
+        case "modernbert":
+            return HeadStyle(
+                config["classifier_pooling"],
+                config["classifier_activation"],
+                has_bias=config["classifier_bias"],
+                norm_eps=config["norm_eps"],
+                has_norm_bias=config["norm_bias"],
+                is_own=is_own,
+            )
+    return None

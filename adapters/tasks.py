@@ -43,7 +43,8 @@ class HeadSpec:
     last. `last_not_pad`: the last that is not a pad, the first where all are. `mean`: their average. `tokens`: each by
     itself. `pooler`: the backbone's own pooler, over the first. `labels`: names of the scores, in their order.
     `normalize`: the result is divided by its Euclidean norm. `pad_token_id`: what `last_not_pad` takes for a pad;
-    without one, what the backbone's configuration says.
+    without one, what the backbone's configuration says. `base_head`: the backbone's own dense layer stands before the
+    stages (ModernBERT's task models start from that of the masked language model).
     Source: the task classes of transformers; PEFT's `PeftModelFor*`.
     """
 
@@ -52,6 +53,7 @@ class HeadSpec:
     problem_type: ProblemType | None = None
     normalize: bool = False
     pad_token_id: int | None = None
+    base_head: bool = False
 
 
 MEAN_EMBEDDING = HeadSpec(pooling="mean", normalize=True)

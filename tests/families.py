@@ -65,7 +65,15 @@ Family = Literal[
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 Encoder = Literal[
-    "bert", "roberta", "electra", "distilbert", "modernbert", "albert", "deberta_v3", "deberta_v2", "deberta_xlarge"
+    "bert",
+    "roberta",
+    "electra",
+    "distilbert",
+    "modernbert",
+    "albert",
+    "deberta_v3",
+    "deberta_v2",
+    "deberta_xlarge",
 ]
 ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
 
@@ -136,11 +144,20 @@ CONFIGS: dict[Family | Encoder, PreTrainedConfig] = {
     ),
     # relative embeddings with projections of their own, absolute positions and token types beside them
     "deberta_v2": DebertaV2Config(
-        **_ENCODER, relative_attention=True, pos_att_type="c2p|p2c", max_relative_positions=24, type_vocab_size=2
+        **_ENCODER,
+        relative_attention=True,
+        pos_att_type="c2p|p2c",
+        max_relative_positions=24,
+        type_vocab_size=2,
     ),
     # a convolution beside the first layer, narrow embeddings
     "deberta_xlarge": DebertaV2Config(
-        **_ENCODER, **_DISENTANGLED, share_att_key=True, conv_kernel_size=3, conv_act="gelu", embedding_size=16
+        **_ENCODER,
+        **_DISENTANGLED,
+        share_att_key=True,
+        conv_kernel_size=3,
+        conv_act="gelu",
+        embedding_size=16,
     ),
     "llama": LlamaConfig(**{**_GATED, "pad_token_id": None}),
     "gpt2": GPT2Config(**_GPT),

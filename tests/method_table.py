@@ -7,7 +7,7 @@ whatever modules the family has. A new method is a row in `METHODS`, a new famil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,11 +108,14 @@ TARGETS: Mapping[Family | Encoder, Targets] = {
     ),
     "modernbert": Targets(("Wqkv",), ("mlp.Wo",), ("mlp_norm", "final_norm")),
     "albert": Targets(
-        ("query", "value"), ("ffn_output",), ("attention.LayerNorm", "full_layer_layer_norm", "embeddings.LayerNorm")
+        ("query", "value"),
+        ("ffn_output",),
+        ("attention.LayerNorm", "full_layer_layer_norm", "embeddings.LayerNorm"),
+        {"token_dim": 16},
     ),
     "deberta_v3": _DEBERTA,
     "deberta_v2": _DEBERTA,
-    "deberta_xlarge": _DEBERTA,
+    "deberta_xlarge": replace(_DEBERTA, prompt={"token_dim": 16}),
     "llama": _GATED,
     "gpt2": Targets(("c_attn",), ("mlp.c_proj",), ("ln_1", "ln_2", "ln_f")),  # fused, and Conv1D
     "qwen2": _GATED,

@@ -119,7 +119,7 @@ def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored
         problems.add(
             f"adapter_config.json: {path[:-1]}: neither mh_adapter nor output_adapter is on: it changes nothing."
         )
-    for layer in range(spec.num_module_layers):
+    for layer in range(spec.num_layers):
         if layer in config["leave_out"]:
             continue
         rank = _width(config["reduction_factor"], layer, spec.hidden_size)

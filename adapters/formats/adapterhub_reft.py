@@ -80,7 +80,7 @@ def _lower(config: Mapping[str, Any], stored: Stored) -> Iterator[Op]:
         shapes |= {ORIGINAL: (r, spec.hidden_size), BASE: (spec.hidden_size, spec.hidden_size)}
     else:
         shapes["projection.weight"] = (r, spec.hidden_size)
-    for layer in range(spec.num_module_layers):
+    for layer in range(spec.num_layers):
         if config["layers"] != "all" and layer not in config["layers"]:
             continue
         site = Site("layer.out", layer)

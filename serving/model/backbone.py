@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from adapters.activations import FUNCTIONS
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.errors import BackboneRefused
+from adapters.formats.head_recipes import ACTIVATIONS
 from adapters.site_maps import COMMON_NAMES, build_spec
 from adapters.site_maps_encoders import ENCODER_MAPS
 from serving.kernels.ops import Kernels
@@ -29,9 +32,10 @@ from serving.kernels.select import Choice, select_kernels
 from serving.model.context import ForwardContext
 from serving.model.encoder import BareEncoder, RowStore, install_replay, load_encoder, masked_logits, pooled
 from serving.model.encoder_parity import prove_encoder, stock_rows
+from serving.model.heads import PlacedStage
 from serving.model.kv_cache import KVShape, SlotKVCache
 from serving.model.layout import Flattened, Layout, takes
-from serving.model.packed import pack_linears
+from serving.model.packed import pack_linears, plain_weight
 from serving.model.parity import choose_layout, stock_probe
 from serving.model.sites import install_sites
 
@@ -61,6 +65,23 @@ class Backbone:
         """Indices of the modules that see only wanted rows: those of language model heads and poolers."""
         return frozenset(
             i for i, m in enumerate(self.spec.modules) if m.writes[0].site.name in ("logits", "pooled")
+        )
+
+    @cached_property
+    def own_head(self) -> PlacedStage:
+        """The dense layer that task heads start from, in fp32: one copy for all deltas. Only ModernBERT has one."""
+        style, head = self.spec.head_style, self.model.get_submodule("head")
+        assert style is not None
+        assert style.is_own
+        dense, norm = head.get_submodule("dense"), head.get_submodule("norm")
+        bias, norm_bias = dense.bias, norm.bias
+        return PlacedStage(
+            plain_weight(dense).float(),
+            bias.float() if isinstance(bias, Tensor) else None,
+            FUNCTIONS[ACTIVATIONS[style.activation]],
+            norm.get_parameter("weight").float(),
+            norm_bias.float() if isinstance(norm_bias, Tensor) else None,
+            style.norm_eps or 0.0,
         )
 
     @property

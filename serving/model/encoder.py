@@ -245,6 +245,8 @@ def pooled(model: PreTrainedModel | BareEncoder, states: Tensor, context: Forwar
     body: Any = model.base_model
     with forward_context(context):
         out: Tensor = body.pooler(states[:, None])
-        if (activation := getattr(body, "pooler_activation", None)) is not None:  # ALBERT's pooler is a linear layer
+        if (
+            activation := getattr(body, "pooler_activation", None)
+        ) is not None:  # ALBERT's pooler is a linear layer
             out = activation(out[:, 0])
     return out

@@ -105,8 +105,8 @@ def _parity_error(backbone: Backbone, stock: Sequence[Stock]) -> float:
     error, limit = max(errors), TOLERANCE[backbone.dtype]
     if not error <= limit:
         raise BackboneRefused(
-            f"The forward of {backbone.spec.model_type!r} differs from the stock one by {error:.2e} of the scale of its "
-            f"outputs, limit {limit:.0e}.",
+            f"The forward of {backbone.spec.model_type!r} differs from the stock one by {error:.2e} of the scale of "
+            f"its outputs, limit {limit:.0e}.",
             param="backbone",
         )
     return error
