@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from serving.model.context import AttentionPlan, ForwardContext, forward_context
 from serving.model.layout import as_input, takes
-from serving.model.programs import Program
+from serving.model.programs import MergedModule, Program
 
 MAX_PADDED = 2
 """Rows run together while they take at most so many times their tokens."""
@@ -172,6 +172,8 @@ class Padding:
         kwargs: dict[str, Any],
     ) -> Any:
         """What `program` makes of module `index`: the base's output, in a tuple where the base gives one."""
+        if isinstance(program, MergedModule):  # what it makes of pads goes nowhere
+            return program.run(context, base, x, args, kwargs)
         places = self.logits if index in self.logit_modules else self.tokens
         packed = _pack(x, places)
         whole: Any = None

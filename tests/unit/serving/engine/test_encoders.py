@@ -159,7 +159,8 @@ def test_virtual_tokens_count_against_the_positions() -> None:
 def test_a_checkpoint_with_a_masked_language_model_head_has_logits(family: Encoder, tmp_path: Path) -> None:
     stock = tiny_backbone(family)
     backbone = load_backbone(with_tokenizer(stock, tmp_path), device="cpu", dtype="float32")
-    assert Site("logits") in backbone.spec.writer
+    # DeBERTa-v3's own head multiplies by the embedding: no module there puts out logits
+    assert (Site("logits") in backbone.spec.writer) == (family != "deberta_v3")
     row = torch.tensor([4, 8, 15, 16, 23, 42])
     with torch.no_grad():
         expected = stock(row[None]).logits[0]
