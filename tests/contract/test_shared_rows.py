@@ -24,6 +24,7 @@ from serving.model import padded_rows, shared_rows
 from serving.model.backbone import Backbone, adopt_backbone
 from serving.model.merge import merge, mergeable_modules
 from serving.model.packed import Forward
+from serving.model.padded import spread
 from serving.model.programs import PlacedDelta
 from tests.cases import Case, tiny_body
 from tests.contract.exactness import EFFECT, LIMITS, outputs_of, rows_for, served, shuffled
@@ -159,14 +160,9 @@ def test_a_shared_table_that_is_not_the_rows_own_shows(
 
 
 def test_pads_that_are_not_masked_are_refused_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        padded_rows, "spread", lambda x, places, *shape: right(x, places, *shape).clamp(min=1)
-    )
+    monkeypatch.setattr(padded_rows, "spread", lambda x, at, *shape: spread(x, at, *shape).clamp(min=1))
     with pytest.raises(BackboneRefused, match=r"padded rows: .* differs from the stock one"):
         backbone_of("deberta_xlarge")
-
-
-right = padded_rows.spread
 
 
 def test_relative_embeddings_in_another_number_than_expected_are_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from serving.core import BASE, Pooled
 from serving.model.backbone import Backbone, adopt_backbone
 from tests.cases import tiny_backbone
 from tests.contract.task_models import OWN_HEADS, HeadCase, body_of, prompts
-from tests.families import ENCODERS, Encoder, Family
+from tests.families import CONFIGS, ENCODERS, Encoder, Family
 from tests.unit.serving.engine.engine_support import Bench
 
 LIMIT = 2e-5
@@ -140,3 +141,33 @@ def test_the_bare_backbone_embeds_by_the_normalised_mean() -> None:
         with torch.no_grad():
             mean = stock(torch.tensor([prompt])).last_hidden_state[0].mean(dim=0)
         check(bench.pooled(str(index)), torch.nn.functional.normalize(mean, dim=0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"classifier_pooling": "mean"},
+        {"classifier_pooling": "mean", "classifier_activation": "silu", "classifier_bias": True},
+        {"classifier_bias": True, "norm_bias": True, "norm_eps": 0.01},
+    ],
+)
+def test_modernbert_heads_are_as_the_configuration_says(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = type(CONFIGS["modernbert"])(**{**CONFIGS["modernbert"].to_diff_dict(), **options})
+    monkeypatch.setitem(CONFIGS, "modernbert", changed)
+    cases = [HeadCase("modernbert", "lora", "SEQ_CLS", 3, saved) for saved in ((), ("head",))]
+    backbone, deltas = backbone_of("modernbert"), {}
+    for case in cases:
+        case.save(tmp_path / case.name)
+        deltas[case.name] = read_directory(tmp_path / case.name, backbone.spec)
+    assert [delta.head.base_head for delta in deltas.values() if delta.head is not None] == [True, False]
+    bench = Bench(backbone, deltas)
+    for case in cases:
+        for index, prompt in enumerate(prompts()):
+            bench.pool(f"{case.name}/{index}", prompt, case.task, case.name)
+    bench.run()
+    for case in cases:
+        wanted = case.reference(tmp_path / case.name, [list(prompt) for prompt in prompts()])
+        for index, reference in enumerate(wanted):
+            check(bench.pooled(f"{case.name}/{index}"), reference)
