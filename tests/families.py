@@ -137,7 +137,8 @@ CONFIGS: dict[Family | Encoder, PreTrainedConfig] = {
         cls_token_id=1,
         sep_token_id=2,
     ),
-    "albert": AlbertConfig(**{**_ENCODER, "num_hidden_layers": 4}, embedding_size=16, num_hidden_groups=2),
+    # the first two layers are one module, the third is another
+    "albert": AlbertConfig(**_ENCODER, embedding_size=16, num_hidden_groups=2),
     # v3: tokens and relative embeddings share their projections; more distances than buckets
     "deberta_v3": DebertaV2Config(
         **{**_ENCODER, "max_position_embeddings": 64}, **_DISENTANGLED, share_att_key=True, legacy=False

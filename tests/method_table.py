@@ -90,8 +90,8 @@ _SANDWICHED = Targets(("q_proj", "v_proj"), ("down_proj",), _FOUR_NORMS)
 
 _BERT = Targets(("query", "value"), ("output.dense",), ("attention.output.LayerNorm", "embeddings.LayerNorm"))
 
-_DEBERTA = Targets(  # both that project relative embeddings too, where they are shared
-    ("query_proj", "key_proj"),
+_DEBERTA = Targets(  # the query's projects relative embeddings too, where they are shared
+    ("query_proj", "value_proj"),
     ("output.dense",),
     ("attention.output.LayerNorm", "encoder.LayerNorm", "embeddings.LayerNorm"),
 )
