@@ -22,6 +22,8 @@ from serving.engine.merging import HotMerge
 from serving.engine.runner import Runner
 from serving.model import padded_rows, shared_rows
 from serving.model.backbone import Backbone, adopt_backbone
+from serving.model.context import ForwardContext
+from serving.model.kv_cache import RowSpan
 from serving.model.merge import merge, mergeable_modules
 from serving.model.packed import Forward
 from serving.model.padded import spread
@@ -137,6 +139,23 @@ def test_merged_projections_project_the_relative_embeddings_too(tmp_path: Path) 
     (rows,) = rows_for([Served("lora", "T2", lambda _dtype, _prompts: [], delta)], family="bert")
     run(runner, rows)
     assert worst(rows, references(case, rows)) <= 1
+
+
+def test_types_of_tokens_reach_padded_rows() -> None:
+    backbone, stock = backbone_of("deberta_v2"), tiny_body("deberta_v2")
+    rows, types = [[5, 9, 2, 40], [7, 8]], [[0, 0, 1, 1], [0, 1]]
+    spans = [RowSpan(0, 4, 0, 0), RowSpan(4, 6, 1, 0)]
+    plan = backbone.new_cache(2, 8).plan(spans)
+    context = ForwardContext([None] * len(backbone.spec.modules), plan, hidden_rows=torch.arange(6))
+    context.token_types = torch.tensor([*types[0], *types[1]])
+    assert backbone.takes_token_types
+    backbone.forward(torch.tensor([*rows[0], *rows[1]]), torch.tensor([0, 1, 2, 3, 0, 1]), context, None)
+    with torch.no_grad():
+        found = [
+            stock(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([kinds])).last_hidden_state[0]
+            for ids, kinds in zip(rows, types, strict=True)
+        ]
+    torch.testing.assert_close(context.hidden, torch.cat(found), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("fault", ["the base's table for all", "the first delta's for all"])
