@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from adapters.normal_form import Site
+from adapters.tasks import Pooling
 
 ModuleKind = Literal["linear", "conv1d", "norm", "embedding", "layer"]
 BackboneKind = Literal["decoder", "encoder"]
@@ -55,6 +56,33 @@ class ModuleSpec:
         return self.writes[0].site.name in HEAD_SITES
 
 
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """Rows that belong to no token and that all rows of a batch see: a table of relative embeddings.
+
+    `count` of them pass the modules that write `sites`, which may be modules that the tokens pass too.
+    """
+
+    count: int
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStyle:
+    """What the backbone's configuration says of the dense layer in its task models' heads, where models differ there.
+
+    `pooling`: what a head of whole inputs reads. `activation`: transformers' name of it. `norm_eps`: that of the norm
+    behind it, None without one. `is_own`: the backbone has such a layer, and task models start from it.
+    """
+
+    pooling: Pooling
+    activation: str
+    has_bias: bool = True
+    norm_eps: float | None = None
+    has_norm_bias: bool = False
+    is_own: bool = False
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """A backbone as deltas see it.
@@ -65,7 +93,7 @@ class BackboneSpec:
     `tied_embeddings`: the head's weight is the embedding. `sees_queries`: the engine runs the attention and sees its
     queries; `free_positions`: position ids are given to the forward, not counted by it. Both depend on the layout that
     serves the backbone. `kind`: a decoder sees what came before and generates; an encoder sees whole rows, at once.
-    `first_position`: the position id of a row's first token.
+    `first_position`: the position id of a row's first token. `num_layers`: those that a token passes.
     """
 
     name: str
@@ -85,6 +113,8 @@ class BackboneSpec:
     free_positions: bool = True
     kind: BackboneKind = "decoder"
     first_position: int = 0
+    shared: SharedRows | None = None
+    head_style: HeadStyle | None = None
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleSpec]:
@@ -133,4 +163,8 @@ class BackboneSpec:
             )
             for module in raw["modules"]
         )
+        if raw["shared"] is not None:
+            raw["shared"] = SharedRows(raw["shared"]["count"], tuple(raw["shared"]["sites"]))
+        if raw["head_style"] is not None:
+            raw["head_style"] = HeadStyle(**raw["head_style"])
         return cls(**raw)

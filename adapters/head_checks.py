@@ -135,6 +135,10 @@ def _check_meaning(
         type(head.pad_token_id) is int and head.pad_token_id >= 0 and head.pooling == "last_not_pad"
     ):
         checker.add("pad_token_id: expected a token id, and one only beside the pooling last_not_pad.")
+    if type(head.base_head) is not bool or (head.base_head and task not in (*LABELLED, *PER_TOKEN)):
+        checker.add("base_head: expected true or false, and true for task heads only.")
+    elif head.base_head and not (checker.spec.head_style is not None and checker.spec.head_style.is_own):
+        checker.add("base_head: the backbone has no dense layer that task heads start from.")
     if head.cloze is not None:
         _check_cloze(task, head, head.cloze, checker)
     elif task is not Task.EMBEDDING and not stages:

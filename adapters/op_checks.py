@@ -86,6 +86,8 @@ class OpChecker:
         self.scaling(op.scaling)
         if op.positions is not None:
             self.positions(op.positions)
+            if self.spec.shared is not None and op.write.name in self.spec.shared.sites:
+                self.add("positions: relative embeddings pass here too, and have no place in the row.")
 
     def positions(self, positions: Positions) -> None:
         """Check on which tokens an op acts."""
@@ -150,6 +152,8 @@ class OpChecker:
                 f"merge: {self.spec.model_type} computes attention in code of its own, which gives no queries for a "
                 "softmax of the prompt's own."
             )
+        if op.merge == "joint" and self.spec.kind == "encoder" and not self.spec.sees_queries:
+            self.add(f"{self.spec.model_type} computes attention in code of its own, which takes no prefix.")
         if op.merge == "separate" and not length:
             self.add("key: expected at least one row.")
         if op.projected is False:

@@ -1,7 +1,7 @@
 """Site maps: which module of an architecture reads and writes which site. A new architecture is a row here.
 
-`*` in a path is the layer index; the token embedding comes first. A module with several writes is fused: its output
-columns are, in this order, q, k, v (sizes from the head counts) or equal parts.
+`*` in a path is the layer's name, its index in most architectures; the token embedding comes first. A module with
+several writes is fused: its output columns are, in this order, q, k, v (sizes from the head counts) or equal parts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from adapters.backbone_spec import BackboneKind, BackboneSpec, ModuleShape, Modu
 from adapters.errors import BackboneRefused
 from adapters.normal_form import Site
 from adapters.site_maps_early import EARLY_MAPS, EARLY_REQUIRED, falcon_kv_heads
-from adapters.site_maps_encoders import ENCODER_MAPS, ENCODER_REQUIRED, first_position
+from adapters.site_maps_encoders import (
+    ENCODER_MAPS,
+    ENCODER_REQUIRED,
+    first_position,
+    head_style,
+    layer_names,
+    shared_rows,
+)
 from adapters.site_rows import Config, Required, Row, SiteMap
 
 # Rows that many architectures share.
@@ -151,6 +158,11 @@ ONCE = frozenset(
         "embed.sum",
         "embed.post",
         "embed.wide",
+        "embed.narrow",
+        "rel",
+        "rel.post",
+        "conv.sum",
+        "conv.post",
         "final.pre",
         "final",
         "logits",
@@ -189,11 +201,12 @@ def build_spec(
     num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
     num_kv_heads = KV_HEADS.get(model_type, _kv_heads)(config)
+    layers = layer_names(config)
     modules: list[ModuleSpec] = []
     kind: BackboneKind = "encoder" if model_type in ENCODER_MAPS else "decoder"
     for row in rows if isinstance(rows, tuple) else rows(config):
-        for layer in range(num_layers) if "*" in row.path else (-1,):
-            path = row.path.replace("*", str(layer))
+        for layer in range(len(layers)) if "*" in row.path else (-1,):
+            path = row.path.replace("*", layers[layer])
             shape = shape_of(path)
             if shape is None and row.optional:
                 continue
@@ -230,9 +243,12 @@ def build_spec(
         head_dim=head_dim,
         max_positions=_max_positions(config) - first_position(config),
         modules=tuple(modules),
-        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        tied_embeddings=bool(config.get("tie_word_embeddings"))
+        and any(module.writes[0].site.name == "logits" for module in modules),
         kind=kind,
         first_position=first_position(config),
+        shared=shared_rows(config),
+        head_style=head_style(config, is_own=shape_of("head.dense") is not None),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from adapters.backbone_spec import HeadStyle, SharedRows
 from adapters.site_rows import Config, Required, Row, SiteMap
 
 
@@ -42,6 +43,8 @@ def _bert(body: str, head: tuple[Row, ...], *, pooler: bool = True) -> tuple[Row
     )
 
 
+_DEBERTA = "deberta.encoder.layer.*"
+_ALBERT = "albert.encoder.albert_layer_groups.*"
 _ROBERTA = _bert("roberta", _masked_head("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"))
 
 ENCODER_MAPS: Mapping[str, SiteMap] = {
@@ -88,14 +91,102 @@ ENCODER_MAPS: Mapping[str, SiteMap] = {
         Row("model.final_norm", "final.pre", ("final",)),
         *_masked_head("head.dense", "head.norm", "decoder"),
     ),
+    # Layers of a group share one module, and a delta on it acts each time that a token passes it.
+    "albert": (
+        Row("albert.embeddings.word_embeddings", None, ("embed",)),
+        Row("albert.embeddings.LayerNorm", "embed.sum", ("embed.post",)),
+        Row("albert.encoder.embedding_hidden_mapping_in", "embed.post", ("embed.wide",)),
+        Row(_ALBERT, "attn.r", ("layer.out",)),
+        Row(f"{_ALBERT}.attention.query", "attn.r", ("q.out",)),
+        Row(f"{_ALBERT}.attention.key", "attn.r", ("k.out",)),
+        Row(f"{_ALBERT}.attention.value", "attn.r", ("v.out",)),
+        Row(f"{_ALBERT}.attention.dense", "ctx", ("o.out",)),
+        Row(f"{_ALBERT}.attention.LayerNorm", "attn.sum", ("attn.post",)),
+        Row(f"{_ALBERT}.ffn", "ffn.r", ("up.out",)),
+        Row(f"{_ALBERT}.ffn_output", "ffn.a", ("down.out",)),
+        Row(f"{_ALBERT}.full_layer_layer_norm", "ffn.sum", ("ffn.post",)),
+        Row("albert.pooler", "pooled.x", ("pooled",), optional=True),
+        *_masked_head("predictions.dense", "predictions.LayerNorm", "predictions.decoder"),
+    ),
+    # `rel` are the relative embeddings that all rows share; queries and keys of them are made by modules of their own,
+    # or with `share_att_key` by those of the tokens (`BackboneSpec.shared`).
+    "deberta-v2": (
+        Row("deberta.embeddings.word_embeddings", None, ("embed",)),
+        Row("deberta.embeddings.embed_proj", "embed.narrow", ("embed.sum",), optional=True),
+        Row("deberta.embeddings.LayerNorm", "embed.sum", ("embed.post",)),
+        Row("deberta.encoder.LayerNorm", "rel", ("rel.post",), optional=True),
+        Row(_DEBERTA, "attn.r", ("layer.out",)),
+        Row(f"{_DEBERTA}.attention.self.query_proj", "attn.r", ("q.out",)),
+        Row(f"{_DEBERTA}.attention.self.key_proj", "attn.r", ("k.out",)),
+        Row(f"{_DEBERTA}.attention.self.value_proj", "attn.r", ("v.out",)),
+        Row(f"{_DEBERTA}.attention.self.pos_key_proj", "rel.x", ("rel.k.out",), optional=True),
+        Row(f"{_DEBERTA}.attention.self.pos_query_proj", "rel.x", ("rel.q.out",), optional=True),
+        Row(f"{_DEBERTA}.attention.output.dense", "ctx", ("o.out",)),
+        Row(f"{_DEBERTA}.attention.output.LayerNorm", "attn.sum", ("attn.post",)),
+        Row(f"{_DEBERTA}.intermediate.dense", "ffn.r", ("up.out",)),
+        Row(f"{_DEBERTA}.output.dense", "ffn.a", ("down.out",)),
+        Row(f"{_DEBERTA}.output.LayerNorm", "ffn.sum", ("ffn.post",)),
+        # xlarge has a convolution beside its first layer; the convolution itself is no site
+        Row("deberta.encoder.conv.LayerNorm", "conv.sum", ("conv.post",), optional=True),
+        *_masked_head(
+            "cls.predictions.transform.dense",
+            "cls.predictions.transform.LayerNorm",
+            "cls.predictions.decoder",
+        ),
+    ),
 }
 
 ENCODER_REQUIRED: Mapping[str, Mapping[str, Required]] = {
     name: {"is_decoder": Required(False, "it is served as an encoder")}
     for name in ("bert", "roberta", "xlm-roberta", "electra")
-}
+} | {"albert": {"inner_group_num": Required(1, "each layer is then one module of its group")}}
+
+
+def layer_names(config: Config) -> list[str]:
+    """What stands for `*` in the paths of each layer that has modules of its own: ALBERT's groups share theirs."""
+    if config["model_type"] == "albert":
+        return [f"{group}.albert_layers.0" for group in range(config["num_hidden_groups"])]
+    return [str(layer) for layer in range(config["num_hidden_layers"])]
 
 
 def first_position(config: Config) -> int:
     """The position id of a row's first token: RoBERTa counts from behind its padding index."""
     return config["pad_token_id"] + 1 if config["model_type"] in ("roberta", "xlm-roberta") else 0
+
+
+def shared_rows(config: Config) -> SharedRows | None:
+    """DeBERTa's relative embeddings: as many on each side as there are buckets, else distances.
+
+    Source: transformers 5 `DebertaV2Encoder`, `DisentangledSelfAttention`, which read the same keys.
+    """
+    if config["model_type"] != "deberta-v2" or not config.get("relative_attention"):
+        return None
+    distances = config.get("max_relative_positions", -1)
+    buckets = config.get("position_buckets", -1)
+    if distances < 1:
+        distances = config["max_position_embeddings"]
+    own = ("rel.post", "rel.k.out", "rel.q.out")
+    return SharedRows(
+        2 * (buckets if buckets > 0 else distances),
+        (*own, "q.out", "k.out") if config.get("share_att_key") else own,
+    )
+
+
+def head_style(config: Config, *, is_own: bool) -> HeadStyle | None:
+    """The dense layer of task heads, None where all models of the architecture have the same. `is_own`: see there.
+
+    Source: transformers 5 `ContextPooler` of DeBERTa-v2, `ModernBertPredictionHead`.
+    """
+    match config["model_type"]:
+        case "deberta-v2":
+            return HeadStyle("cls", config["pooler_hidden_act"])
+        case "modernbert":
+            return HeadStyle(
+                config["classifier_pooling"],
+                config["classifier_activation"],
+                has_bias=config["classifier_bias"],
+                norm_eps=config["norm_eps"],
+                has_norm_bias=config["norm_bias"],
+                is_own=is_own,
+            )
+    return None

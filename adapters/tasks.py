@@ -46,7 +46,8 @@ class HeadSpec:
     itself. `pooler`: the backbone's own pooler, over the first. `labels`: names of the scores, in their order.
     `mask`: those at the masks of `cloze`, whose logits the backbone's own masked language model head makes.
     `normalize`: the result is divided by its Euclidean norm. `pad_token_id`: what `last_not_pad` takes for a pad;
-    without one, what the backbone's configuration says.
+    without one, what the backbone's configuration says. `base_head`: the backbone's own dense layer stands before the
+    stages (ModernBERT's task models start from that of the masked language model).
     Source: the task classes of transformers; PEFT's `PeftModelFor*`.
     """
 
@@ -56,6 +57,7 @@ class HeadSpec:
     normalize: bool = False
     pad_token_id: int | None = None
     cloze: Cloze | None = None
+    base_head: bool = False
 
 
 MEAN_EMBEDDING = HeadSpec(pooling="mean", normalize=True)

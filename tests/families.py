@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from transformers import (
+    AlbertConfig,
     BertConfig,
     BloomConfig,
     CodeGenConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
     FalconConfig,
@@ -62,7 +64,17 @@ Family = Literal[
 ]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-Encoder = Literal["bert", "roberta", "electra", "distilbert", "modernbert"]
+Encoder = Literal[
+    "bert",
+    "roberta",
+    "electra",
+    "distilbert",
+    "modernbert",
+    "albert",
+    "deberta_v3",
+    "deberta_v2",
+    "deberta_xlarge",
+]
 ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
 
 PADDED: frozenset[Family] = frozenset({"bloom", "falcon", "falcon_mq", "gptj", "gpt_neo", "codegen", "mpt"})
@@ -100,6 +112,14 @@ _ENCODER: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 
+_DISENTANGLED: dict[str, Any] = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 6,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
+
 CONFIGS: dict[Family | Encoder, PreTrainedConfig] = {
     "bert": BertConfig(**_ENCODER),
     "roberta": RobertaConfig(**_ENCODER, pad_token_id=1),
@@ -116,6 +136,29 @@ CONFIGS: dict[Family | Encoder, PreTrainedConfig] = {
         eos_token_id=2,
         cls_token_id=1,
         sep_token_id=2,
+    ),
+    # the first two layers are one module, the third is another
+    "albert": AlbertConfig(**_ENCODER, embedding_size=16, num_hidden_groups=2),
+    # v3: tokens and relative embeddings share their projections; more distances than buckets
+    "deberta_v3": DebertaV2Config(
+        **{**_ENCODER, "max_position_embeddings": 64}, **_DISENTANGLED, share_att_key=True, legacy=False
+    ),
+    # relative embeddings with projections of their own, absolute positions and token types beside them
+    "deberta_v2": DebertaV2Config(
+        **_ENCODER,
+        relative_attention=True,
+        pos_att_type="c2p|p2c",
+        max_relative_positions=24,
+        type_vocab_size=2,
+    ),
+    # a convolution beside the first layer, narrow embeddings
+    "deberta_xlarge": DebertaV2Config(
+        **_ENCODER,
+        **_DISENTANGLED,
+        share_att_key=True,
+        conv_kernel_size=3,
+        conv_act="gelu",
+        embedding_size=16,
     ),
     "llama": LlamaConfig(**{**_GATED, "pad_token_id": None}),
     "gpt2": GPT2Config(**_GPT),

@@ -7,7 +7,7 @@ whatever modules the family has. A new method is a row in `METHODS`, a new famil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,6 +90,12 @@ _SANDWICHED = Targets(("q_proj", "v_proj"), ("down_proj",), _FOUR_NORMS)
 
 _BERT = Targets(("query", "value"), ("output.dense",), ("attention.output.LayerNorm", "embeddings.LayerNorm"))
 
+_DEBERTA = Targets(  # the query's projects relative embeddings too, where they are shared
+    ("query_proj", "value_proj"),
+    ("output.dense",),
+    ("attention.output.LayerNorm", "encoder.LayerNorm", "embeddings.LayerNorm"),
+)
+
 TARGETS: Mapping[Family | Encoder, Targets] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -101,6 +107,15 @@ TARGETS: Mapping[Family | Encoder, Targets] = {
         {"token_dim": 32, "num_layers": 3, "num_attention_heads": 4},
     ),
     "modernbert": Targets(("Wqkv",), ("mlp.Wo",), ("mlp_norm", "final_norm")),
+    "albert": Targets(
+        ("query", "value"),
+        ("ffn_output",),
+        ("attention.LayerNorm", "full_layer_layer_norm", "embeddings.LayerNorm"),
+        {"token_dim": 16},
+    ),
+    "deberta_v3": _DEBERTA,
+    "deberta_v2": _DEBERTA,
+    "deberta_xlarge": replace(_DEBERTA, prompt={"token_dim": 16}),
     "llama": _GATED,
     "gpt2": Targets(("c_attn",), ("mlp.c_proj",), ("ln_1", "ln_2", "ln_f")),  # fused, and Conv1D
     "qwen2": _GATED,

@@ -44,6 +44,9 @@ REFUSED: Mapping[str, str] = {
     "has none on decoders. Train prompt tuning with PEFT",
 }
 
+UNPROVEN = frozenset({"albert", "deberta-v2"})
+"""Architectures of which no adapter of the library has been compared with it."""
+
 
 def read_adapterhub(
     upload: Upload, spec: BackboneSpec, backbone_digest: str | None, problems: Problems
@@ -65,6 +68,13 @@ def read_adapterhub(
             problems.add(
                 f"adapter_config.json: {key}: the backbone's is {size}; another model was trained.", param=key
             )
+    if spec.model_type in UNPROVEN:
+        problems.add(
+            f"adapter_config.json: model_type: AdapterHub's adapters of {spec.model_type} are not served. Train with "
+            "PEFT.",
+            param="model_type",
+        )
+        return None
     nested = raw.get("config")
     if not isinstance(nested, dict):  # TOP_LEVEL refused it
         return None

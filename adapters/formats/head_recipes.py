@@ -1,5 +1,7 @@
 """Where PEFT's task models keep their heads, and what these read: data by task type and architecture.
 
+Where the backbone's configuration decides it (`HeadStyle`), the data is a function of that.
+
 Source: the `...ForSequenceClassification`, `...ForTokenClassification` and `...ForQuestionAnswering` classes of
 transformers 5, whose dropout does nothing when served; the `PeftModelFor*` classes of PEFT 0.21.2, which save the head.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adapters.backbone_spec import BackboneSpec
 from adapters.normal_form import Activation
 from adapters.tasks import Pooling, Task
 
@@ -28,14 +31,41 @@ SAVED_BY_DEFAULT: Mapping[Task, tuple[str, ...]] = {
 }
 """What PEFT adds to `modules_to_save`, whether the model has it or not."""
 
+ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+    "linear": "identity",
+}
+"""transformers' names of activations that are known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A linear module of the head and what follows it."""
+    """A linear module of the head and what follows it.
+
+    `norm`: the path of a norm behind it. `may_be_base`: without tensors in the adapter it is the backbone's own.
+    """
 
     path: str
     activation: Activation | None = None
     has_bias: bool = True
+    norm: str | None = None
+    norm_eps: float | None = None
+    has_norm_bias: bool = False
+    may_be_base: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its tensors, as they are called in the task's model."""
+        linear = (f"{self.path}.weight", *([f"{self.path}.bias"] if self.has_bias else []))
+        if self.norm is None:
+            return linear
+        return (*linear, f"{self.norm}.weight", *([f"{self.norm}.bias"] if self.has_norm_bias else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +126,7 @@ RECIPES: Mapping[str, Mapping[Task, Recipe]] = {
     "gptj": {Task.SEQUENCE_CLASSIFICATION: _SCORE, Task.QUESTION_ANSWERING: _SPANS},
     "bert": _POOLER,
     "albert": _POOLER,
+    "deberta-v2": {Task.TOKEN_CLASSIFICATION: _TAGS, Task.QUESTION_ANSWERING: _SPANS},
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "electra": {
@@ -109,3 +140,25 @@ RECIPES: Mapping[str, Mapping[Task, Recipe]] = {
         Task.SEQUENCE_CLASSIFICATION: Recipe((Stage("pre_classifier", "relu"), Stage("classifier")), "cls"),
     },
 }
+
+
+def recipe_of(spec: BackboneSpec, task: Task) -> Recipe | None:
+    """Where the head of `task` is in models of `spec`, None where there is none that could be read."""
+    style = spec.head_style
+    if style is None or style.activation not in ACTIVATIONS:
+        return RECIPES.get(spec.model_type, {}).get(task)
+    pooling: Pooling = style.pooling if task is Task.SEQUENCE_CLASSIFICATION else "tokens"
+    if spec.model_type == "deberta-v2" and task is Task.SEQUENCE_CLASSIFICATION:
+        return Recipe((Stage("pooler.dense", ACTIVATIONS[style.activation]), Stage("classifier")), pooling)
+    if spec.model_type == "modernbert" and task in SAVED_BY_DEFAULT:
+        dense = Stage(
+            "head.dense",
+            ACTIVATIONS[style.activation],
+            has_bias=style.has_bias,
+            norm="head.norm",
+            norm_eps=style.norm_eps,
+            has_norm_bias=style.has_norm_bias,
+            may_be_base=style.is_own,
+        )
+        return Recipe((dense, Stage("classifier")), pooling)
+    return RECIPES.get(spec.model_type, {}).get(task)

@@ -116,7 +116,7 @@ def read_peft(
     task = task_of(config, upload.task, spec, problems)
     split = split_head(config, under_body(upload.tensors, spec), task, spec, problems)
     ops = reader(split.config, split.tensors, spec, problems) + split.stages
-    head = pooled_as_trained(split.spec, ops, spec)
+    head = pooled_as_trained(split.spec, ops, spec, problems)
     delta = Delta(
         method=method,
         ops=ops,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
-from adapters.formats.head_recipes import RECIPES, SAVED_BY_DEFAULT, TASKS, Recipe
+from adapters.formats.head_recipes import SAVED_BY_DEFAULT, TASKS, Recipe, Stage, recipe_of
 from adapters.formats.peft_keys import PREFIX, SHARED_PREFIX, Placed, check_shape
 from adapters.formats.problems import Problems, quoted
 from adapters.normal_form import SCORES, Head, Op, VirtualTokens
@@ -60,7 +60,7 @@ def split_head(
         return Split(task, (), None, config, tensors)
     if task is Task.EMBEDDING:
         return Split(task, (), MEAN_EMBEDDING, config, tensors)
-    recipe = RECIPES.get(backbone.model_type, {}).get(task)
+    recipe = recipe_of(backbone, task)
     if recipe is None:
         problems.add(
             f"adapter_config.json: task_type: transformers has no {task.value} model of {backbone.model_type} whose "
@@ -68,7 +68,8 @@ def split_head(
             param="task_type",
         )
         return Split(task, (), None, config, tensors)
-    stages, rest = _take_stages(recipe, tensors, backbone, problems)
+    told = _own_left_out(recipe, tensors)
+    stages, rest = _take_stages(told, tensors, backbone, problems)
     config = {**config, "modules_to_save": _without_head(config.get("modules_to_save"), recipe, task)}
     spec = None
     if not stages:  # refused already: whatever else is wrong is not the head's
@@ -78,12 +79,17 @@ def split_head(
         assert last is not None
         labels = _default_labels(task, len(last))
         spec = HeadSpec(
-            pooling=recipe.pooling, labels=labels, problem_type=_default_problem(task, len(labels))
+            pooling=recipe.pooling,
+            labels=labels,
+            problem_type=_default_problem(task, len(labels)),
+            base_head=told != recipe,
         )
     return Split(task, stages, spec, config, _renamed(rest, recipe.body, backbone))
 
 
-def pooled_as_trained(spec: HeadSpec | None, ops: tuple[Op, ...], backbone: BackboneSpec) -> HeadSpec | None:
+def pooled_as_trained(
+    spec: HeadSpec | None, ops: tuple[Op, ...], backbone: BackboneSpec, problems: Problems
+) -> HeadSpec | None:
     """`spec` where the head was trained over a prompt.
 
     PEFT then hands over embeddings, which show no pads; on an encoder the first of them is a virtual token.
@@ -94,6 +100,8 @@ def pooled_as_trained(spec: HeadSpec | None, ops: tuple[Op, ...], backbone: Back
         return replace(spec, pooling="last")
     if backbone.kind == "encoder" and spec.pooling == "cls":
         return replace(spec, pooling="first")
+    if backbone.kind == "encoder" and spec.pooling == "mean" and spec.problem_type is not None:
+        problems.add("the head was trained over a mean that counts virtual tokens, which is not served.")
     return spec
 
 
@@ -105,30 +113,53 @@ def _take_stages(
     width = backbone.hidden_size
     for stage in recipe.stages:
         found: dict[str, Placed] = {}
-        for name in ("weight", "bias") if stage.has_bias else ("weight",):
-            keys = [f"{prefix}{stage.path}.{name}" for prefix in (PREFIX, SHARED_PREFIX)]
+        for name in stage.names:
+            keys = [f"{prefix}{name}" for prefix in (PREFIX, SHARED_PREFIX)]
             present = [key for key in keys if key in rest]
             if present:
                 found[name] = Placed(present[0], rest.pop(present[0]))
             else:
                 problems.add(
-                    f"A site without a tensor: the head has no {quoted(f'{stage.path}.{name}')}; PEFT saves the head "
-                    "where modules_to_save names it.",
+                    f"A site without a tensor: the head has no {quoted(name)}; PEFT saves the head where "
+                    "modules_to_save names it.",
                     param="modules_to_save",
                 )
-        if "weight" not in found:
+        weight = found.get(f"{stage.path}.weight")
+        if weight is None:
             continue
-        out = found["weight"].tensor.shape[0] if found["weight"].tensor.dim() else 0
-        shapes = {"weight": (out, width), "bias": (out,)}
-        checked = [check_shape(placed, shapes[name], problems) for name, placed in found.items()]
+        out = weight.tensor.shape[0] if weight.tensor.dim() else 0
+        checked = [
+            check_shape(placed, (out, width) if placed is weight else (out,), problems)
+            for placed in found.values()
+        ]
         if all(checked):
-            bias = found["bias"].tensor if "bias" in found else None
-            stages.append(
-                Head(site=SCORES, weight=found["weight"].tensor, bias=bias, activation=stage.activation)
-            )
+            stages.append(_head(stage, found))
         width = out
     whole = len(stages) == len(recipe.stages)
     return tuple(stages) if whole else (), rest
+
+
+def _head(stage: Stage, found: Mapping[str, Placed]) -> Head:
+    tensors = {name: placed.tensor for name, placed in found.items()}
+    return Head(
+        site=SCORES,
+        weight=tensors[f"{stage.path}.weight"],
+        bias=tensors.get(f"{stage.path}.bias"),
+        activation=stage.activation,
+        norm_weight=tensors.get(f"{stage.norm}.weight"),
+        norm_bias=tensors.get(f"{stage.norm}.bias"),
+        norm_eps=stage.norm_eps if f"{stage.norm}.weight" in tensors else None,
+    )
+
+
+def _own_left_out(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Recipe:
+    """`recipe` without the stages that the adapter leaves to the backbone."""
+
+    def is_saved(stage: Stage) -> bool:
+        return any(f"{prefix}{name}" in tensors for prefix in (PREFIX, SHARED_PREFIX) for name in stage.names)
+
+    kept = tuple(stage for stage in recipe.stages if not stage.may_be_base or is_saved(stage))
+    return replace(recipe, stages=kept)
 
 
 def _without_head(names: object, recipe: Recipe, task: Task) -> object:

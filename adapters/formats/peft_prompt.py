@@ -24,9 +24,9 @@ from adapters.formats.peft_modules import fits
 from adapters.formats.peft_saved import take_saved
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import Rule, check_config
-from adapters.normal_form import AttnPrefix, Op, Rows, VirtualTokens
+from adapters.normal_form import AttnPrefix, Op, Rows, Site, VirtualTokens
 
-IGNORES_PREFIX = frozenset({"distilbert", "modernbert"})
+IGNORES_PREFIX = frozenset({"distilbert", "modernbert", "albert", "deberta-v2"})
 """Encoders whose forward takes no past keys and values: under PEFT a prefix changes nothing there."""
 
 TASK_COLUMNS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"
@@ -77,7 +77,7 @@ def _read_prompt(
     """The virtual tokens; what does not fit is added to `problems`."""
     config = _prompt_config(raw, rules, spec, problems)
     saved, tensors = _take_saved_beside_tokens(config, tensors, spec, problems)
-    stored = _embeddings(tensors, config["num_virtual_tokens"], spec.hidden_size, problems)
+    stored = _embeddings(tensors, config["num_virtual_tokens"], spec.site_width[Site("embed")], problems)
     return () if stored is None else (*saved, VirtualTokens(embeddings=stored))
 
 
@@ -94,6 +94,7 @@ def read_multitask_prompt_tuning(
     """The virtual tokens of the only task; what does not fit is added to `problems`."""
     config = _prompt_config(raw, MULTITASK_PROMPT_TUNING, spec, problems)
     saved, tensors = _take_saved_beside_tokens(config, tensors, spec, problems)
+    width = spec.site_width[Site("embed")]
     ranks, length = config["num_ranks"], config["num_virtual_tokens"]
     task = {name: Placed(name, tensors[name]) for name in (TASK_COLUMNS, TASK_ROWS) if name in tensors}
     for name in (TASK_COLUMNS, TASK_ROWS):
@@ -102,12 +103,12 @@ def read_multitask_prompt_tuning(
     stored = _embeddings(
         {key: tensor for key, tensor in tensors.items() if key not in task},
         length,
-        spec.hidden_size,
+        width,
         problems,
     )
     if None in (ranks, length, config["num_tasks"]) or len(task) < 2:  # refused already
         return ()
-    shapes = {TASK_COLUMNS: (1, length, ranks), TASK_ROWS: (1, ranks, spec.hidden_size)}
+    shapes = {TASK_COLUMNS: (1, length, ranks), TASK_ROWS: (1, ranks, width)}
     if not fits(task, shapes, problems) or stored is None:
         return ()
     columns, rows = (task[name].tensor[0].float() for name in shapes)
@@ -135,7 +136,11 @@ def _prompt_config(
     # PEFT does not use num_layers and num_attention_heads here, but they tell that another backbone was meant
     _check_sizes(
         config,
-        {"num_layers": spec.num_layers, "num_attention_heads": spec.num_heads, "token_dim": spec.hidden_size},
+        {
+            "num_layers": spec.num_layers,
+            "num_attention_heads": spec.num_heads,
+            "token_dim": spec.site_width[Site("embed")],
+        },
         problems,
     )
     return config

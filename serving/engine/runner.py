@@ -6,6 +6,7 @@ kept: a decode step with the same rows pays nothing for them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +19,9 @@ from serving.engine.sequence import ScheduledRow, Sequence
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
 from serving.model.kv_cache import RowSpan
+from serving.model.packed import Forward
 from serving.model.programs import NOTHING_MERGED, DeltaSegment, PlacedDelta, Program, compile_programs
+from serving.model.shared_rows import shared_groups
 
 NONE_POOLED = range(0)
 
@@ -57,6 +60,11 @@ class Batch:
     token_types: list[int]
 
     @property
+    def deltas(self) -> list[PlacedDelta | None]:
+        """Those of the rows."""
+        return [row.seq.delta if isinstance(row.seq.delta, PlacedDelta) else None for row in self.rows]
+
+    @property
     def sole_delta(self) -> PlacedDelta | None:
         """The delta that all tokens of the step belong to, if there is one."""
         if len(self.token_segments) != 1:
@@ -86,7 +94,12 @@ class Runner:
     def _forward(self, rows: Seq[ScheduledRow]) -> list[RowOutput]:
         batch = build_batch(rows)
         device = self.backbone.device
-        context = ForwardContext(self._compile(batch), self.cache.plan(batch.spans), inserted=batch.inserted)
+        merged = NOTHING_MERGED if self.merging is None else self.merging.weights_for(batch.sole_delta)
+        context = ForwardContext(
+            self._compile(batch, merged), self.cache.plan(batch.spans), inserted=batch.inserted
+        )
+        if self.backbone.spec.shared is not None:
+            context.shared = shared_groups(batch.deltas, self.backbone, merged)
         if batch.hidden_rows:
             context.hidden_rows = torch.tensor(batch.hidden_rows, device=device)
         if any(batch.token_types):
@@ -133,8 +146,7 @@ class Runner:
             for index, part in zip(chosen, torch.split(made, [len(s) for s in states]), strict=True):
                 found[index] = part
 
-    def _compile(self, batch: Batch) -> list[Program | None]:
-        merged = NOTHING_MERGED if self.merging is None else self.merging.weights_for(batch.sole_delta)
+    def _compile(self, batch: Batch, merged: Mapping[int, Forward]) -> list[Program | None]:
         key = (tuple(batch.token_segments), tuple(batch.logit_segments), id(merged))
         if key != self._programs_key:
             self._programs = compile_programs(

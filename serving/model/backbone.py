@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from adapters.activations import FUNCTIONS
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.errors import BackboneRefused
+from adapters.formats.head_recipes import ACTIVATIONS
 from adapters.site_maps import COMMON_NAMES, build_spec
 from adapters.site_maps_encoders import ENCODER_MAPS
 from serving.kernels.ops import Kernels
@@ -29,9 +32,10 @@ from serving.kernels.select import Choice, select_kernels
 from serving.model.context import ForwardContext
 from serving.model.encoder import BareEncoder, RowStore, install_replay, load_encoder, masked_logits, pooled
 from serving.model.encoder_parity import prove_encoder, stock_rows
+from serving.model.heads import PlacedStage
 from serving.model.kv_cache import KVShape, SlotKVCache
 from serving.model.layout import Flattened, Layout, takes
-from serving.model.packed import pack_linears
+from serving.model.packed import pack_linears, plain_weight
 from serving.model.parity import choose_layout, stock_probe
 from serving.model.sites import install_sites
 
@@ -63,6 +67,29 @@ class Backbone:
             i for i, m in enumerate(self.spec.modules) if m.in_head or m.writes[0].site.name == "logits"
         )
 
+    @cached_property
+    def own_head(self) -> PlacedStage:
+        """The dense layer that task heads start from, in fp32: one copy for all deltas. Only ModernBERT has one."""
+        style, head = self.spec.head_style, self.model.get_submodule("head")
+        assert style is not None
+        assert style.is_own
+        dense, norm = head.get_submodule("dense"), head.get_submodule("norm")
+        bias, norm_bias = dense.bias, norm.bias
+        return PlacedStage(
+            plain_weight(dense).float(),
+            bias.float() if isinstance(bias, Tensor) else None,
+            FUNCTIONS[ACTIVATIONS[style.activation]],
+            norm.get_parameter("weight").float(),
+            norm_bias.float() if isinstance(norm_bias, Tensor) else None,
+            style.norm_eps or 0.0,
+        )
+
+    @property
+    def shared_modules(self) -> frozenset[int]:
+        """Indices of the modules that rows shared by the batch pass (`BackboneSpec.shared`)."""
+        sites = () if self.spec.shared is None else self.spec.shared.sites
+        return frozenset(i for i, m in enumerate(self.spec.modules) if m.writes[0].site.name in sites)
+
     def new_cache(self, num_slots: int, max_len: int) -> SlotKVCache | RowStore:
         """A KV cache that fits this backbone; what an encoder has instead."""
         spec = self.spec
@@ -89,7 +116,8 @@ class Backbone:
         if self.spec.first_position:
             positions = positions + self.spec.first_position
         logits = self.layout.forward(self.model, tokens, positions, context, logits_rows).float()
-        if (count := len(context.attention.attended)) != self.spec.num_layers:
+        count = len(context.attention.attended)
+        if self.layout.attends_by_plan and count != self.spec.num_layers:
             raise BackboneRefused(
                 f"{count} of {self.spec.num_layers} layers attended through the KV cache.",
                 param="backbone",

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from adapters.normal_form import Site
@@ -59,6 +60,19 @@ class AttentionPlan(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
+class SharedGroup:
+    """What rows [first, stop) of the batch see of the rows that all share (`BackboneSpec.shared`).
+
+    Their deltas run there through `programs`; `table` [n, d] is filled with the shared rows that come of it.
+    """
+
+    first: int
+    stop: int
+    programs: Sequence[Program | None]
+    table: Tensor | None = None
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """One batch's view. `programs[i]` is what module i does beside its base forward, None for nothing.
@@ -68,7 +82,8 @@ class ForwardContext:
     says which of the rows that modules see are tokens, None where all are. `hidden_rows` [R] are the tokens whose
     final hidden states are wanted, which are then in `hidden` [R, d] fp32. Encoders only: `token_types` [T] where a
     row has two parts, `inserted` the virtual tokens [l, d] that stand at a token index, `replayed` [R, d] the states
-    that the model's head runs on alone.
+    that the model's head runs on alone, `shared` the rows of the batch by what they see of shared rows, empty where all
+    see the base model's.
     """
 
     programs: Sequence[Program | None]
@@ -82,6 +97,7 @@ class ForwardContext:
     token_types: Tensor | None = None
     inserted: Sequence[tuple[int, Tensor]] = ()
     replayed: Tensor | None = None
+    shared: Sequence[SharedGroup] = ()
 
     def keep_hidden(self, states: Tensor) -> None:
         """Take the wanted rows of the final hidden states [..., d], which the model hands over."""
@@ -93,9 +109,13 @@ class ForwardContext:
         self.hidden = tokens[self.hidden_rows].float()
 
     def insert(self, embedded: Tensor) -> None:
-        """Put the virtual tokens into the embedded batch [1, T, d], in place."""
+        """Put the virtual tokens into the embedded batch [1, T, d], or padded [B, Q, d], in place."""
+        tokens = embedded.view(-1, embedded.shape[-1])
         for start, rows in self.inserted:
-            embedded[0, start : start + len(rows)] = rows.to(embedded.dtype)
+            places = torch.arange(start, start + len(rows), device=embedded.device)
+            if self.padding is not None:
+                places = self.padding.tokens[places]
+            tokens[places] = rows.to(embedded.dtype)
 
 
 class _Active(threading.local):
@@ -119,3 +139,13 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.context = None
+
+
+@contextmanager
+def inner_context(context: ForwardContext | None) -> Iterator[None]:
+    """`context` in the place of the active one, for modules that run on other rows than the batch's tokens."""
+    outer, _ACTIVE.context = _ACTIVE.context, context
+    try:
+        yield
+    finally:
+        _ACTIVE.context = outer

@@ -1,5 +1,7 @@
 """Encoders: rows run whole, flattened to [1, T], and attend in both directions; nothing is kept between steps.
 
+Those whose own code attends run side by side instead (`padded_rows.py`).
+
 The body of the transformers model runs alone; its pooler and its masked language model head then run on the rows of the
 final hidden states that are asked for, as many as there are requests or masks instead of one per token.
 Legend: T tokens of the batch, R wanted rows, H query heads, K kv heads, D head width, d hidden width.
@@ -181,6 +183,7 @@ class WholeRows:
     name = "whole rows"
     sees_queries = True
     free_positions = True
+    attends_by_plan = True
 
     def __init__(self) -> None:
         self._takes_types = False
@@ -239,7 +242,11 @@ def masked_logits(model: PreTrainedModel, states: Tensor, context: ForwardContex
 
 def pooled(model: PreTrainedModel | BareEncoder, states: Tensor, context: ForwardContext) -> Tensor:
     """What the body's pooler makes of the first states of R rows, [R, d] -> [R, d]."""
-    pooler: Any = model.base_model.pooler
+    body: Any = model.base_model
     with forward_context(context):
-        out: Tensor = pooler(states[:, None])
+        out: Tensor = body.pooler(states[:, None])
+        if (
+            activation := getattr(body, "pooler_activation", None)
+        ) is not None:  # ALBERT's pooler is a linear layer
+            out = activation(out[:, 0])
     return out

@@ -1,8 +1,13 @@
-"""The load-time parity probe of encoders: flattened rows against the stock forward, one row at a time."""
+"""The load-time parity probe of encoders: rows of a batch against the stock forward, one row at a time.
+
+It takes the flattened layout where that is exact, else the padded one, else it refuses the model.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,10 +19,13 @@ from adapters.errors import BackboneRefused
 from serving.model.context import ForwardContext
 from serving.model.encoder import BareEncoder, WholeRows, masked_logits, pooled
 from serving.model.kv_cache import RowSpan
+from serving.model.padded_rows import PaddedRows
 from serving.model.parity import TOLERANCE
 
 if TYPE_CHECKING:
     from serving.model.backbone import Backbone
+
+log = logging.getLogger(__name__)
 
 LENGTHS = (5, 1, 40, 3, 5)
 """Ragged rows of the probe; one more is longer than the window, where there is one."""
@@ -52,10 +60,28 @@ def stock_rows(model: PreTrainedModel | BareEncoder, spec: BackboneSpec) -> list
 
 @torch.inference_mode()
 def prove_encoder(backbone: Backbone, stock: Sequence[Stock]) -> None:
-    """Give `backbone` its layout and its parity error. Raises BackboneRefused where it differs from the stock one."""
-    layout = WholeRows()
-    layout.adopt(backbone.model)
-    backbone.layout = layout
+    """Give `backbone` the first layout that equals the stock forward, and its error. Raises BackboneRefused."""
+    refusals: list[str] = []
+    for layout in (WholeRows(), PaddedRows(backbone.spec, backbone.logit_modules)):
+        backbone.layout = layout
+        try:
+            layout.adopt(backbone.model)
+            backbone.parity_error = _parity_error(backbone, stock)
+        except BackboneRefused as error:
+            refusals.append(f"{layout.name}: {error}")
+            continue
+        backbone.spec = replace(backbone.spec, sees_queries=layout.sees_queries)
+        log.info("%s is served in %s. %s", backbone.spec.model_type, layout.name, " ".join(refusals))
+        return
+    raise BackboneRefused(
+        f"{backbone.spec.model_type!r} can't be served exactly. {' '.join(refusals)}",
+        param="backbone",
+        remedy="This architecture or option is not served exactly yet.",
+    )
+
+
+def _parity_error(backbone: Backbone, stock: Sequence[Stock]) -> float:
+    """Largest relative difference from the stock rows. Raises BackboneRefused where it is beyond its limit."""
     spans, start = [], 0
     for slot, row in enumerate(stock):
         spans.append(RowSpan(start, start + len(row.tokens), slot, 0))
@@ -76,15 +102,14 @@ def prove_encoder(backbone: Backbone, stock: Sequence[Stock]) -> None:
     if stock[0].logits is not None:
         served = masked_logits(backbone.model, states.to(backbone.dtype), aside)
         errors.append(_error(served, torch.cat([row.logits for row in stock if row.logits is not None])))
-    backbone.parity_error = max(errors)
-    limit = TOLERANCE[backbone.dtype]
-    if not backbone.parity_error <= limit:
+    error, limit = max(errors), TOLERANCE[backbone.dtype]
+    if not error <= limit:
         raise BackboneRefused(
-            f"The forward of {backbone.spec.model_type!r} differs from the stock one by {backbone.parity_error:.2e} "
-            f"of the scale of its outputs, limit {limit:.0e}.",
+            f"The forward of {backbone.spec.model_type!r} differs from the stock one by {error:.2e} of the scale of "
+            f"its outputs, limit {limit:.0e}.",
             param="backbone",
-            remedy="This architecture or option is not served exactly yet.",
         )
+    return error
 
 
 def _error(served: Tensor, stock: Tensor) -> float:

@@ -93,15 +93,16 @@ BARE_EMBEDDING = PlacedHead(Task.EMBEDDING, MEAN_EMBEDDING)
 """Embeddings of the bare backbone, and through deltas that have no head."""
 
 
-def place_head_of(delta: Delta, to_device: Copy) -> PlacedHead | None:
-    """The task head of `delta` on the device, None for one that generates."""
+def place_head_of(delta: Delta, to_device: Copy, own: Callable[[], PlacedStage]) -> PlacedHead | None:
+    """The task head of `delta` on the device, None for one that generates. `own`: the backbone's own dense layer."""
     if delta.head is None:
         return None
     ops = delta.head_stages
+    before = (own(),) if delta.head.base_head else ()
     return PlacedHead(
         Task(delta.task),
         delta.head,
-        tuple(_stage(op, op.weight, to_device) for op in ops if op.weight is not None),
+        (*before, *(_stage(op, op.weight, to_device) for op in ops if op.weight is not None)),
         class_means=_optional(ops[0].class_means if ops else None, to_device),
         precision=_optional(ops[0].precision if ops else None, to_device),
     )

@@ -22,12 +22,14 @@ from serving.model.context import ForwardContext, forward_context
 class Layout(Protocol):
     """How tokens are arranged for the model's forward.
 
-    `sees_queries` and `free_positions` are those of `BackboneSpec`.
+    `sees_queries` and `free_positions` are those of `BackboneSpec`. `attends_by_plan`: every layer attends through the
+    context's plan, or takes its keys and values from there.
     """
 
     name: str
     sees_queries: bool
     free_positions: bool
+    attends_by_plan: bool
 
     def adopt(self, model: PreTrainedModel) -> None:
         """Set `model` up for this layout. Raises BackboneRefused where it can't be."""
@@ -55,6 +57,7 @@ class Flattened:
     name = "flattened"
     sees_queries = True
     free_positions = True
+    attends_by_plan = True
 
     def adopt(self, model: PreTrainedModel) -> None:
         require_positions(model)

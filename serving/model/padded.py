@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from serving.model.context import AttentionPlan, ForwardContext, forward_context
 from serving.model.layout import as_input, takes
-from serving.model.programs import Program
+from serving.model.programs import MergedModule, Program
 
 MAX_PADDED = 2
 """Rows run together while they take at most so many times their tokens."""
@@ -30,6 +30,7 @@ class Padded:
 
     name = "padded"
     sees_queries = False
+    attends_by_plan = True
 
     def __init__(self, model: PreTrainedModel, logit_modules: frozenset[int]) -> None:
         self.free_positions = takes(model, "position_ids")
@@ -40,18 +41,7 @@ class Padded:
         model.set_attn_implementation("eager")
 
     def groups(self, counts: Sequence[int]) -> list[list[int]]:
-        """Shortest rows first, so that one long prompt does not pad all decoding rows to its length."""
-        groups: list[list[int]] = []
-        tokens = 0
-        for index in sorted(range(len(counts)), key=counts.__getitem__):
-            count = counts[index]
-            if groups and count * (len(groups[-1]) + 1) <= MAX_PADDED * (tokens + count):
-                groups[-1].append(index)
-                tokens += count
-            else:
-                groups.append([index])
-                tokens = count
-        return groups
+        return by_length(counts)
 
     def forward(
         self,
@@ -73,9 +63,9 @@ class Padded:
             kept = width
         logits_R = wanted_R // width * kept + wanted_R % width - (width - kept)
         context.padding = Padding(places_T, logits_R, self._logit_modules)
-        inputs: dict[str, Any] = as_input(_spread(tokens, places_T, batch, width))
+        inputs: dict[str, Any] = as_input(spread(tokens, places_T, batch, width))
         if self.free_positions:
-            inputs["position_ids"] = _spread(positions, places_T, batch, width)
+            inputs["position_ids"] = spread(positions, places_T, batch, width)
         if self._slices_logits:
             inputs["logits_to_keep"] = kept
         with forward_context(context):
@@ -89,6 +79,21 @@ class Padded:
         return logits[:1] if logits_rows is None else logits[logits_R]
 
 
+def by_length(counts: Sequence[int]) -> list[list[int]]:
+    """Groups of rows that pad little, shortest rows first: one long row must not pad all others to its length."""
+    groups: list[list[int]] = []
+    tokens = 0
+    for index in sorted(range(len(counts)), key=counts.__getitem__):
+        count = counts[index]
+        if groups and count * (len(groups[-1]) + 1) <= MAX_PADDED * (tokens + count):
+            groups[-1].append(index)
+            tokens += count
+        else:
+            groups.append([index])
+            tokens = count
+    return groups
+
+
 def _layers(model: PreTrainedModel) -> int:
     count: int = model.config.num_hidden_layers
     return count
@@ -100,11 +105,11 @@ def _mask(plan: AttentionPlan, device: torch.device) -> Tensor:
     return (torch.arange(plan.longest, device=device) >= plan.longest - lengths[:, None]).long()
 
 
-def _spread(values: Tensor, places_T: Tensor, batch: int, width: int) -> Tensor:
+def spread(values: Tensor, places_T: Tensor, batch: int, width: int) -> Tensor:
     """[T, ...] -> [B, Q, ...], zeros at the pads."""
-    spread = values.new_zeros(batch * width, *values.shape[1:])
-    spread[places_T] = values
-    return spread.view(batch, width, *values.shape[1:])
+    out = values.new_zeros(batch * width, *values.shape[1:])
+    out[places_T] = values
+    return out.view(batch, width, *values.shape[1:])
 
 
 class RowsLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -167,6 +172,8 @@ class Padding:
         kwargs: dict[str, Any],
     ) -> Any:
         """What `program` makes of module `index`: the base's output, in a tuple where the base gives one."""
+        if isinstance(program, MergedModule):  # what it makes of pads goes nowhere
+            return program.run(context, base, x, args, kwargs)
         places = self.logits if index in self.logit_modules else self.tokens
         packed = _pack(x, places)
         whole: Any = None

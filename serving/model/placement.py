@@ -73,7 +73,7 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
             placer.matrices.append(op)
     modules = placer.modules()
     placed = _placed(delta, digest, modules, placer)
-    placed.head = place_head_of(delta, placer.to_device)
+    placed.head = place_head_of(delta, placer.to_device, lambda: backbone.own_head)
     placed.device_bytes = placer.device_bytes
     placed.forms = {
         positions: _placed(delta, digest, _acting(modules, placer.positions, positions), placer)

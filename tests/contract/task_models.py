@@ -48,8 +48,17 @@ TASK_OF = {
 }
 
 
+OWN_HEADS = frozenset({"modernbert"})
+"""Families whose task models start from a layer of the language model's head."""
+
+
+TRAINS_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
+
+
 def body_of(family: Family | Encoder) -> PreTrainedModel:
     """The body that all tasks of a family share."""
+    if family in OWN_HEADS:
+        return tiny_backbone(family).base_model
     return tiny_body(family) if family in ENCODERS else tiny_backbone(family).base_model
 
 
@@ -63,27 +72,35 @@ def task_model(family: Family | Encoder, task_type: str, num_labels: int) -> Pre
     found = model.base_model.load_state_dict(body_of(family).state_dict(), strict=False)
     assert not found.missing_keys
     assert all(key.startswith("pooler.") for key in found.unexpected_keys)
+    if family in OWN_HEADS and task_type in TRAINS_HEAD:
+        model.head.load_state_dict(tiny_backbone(family).head.state_dict())
     return model.eval()
 
 
 @dataclass(frozen=True)
 class HeadCase:
-    """One adapter of one task."""
+    """One adapter of one task; `saved`: modules to save beside those that PEFT saves by itself."""
 
     family: Family | Encoder
     method: str
     task_type: str
     num_labels: int = 3
+    saved: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.family}-{self.method}-{self.task_type}-{self.num_labels}"
+        return "-".join((self.family, self.method, self.task_type, str(self.num_labels), *self.saved))
 
     @property
     def task(self) -> Task:
         return TASK_OF[self.task_type]
 
     def config(self) -> PeftConfig:
+        made = self._config()
+        made.modules_to_save = [*self.saved] or None
+        return made
+
+    def _config(self) -> PeftConfig:
         targets = TARGETS[self.family]
         match self.method:
             case "lora":

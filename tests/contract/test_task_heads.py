@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from adapters.normal_form import Delta
 from serving.core import BASE, Pooled
 from serving.model.backbone import Backbone, adopt_backbone
 from tests.cases import tiny_backbone
-from tests.contract.task_models import HeadCase, body_of, prompts
-from tests.families import ENCODERS, Encoder, Family
+from tests.contract.task_models import OWN_HEADS, HeadCase, body_of, prompts
+from tests.families import CONFIGS, ENCODERS, Encoder, Family
 from tests.unit.serving.engine.engine_support import Bench
 
 LIMIT = 2e-5
 PROMPTED = {"electra": "prefix_tuning", "distilbert": "prompt_tuning"}
 """The only prompt method that PEFT has for a family: ELECTRA's embeddings are narrow, DistilBERT takes no past keys."""
+POOLERS: dict[Encoder, tuple[str, ...]] = {"albert": (), "deberta_v3": ("pooler",), "deberta_v2": ("pooler",)}
+"""What a classifier of the family saves besides: DeBERTa's pooler is not its body's, and starts at random."""
 CASES = [
     *(HeadCase(f, m, "SEQ_CLS") for f in ("llama", "gpt2") for m in ("lora", "ia3", "ln_tuning")),
     *(HeadCase(f, m, "SEQ_CLS") for f in ("llama", "gpt2") for m in ("prefix_tuning", "prompt_tuning")),
@@ -39,12 +42,31 @@ CASES = [
         if PROMPTED.get(f, m) == m or "tuning" not in m or m == "ln_tuning"
     ),
     *(HeadCase("bert", "lora", "SEQ_CLS", n) for n in (1, 2, 7, 50)),
+    *(
+        HeadCase(f, m, t, 2 if t == "QUESTION_ANS" else 3, POOLERS[f] if t == "SEQ_CLS" else ())
+        for f in POOLERS
+        for m, t in (
+            *(("lora", t) for t in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")),
+            ("ia3", "QUESTION_ANS"),
+            ("ln_tuning", "SEQ_CLS"),
+            ("prompt_tuning", "SEQ_CLS"),
+            ("prompt_tuning", "TOKEN_CLS"),
+        )
+    ),
     HeadCase("modernbert", "lora", "FEATURE_EXTRACTION"),
+    *(
+        HeadCase("modernbert", "lora", t, 2, saved)
+        for t in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+        for saved in (("classifier",), ("head", "classifier"))
+    ),
+    HeadCase("modernbert", "ln_tuning", "SEQ_CLS"),
+    HeadCase("modernbert", "prompt_tuning", "SEQ_CLS"),
 ]
 
 
 def backbone_of(family: Family | Encoder) -> Backbone:
-    model = body_of(family) if family in ENCODERS else tiny_backbone(family)
+    alone = family in ENCODERS and family not in OWN_HEADS
+    model = body_of(family) if alone else tiny_backbone(family)
     return adopt_backbone(model, name="tiny", device="cpu", dtype="float32")
 
 
@@ -119,3 +141,33 @@ def test_the_bare_backbone_embeds_by_the_normalised_mean() -> None:
         with torch.no_grad():
             mean = stock(torch.tensor([prompt])).last_hidden_state[0].mean(dim=0)
         check(bench.pooled(str(index)), torch.nn.functional.normalize(mean, dim=0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"classifier_pooling": "mean"},
+        {"classifier_pooling": "mean", "classifier_activation": "silu", "classifier_bias": True},
+        {"classifier_bias": True, "norm_bias": True, "norm_eps": 0.01},
+    ],
+)
+def test_modernbert_heads_are_as_the_configuration_says(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = type(CONFIGS["modernbert"])(**{**CONFIGS["modernbert"].to_diff_dict(), **options})
+    monkeypatch.setitem(CONFIGS, "modernbert", changed)
+    cases = [HeadCase("modernbert", "lora", "SEQ_CLS", 3, saved) for saved in ((), ("head",))]
+    backbone, deltas = backbone_of("modernbert"), {}
+    for case in cases:
+        case.save(tmp_path / case.name)
+        deltas[case.name] = read_directory(tmp_path / case.name, backbone.spec)
+    assert [delta.head.base_head for delta in deltas.values() if delta.head is not None] == [True, False]
+    bench = Bench(backbone, deltas)
+    for case in cases:
+        for index, prompt in enumerate(prompts()):
+            bench.pool(f"{case.name}/{index}", prompt, case.task, case.name)
+    bench.run()
+    for case in cases:
+        wanted = case.reference(tmp_path / case.name, [list(prompt) for prompt in prompts()])
+        for index, reference in enumerate(wanted):
+            check(bench.pooled(f"{case.name}/{index}"), reference)

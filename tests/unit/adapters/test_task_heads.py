@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, ones
 
+from adapters.backbone_spec import BackboneSpec, HeadStyle
 from adapters.canonical import from_canonical, to_canonical
 from adapters.errors import InvalidDelta
 from adapters.formats import read_upload
@@ -23,6 +24,7 @@ from adapters.tasks import HeadSpec, Task
 from adapters.validate import check
 from tests.cases import DIGEST, spec_of, tiny_backbone
 from tests.contract.task_models import HeadCase
+from tests.families import Encoder
 
 SPEC = spec_of(tiny_backbone("llama"))
 SCORE = "base_model.model.score.weight"
@@ -99,6 +101,7 @@ def test_the_digest_of_a_delta_without_a_task_head_is_what_it_was_before_there_w
         (classifier(pad_token_id=3), "only beside the pooling last_not_pad"),
         (classifier(task=Task.TOKEN_CLASSIFICATION), "scores each token by itself"),
         (classifier(task=Task.EMBEDDING), "embedding has none"),
+        (classifier(base_head=True), "base_head: the backbone has no dense layer"),
         (classifier(task=Task.CAUSAL_LM), "has no task head"),
         (classifier(task="poetry"), "task: not served yet"),
         (classifier(Head(site=SCORES, weight=ones(3, 31))), "stage 0 of the head: weight: shape [3, 31]"),
@@ -121,7 +124,9 @@ def test_what_does_not_fit_is_named(delta: Delta, named: str) -> None:
 
 
 @pytest.mark.parametrize("poison", [None, 5, "x", [1], {"a": 1}, True, 1.5])
-@pytest.mark.parametrize("field", ["pooling", "labels", "problem_type", "normalize", "pad_token_id"])
+@pytest.mark.parametrize(
+    "field", ["pooling", "labels", "problem_type", "normalize", "pad_token_id", "base_head"]
+)
 def test_fields_of_any_type_are_problems_not_crashes(field: str, poison: Any) -> None:
     pair = to_canonical(classifier())
     manifest = json.loads(pair.manifest)
@@ -243,6 +248,59 @@ def test_statistics_that_do_not_fit_are_refused(tensors: dict[str, Tensor], name
     with pytest.raises(InvalidDelta) as caught:
         read(MOOD, **{"ood.safetensors": save(tensors)})
     assert named in str(caught.value)
+
+
+def encoder_spec(family: Encoder, **options: Any) -> BackboneSpec:
+    """The spec of a backbone with its language model head, changed by `options`."""
+    model = tiny_backbone(family)
+    model.config = type(model.config)(
+        **{**model.config.to_diff_dict(), **options}
+    )  # not the one that all share
+    return spec_of(model)
+
+
+@pytest.mark.parametrize(
+    ("case", "spec", "named"),
+    [
+        (
+            HeadCase("deberta_v3", "lora", "SEQ_CLS"),
+            encoder_spec("deberta_v3"),
+            "the head has no 'pooler.dense.weight'; PEFT saves the head where modules_to_save names it",
+        ),
+        (
+            HeadCase("deberta_v3", "lora", "SEQ_CLS", 3, ("pooler",)),
+            encoder_spec("deberta_v3", pooler_hidden_act="mish"),
+            "whose head could be read",
+        ),
+        (
+            HeadCase("modernbert", "lora", "SEQ_CLS"),
+            replace(encoder_spec("modernbert"), head_style=HeadStyle("cls", "gelu", norm_eps=1e-5)),
+            "the head has no 'head.dense.weight'",
+        ),
+        (
+            HeadCase("modernbert", "lora", "SEQ_CLS", 3, ("head",)),
+            encoder_spec("modernbert", classifier_bias=True),
+            "the head has no 'head.dense.bias'",
+        ),
+        (
+            HeadCase("modernbert", "prompt_tuning", "SEQ_CLS"),
+            encoder_spec("modernbert", classifier_pooling="mean"),
+            "a mean that counts virtual tokens",
+        ),
+    ],
+)  # fmt: skip
+def test_heads_of_encoders_that_can_not_be_as_trained_are_refused(
+    case: HeadCase, spec: BackboneSpec, named: str
+) -> None:
+    config, tensors = saved(case)
+    with pytest.raises(InvalidDelta) as caught:
+        read_upload({"adapter_config.json": config.encode(), "adapter_model.safetensors": tensors}, spec)
+    assert named in str(caught.value)
+
+
+def test_a_spec_with_head_and_shared_rows_comes_back_from_json() -> None:
+    for spec in (encoder_spec("deberta_v3"), encoder_spec("modernbert")):
+        assert BackboneSpec.from_json(spec.to_json()) == spec
 
 
 def test_a_language_model_adapter_has_no_head_to_say_more_of() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,12 +19,16 @@ from adapters.validate import check
 from serving.config import Engine as EngineSettings
 from serving.core import Event, Request, SamplingParams, TokenEvent
 from serving.engine.engine import Engine
+from serving.engine.merging import HotMerge
 from serving.engine.runner import Runner
 from serving.metrics import EngineMetrics
 from serving.model import padded
 from serving.model.backbone import Backbone, adopt_backbone
 from serving.model.kv_cache import Entries, SlotAttention
+from serving.model.merge import merge
+from serving.model.packed import Forward
 from serving.model.padded import Padded
+from serving.model.placement import place
 from tests.cases import tiny_backbone
 from tests.contract.forced import Row, run
 from tests.families import PADDED, Family
@@ -132,13 +137,13 @@ def test_long_prompt_does_not_pad_the_decoding_rows(monkeypatch: pytest.MonkeyPa
 
     backbone = adopt(tiny_backbone("bloom"))
     widths: list[tuple[int, int]] = []
-    spread = padded._spread
+    spread = padded.spread
 
     def noted(values: Tensor, places: Tensor, batch: int, width: int) -> Tensor:
         widths.append((batch, width))
         return spread(values, places, batch, width)
 
-    monkeypatch.setattr(padded, "_spread", noted)
+    monkeypatch.setattr(padded, "spread", noted)
     rows = [Row("", [1, 2, 3, 4], 1, None) for _ in range(4)] + [Row("", list(range(1, 21)), 20, None)]
     run(Runner(backbone, num_slots=5, max_len=32), rows)
     assert widths[:2] == [(4, 1), (1, 20)]
@@ -242,3 +247,31 @@ def test_padded_engine_serves_alone_what_it_serves_together() -> None:
     together = tokens([calls])
     assert together == tokens([[request] for request in calls])
     assert all(len(ids) == 5 for ids in together.values())
+
+
+def test_merged_weights_of_a_sole_delta_run_padded() -> None:
+    backbone = adopt(tiny_backbone("bloom"))
+    draw = torch.Generator().manual_seed(3)
+    ops = tuple(
+        LowRank(
+            read=Site("ctx", layer),
+            write=Site("o.out", layer),
+            A=torch.randn(4, 32, generator=draw),
+            B=torch.randn(32, 4, generator=draw),
+        )
+        for layer in range(3)
+    )
+    delta = place(Delta(method="LORA", ops=ops, backbone_digest=backbone.spec.digest), "d", backbone)
+    weights = merge(delta, backbone)
+
+    def logits(merged: Mapping[int, Forward]) -> Tensor:
+        runner = Runner(backbone, num_slots=2, max_len=32)
+        runner.merging = cast("HotMerge", SimpleNamespace(weights_for=lambda _: merged))
+        rows = [Row("", [1, 2, 3, 4], 3, delta), Row("", [5, 6, 7, 8, 9, 10], 6, delta)]
+        run(runner, rows)
+        return torch.cat([piece for row in rows for piece in row.logits])
+
+    plain, merged, bare = logits({}), logits(weights), logits({index: lambda x: x for index in weights})
+    scale = float(plain.abs().max())
+    assert float((plain - merged).abs().max()) <= 2e-4 * scale
+    assert float((bare - merged).abs().max()) > 0.01 * scale
