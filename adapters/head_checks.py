@@ -135,7 +135,9 @@ def _check_meaning(
         type(head.pad_token_id) is int and head.pad_token_id >= 0 and head.pooling == "last_not_pad"
     ):
         checker.add("pad_token_id: expected a token id, and one only beside the pooling last_not_pad.")
-    if type(head.base_head) is not bool or (head.base_head and task not in (*LABELLED, *PER_TOKEN)):
+    if type(head.base_head) is not bool or (
+        head.base_head and (task not in (*LABELLED, *PER_TOKEN) or head.cloze is not None)
+    ):
         checker.add("base_head: expected true or false, and true for task heads only.")
     elif head.base_head and not (checker.spec.head_style is not None and checker.spec.head_style.is_own):
         checker.add("base_head: the backbone has no dense layer that task heads start from.")

@@ -123,11 +123,13 @@ class LocalBackend:
         except DeltamuxError as error:
             yield (FailureEvent(error=error.info()),)
             return
-        async with aclosing(self._run(request)) as batches:
+        async with aclosing(self._run(request, streamed=call.streamed)) as batches:
             async for batch in batches:
                 yield batch if call.pooling is None else tuple(self._in_text(e, tokens) for e in batch)
 
-    async def _run(self, request: Request) -> AsyncGenerator[tuple[Event, ...], None]:
+    async def _run(
+        self, request: Request, *, streamed: bool = True
+    ) -> AsyncGenerator[tuple[Event, ...], None]:
         """The events of one request, as `generate` gives them."""
         try:
             if request.request_id in self._queues:
@@ -145,7 +147,7 @@ class LocalBackend:
         first, ended = True, False
         try:
             while not ended:
-                if first or call.streamed:
+                if first or streamed:
                     batch = await self._next_batch(events, wait_s=0.0 if first else self._flush_s)
                 else:
                     batch = await self._rest(events)

@@ -16,12 +16,16 @@ from serving.core import Event, FinishReason, GenerateCall, Pooled, PromptEvent,
 from serving.engine.cloze import ClozePlan, ClozeRow
 from serving.engine.deltas import load_error
 from serving.memory.host_cache import HostCache
-from serving.model.heads import place_head_of
+from serving.model.heads import PlacedStage, place_head_of
 
 MAX_PLANS = 256
 """Deltas of which it is remembered whether they have a cloze, with that tokenised."""
 
 Run = Callable[[Request], AsyncGenerator[tuple[Event, ...], None]]
+
+
+def _no_stage() -> PlacedStage:
+    raise AssertionError("validation refuses a dense layer of the backbone before a cloze")
 
 
 class ClozeCalls:
@@ -36,7 +40,9 @@ class ClozeCalls:
         if delta.head is None or delta.head.cloze is None:
             return None
         # copies: the delta's own tensors are views of all its bytes
-        head = place_head_of(delta, lambda tensor, dtype=torch.float32: tensor.to(dtype, copy=True))
+        head = place_head_of(
+            delta, lambda tensor, dtype=torch.float32: tensor.to(dtype, copy=True), _no_stage
+        )
         assert head is not None
         return ClozePlan(head, self._tokenizer)
 
