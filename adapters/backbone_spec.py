@@ -77,6 +77,12 @@ class BackboneSpec:
     num_encoder_layers: int = 0
 
     @property
+    def body(self) -> str:
+        """The module in which all layers are, as adapters name it; empty where they are the model's own (T5)."""
+        tops = {module.path.partition(".")[0] for module in self.modules if module.writes[0].site.layer >= 0}
+        return tops.pop() if len(tops) == 1 else ""
+
+    @property
     def stacks(self) -> tuple[Stack, ...]:
         """The attentions that an AttnPrefix may belong to."""
         return ("enc", "dec", "dec.cross") if self.kind == "encoder-decoder" else ("",)
