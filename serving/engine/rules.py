@@ -73,7 +73,9 @@ class GenerationRules:
                 _made(processors.MinLengthLogitsProcessor, config.min_length, eos, inert=0, device=device),
                 None
                 if not config.min_new_tokens
-                else processors.MinNewTokensLengthLogitsProcessor(1, config.min_new_tokens, eos, device=device),
+                else processors.MinNewTokensLengthLogitsProcessor(
+                    1, config.min_new_tokens, eos, device=device
+                ),
             ]
         before.append(_made(processors.ForcedBOSTokenLogitsProcessor, config.forced_bos_token_id))
         first = 1 if config.forced_bos_token_id is None else 2

@@ -271,7 +271,8 @@ def require_readable(num_prompt: int, room: int) -> None:
 def max_total_len(num_prompt: int, max_tokens: int | None, room: int, *, begins: bool = False) -> int:
     """Prompt and generated tokens that a request may reach. Raises ContextLengthExceeded when they do not fit.
 
-    `max_tokens` 0: nothing is generated, the prompt alone has to fit. `begins`: no prompt but what a decoder begins with.
+    `max_tokens` 0: nothing is generated, the prompt alone has to fit. `begins`: the prompt is what a decoder begins
+    with, and not the request's.
     """
     wanted = num_prompt + (1 if max_tokens is None else max_tokens)
     if wanted > room and begins:

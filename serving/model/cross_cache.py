@@ -101,9 +101,7 @@ class CrossAttention:
     def __init__(self, cache: SlotKVCache, rows: Sequence[RowSpan], lengths: Sequence[int]) -> None:
         self.cache = cache
         self.attended: list[int] = []
-        self._longer = [
-            (row, n) for row, n in zip(rows, lengths, strict=True) if row.stop - row.start > 1
-        ]
+        self._longer = [(row, n) for row, n in zip(rows, lengths, strict=True) if row.stop - row.start > 1]
         singles = [
             (row.start, row.slot, n - 1)
             for row, n in zip(rows, lengths, strict=True)

@@ -203,7 +203,7 @@ def rows_for(
         for _ in range(PROMPTS):
             prefill, decode = draw.randint(3, 17), draw.randint(4, 7)
             tokens = [draw.randrange(97) for _ in range(prefill + decode)]
-            source = [draw.randrange(97) for _ in range(draw.randint(1, 17))] if family in SEQ2SEQ else []
+            source = tuple(draw.randrange(97) for _ in range(draw.randint(1, 17) * (family in SEQ2SEQ)))
             if family in ENCODERS:
                 prefill, tokens = len(tokens), [2 if token == SKIPPED else token for token in tokens]
             if method.delta is not None:

@@ -21,14 +21,14 @@ class Given(NamedTuple):
     """What a model is given: tokens, and on an encoder-decoder, whose decoder's they are, what its encoder reads."""
 
     tokens: list[int]
-    source: list[int]
+    source: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
 class Row:
     """`tokens` of one request; the first `num_prefill` run at once, in chunks of `chunk`, the others one by one.
 
-    On an encoder-decoder they are the decoder's, and the encoder reads `source`.
+    `source`: what an encoder-decoder's encoder reads; `tokens` are its decoder's then.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Row:
     delta: PlacedDelta | None
     chunk: int = 1 << 30
     logits: list[Tensor] = field(default_factory=list)
-    source: list[int] = field(default_factory=list)
+    source: tuple[int, ...] = ()
 
     @property
     def given(self) -> Given:
@@ -58,12 +58,12 @@ def run(runner: Runner, rows: Sequence[Row]) -> None:
     for slot, row in enumerate(rows):
         request = Request(
             request_id=str(slot),
-            prompt_token_ids=tuple(row.source or row.tokens),
+            prompt_token_ids=row.source or tuple(row.tokens),
             sampling=SamplingParams(prompt_logprobs=0 if generates else None),  # 0: logits of every token
             pooling=None if generates else PoolingParams(task=Task.EMBEDDING),
             adapter_digest=None if row.delta is None else row.delta.digest,
         )
-        sequence = EngineSequence(request, list(row.tokens), state=row, source=tuple(row.source))
+        sequence = EngineSequence(request, list(row.tokens), state=row, source=row.source)
         sequence.admit(slot, row.delta)
         sequence.max_len = len(row.tokens)
         sequence.pooled_tokens = range(0 if generates else len(row.tokens))
