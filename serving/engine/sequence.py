@@ -253,8 +253,8 @@ def _refuse_unread(request: Request, spec: BackboneSpec) -> None:
     if request.sampling.prompt_logprobs is not None:
         raise InvalidRequest(
             f"{spec.name} is an encoder-decoder: its prompt is read by the encoder and has no log-probabilities.",
-            param="echo",
-            remedy="Leave out echo and prompt_logprobs.",
+            param="prompt_logprobs",
+            remedy="Leave it out.",
         )
 
 

@@ -95,7 +95,7 @@ async def test_choices_and_streams_carry_tokens_and_their_probabilities(world: G
 @pytest.mark.parametrize(
     ("route", "body", "said"),
     [
-        ("completions", {"prompt": "a", "echo": True}, "encoder-decoder"),
+        ("completions", {"prompt": "a", "prompt_logprobs": 1}, "encoder-decoder"),
         ("completions", {"prompt": [5] * 2049}, "fit the encoder"),
         ("completions", {"prompt": "a", "max_tokens": 2048}, "fit the decoder"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "chat template"),
