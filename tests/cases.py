@@ -56,7 +56,13 @@ from peft import (
 )
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
@@ -193,12 +199,19 @@ class GoldenCase:
 
     def backbone(self) -> PreTrainedModel:
         """The model that the adapter was made for."""
-        return model_class(self.family).from_pretrained(GOLDEN / self.family / "backbone", attn_implementation="eager").eval()
+        return (
+            model_class(self.family)
+            .from_pretrained(GOLDEN / self.family / "backbone", attn_implementation="eager")
+            .eval()
+        )
 
     def golden(self) -> list[dict[str, torch.Tensor]]:
-        """Per sequence: `input_ids` [T], `logits` and `logits_float64` [T, vocab]."""
+        """Per sequence: `input_ids` [T], `logits` and `logits_float64` [T, vocab].
+
+        On an encoder-decoder they are the decoder's, and its encoder reads `source_ids` [S].
+        """
         stored = load_file(self.directory / "golden.safetensors")
-        names = ("input_ids", "logits", "logits_float64")
+        names = ("input_ids", "logits", "logits_float64", *(["source_ids"] if self.family in SEQ2SEQ else []))
         return [{name: stored[f"{name}.{index}"] for name in names} for index in range(2)]
 
 
@@ -682,6 +695,29 @@ ENCODER_GOLDEN_CASES: tuple[GoldenCase, ...] = tuple(
         "ia3_everywhere",
         "mam",
         "loreft",
+    )
+)
+
+
+# Of encoder-decoders: the decoder's logits. T5's Pfeiffer adapters behind cross-attention read a sum that no module
+# computes, its prefixes change how far apart tokens stand, and its files have no shared rule: refused.
+SEQ2SEQ_GOLDEN_CASES: tuple[GoldenCase, ...] = tuple(
+    GoldenCase(name, family, "T2" if name == "adapter_plus" or name.startswith("compacter") else "T1")
+    for family, names in {
+        "bart": ("seq_bn", "compacter", "prefix_tuning", "prefix_tuning_flat", "mam"),
+        "t5": (),
+    }.items()
+    for name in (
+        *names,
+        "double_seq_bn",
+        "par_bn",
+        "seq_bn_rf_map",
+        "adapter_plus",
+        "seq_bn_inv",
+        "compacter_local_rule",
+        "lora_everywhere",
+        "ia3_everywhere",
+        "lora_key",
     )
 )
 

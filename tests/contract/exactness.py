@@ -167,9 +167,7 @@ def served(directory: Path, backbone: Backbone) -> PlacedDelta:
     return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone)
 
 
-def converted(
-    directory: Path, family: AnyFamily, dtype: torch.dtype, backbone: Backbone
-) -> PlacedDelta:
+def converted(directory: Path, family: AnyFamily, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
     """As `served`, for what only `deltamux convert` makes an upload of: each module probed under PEFT."""
     with quiet():
         adapted, _ = load_adapter(base_model(family, dtype).float(), directory)
@@ -203,7 +201,8 @@ def rows_for(
         for _ in range(PROMPTS):
             prefill, decode = draw.randint(3, 17), draw.randint(4, 7)
             tokens = [draw.randrange(97) for _ in range(prefill + decode)]
-            source = tuple(draw.randrange(97) for _ in range(draw.randint(1, 17) * (family in SEQ2SEQ)))
+            length = draw.randint(1, 17) if family in SEQ2SEQ else 0
+            source = tuple(draw.randrange(97) for _ in range(length))
             if family in ENCODERS:
                 prefill, tokens = len(tokens), [2 if token == SKIPPED else token for token in tokens]
             if method.delta is not None:
