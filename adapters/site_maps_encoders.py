@@ -142,11 +142,11 @@ ENCODER_REQUIRED: Mapping[str, Mapping[str, Required]] = {
 } | {"albert": {"inner_group_num": Required(1, "each layer is then one module of its group")}}
 
 
-def layer_names(config: Config) -> list[str]:
+def layer_names(config: Config, num_layers: int) -> list[str]:
     """What stands for `*` in the paths of each layer that has modules of its own: ALBERT's groups share theirs."""
     if config["model_type"] == "albert":
         return [f"{group}.albert_layers.0" for group in range(config["num_hidden_groups"])]
-    return [str(layer) for layer in range(config["num_hidden_layers"])]
+    return [str(layer) for layer in range(num_layers)]
 
 
 def first_position(config: Config) -> int:

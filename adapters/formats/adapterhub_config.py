@@ -102,6 +102,7 @@ TOP_LEVEL: Mapping[str, Rule] = {
 BOTTLENECK: Mapping[str, Rule] = {
     "mh_adapter": _switch(),
     "output_adapter": _switch(),
+    "cross_adapter": _switch(default=False),  # decoders alone have no place for it, so no tensors either
     "is_parallel": _switch(default=False),
     "original_ln_before": _switch(default=False),
     "original_ln_after": _switch(default=True),
@@ -140,7 +141,6 @@ BOTTLENECK: Mapping[str, Rule] = {
     ),
     "use_gating": off(False, why=_GATED),
     "phm_layer": _switch(default=False),
-    "cross_adapter": BOOLEAN,  # decoders have no place for it, so no tensors either
     "adapter_residual_before_ln": BOOLEAN,  # read only beside ln_after
     "dropout": Rule(is_fraction, "a number from 0 up to 1"),
     "stochastic_depth": Rule(is_fraction, "a number from 0 up to 1"),  # training only
@@ -230,8 +230,8 @@ PREFIX_TUNING: Mapping[str, Rule] = {
     "leave_out": _LEAVE_OUT,
     "use_gating": off(False, why=_GATED),
     "shared_gating": BOOLEAN,  # read only beside use_gating
-    "encoder_prefix": BOOLEAN,  # of encoder-decoders, as is the next
-    "cross_prefix": BOOLEAN,
+    "encoder_prefix": _switch(default=True),  # of encoder-decoders, as is the next
+    "cross_prefix": _switch(default=True),
     "dropout": Rule(is_fraction, "a number from 0 up to 1"),
     "init_weights_seed": ANYTHING,
 }

@@ -71,7 +71,7 @@ class Prober:
 
     def _probed(self, placed: PlacedDelta) -> str:
         if placed.head is None:
-            return LOGITS if self.backbone.spec.kind == "decoder" else STATES
+            return STATES if self.backbone.spec.kind == "encoder" else LOGITS
         if placed.head.spec.cloze is not None:
             return MASKED
         changed = self._masked_head & placed.modules.keys()
@@ -90,10 +90,10 @@ class Prober:
             found.append(inputs[0].reshape(-1, inputs[0].shape[-1]).float().mean(dim=0) > 0)
 
         spec, model = self.backbone.spec, self.backbone.model
-        modules = [m for m in spec.modules if m.read is not None and m.read.name == "ffn.a"]
+        modules = [m for m in spec.modules if m.read is not None and m.read.local == "ffn.a"]
         hooks = [model.get_submodule(m.path).register_forward_pre_hook(note) for m in modules]
         try:
-            self._run(placed, probe_tokens(spec.vocab_size), LOGITS if spec.kind == "decoder" else STATES)
+            self._run(placed, probe_tokens(spec.vocab_size), STATES if spec.kind == "encoder" else LOGITS)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -111,7 +111,8 @@ class Prober:
         """Logits, or final hidden states, of every token: [PROBE_TOKENS, n]."""
         generates = what == LOGITS
         prefix_len = 0 if delta is None else delta.prefix_len
-        runner = Runner(self.backbone, num_slots=1, max_len=prefix_len + PROBE_TOKENS)
+        num_read = 0 if delta is None else delta.cross_prefix_len + delta.num_inserted
+        runner = Runner(self.backbone, num_slots=1, max_len=max(prefix_len, num_read) + PROBE_TOKENS)
         request = Request(
             request_id="probe",
             prompt_token_ids=tuple(tokens.tolist()),
@@ -120,7 +121,9 @@ class Prober:
             adapter_digest=None if delta is None else delta.digest,
             masks=tuple(range(PROBE_TOKENS)) if what == MASKED else (),
         )
-        row = Sequence(request, tokens.tolist(), state=None)
+        reads = self.backbone.spec.kind == "encoder-decoder"
+        source = request.prompt_token_ids if reads else ()  # and its decoder is given the same
+        row = Sequence(request, tokens.tolist(), state=None, source=source)
         row.admit(0, delta)
         if delta is not None and (invocation := _invocation(delta)) is not None:
             row.cuts = (Cut(0, invocation),)

@@ -25,6 +25,7 @@ from tests.cases import (
     GOLDEN,
     GOLDEN_CASES,
     GOLDEN_NAME,
+    SEQ2SEQ_GOLDEN_CASES,
     Family,
     GoldenCase,
     case_id,
@@ -58,6 +59,8 @@ REFUSED = {
     ("llama", "seq_bn_ln_before"): "ln_before",
     ("llama", "seq_bn_mh"): "mh_adapter",
     ("llama", "seq_bn_residual_after_add"): "original_ln_after",
+    ("t5", "compacter"): "phm_rule",
+    ("t5", "seq_bn"): "cross_adapter",
 }
 
 
@@ -114,7 +117,9 @@ def test_lowered_ops_give_the_librarys_logits(case: GoldenCase) -> None:
 
 def test_every_golden_adapter_is_either_served_or_refused() -> None:
     directories = {(path.parent.name, path.name) for path in GOLDEN.glob("*/*") if path.name != "backbone"}
-    served = {(case.family, case.name) for case in (*GOLDEN_CASES, *ENCODER_GOLDEN_CASES)}
+    served = {
+        (case.family, case.name) for case in (*GOLDEN_CASES, *ENCODER_GOLDEN_CASES, *SEQ2SEQ_GOLDEN_CASES)
+    }
     assert directories == served | REFUSED.keys()
 
 
