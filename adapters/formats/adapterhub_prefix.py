@@ -24,9 +24,7 @@ from adapters.formats.adapterhub_config import ACTIVATIONS, PREFIX_TUNING
 from adapters.formats.adapterhub_stored import Part, Stored
 from adapters.formats.schema import check_config
 from adapters.normal_form import AttnPrefix, Stack
-
-COUNTS_APART = frozenset({"t5", "mt5"})
-"""Architectures whose attention sees how far apart tokens stand, which a prefix of this library's changes."""
+from adapters.site_maps_seq2seq import SEES_DISTANCE
 
 GROUP = "self_prefix."
 GROUPS: Mapping[str, str] = {"distilbert": "self."}
@@ -40,7 +38,7 @@ def read_prefix(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | Non
     if any(value is None for value in config.values()) or raw.get("use_gating"):
         return None
     spec = stored.spec
-    if spec.model_type in COUNTS_APART:
+    if spec.model_type in SEES_DISTANCE:
         stored.problems.add(
             f"adapter_config.json: {path}architecture: AdapterHub counts a prefix in the places of {spec.model_type}'s "
             "keys and not in those of its queries, so that every two tokens stand further apart than in the backbone. "
