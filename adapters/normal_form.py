@@ -173,10 +173,12 @@ class AttnPrefix:
     """Extra keys and values that every token of the layer attends to: never rotated.
 
     `joint`: in one softmax with the real ones, of which they are the first l: in layers with a sliding window of w
-    entries they are seen only until w - 1 others have followed. `separate`: in a softmax of their own, whose result
-    times `gate` is added at `ctx`. `projected=False`: key and value are what the layer's k and v projections are given
-    when the delta is placed. Shapes: key, value [l, H, D], not projected [l, d]; gate [1].
-    Source: Li and Liang "Prefix-Tuning"; He et al. equation 4; Zhang et al. "LLaMA-Adapter" section 3.2.
+    entries they are seen only until w - 1 others have followed. `separate`: in a softmax of their own, or with
+    their scores put through `activation` instead, whose result times `gate` is added at `ctx`. Scores are scaled as the
+    backbone's. `projected=False`: key and value are what the layer's k and v projections are given when the delta is
+    placed. Shapes: key, value [l, H, D], not projected [l, d]; gate [1].
+    Source: Li and Liang "Prefix-Tuning"; He et al. equation 4, and its multi-head parallel adapter, ReLU(q·P_k)·P_v;
+    Zhang et al. "LLaMA-Adapter" section 3.2.
     """
 
     kind: ClassVar[OpKind] = OpKind.ATTN_PREFIX
@@ -186,6 +188,7 @@ class AttnPrefix:
     merge: Literal["joint", "separate"] = "joint"
     gate: Tensor | None = None
     projected: bool = True
+    activation: Activation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

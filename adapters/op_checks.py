@@ -143,6 +143,8 @@ class OpChecker:
             self.add("gate: belongs to a separate softmax, and only there.")
         if op.gate is not None:
             self.tensor("gate", op.gate, (1,))
+        if op.activation is not None and (op.merge != "separate" or op.activation not in ACTIVATIONS):
+            self.add(f"activation: expected one of {', '.join(ACTIVATIONS)}, where prompts are separate.")
         if not isinstance(op.projected, bool):
             self.add("projected: expected true or false.")  # type: ignore[unreachable]
         if op.merge == "separate" and not self.spec.sees_queries:

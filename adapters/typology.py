@@ -154,7 +154,8 @@ def _traits(op: Op, mapped: set[Site]) -> _Traits:
                 _workspace(op.site),
             )
         case AttnPrefix():
-            reads, joins = "parameters", "gated addition"  # He et al. equation 4: one softmax is a gate
+            # He et al. equation 4: one softmax is a gate; their multi-head parallel adapter has none
+            reads, joins = "parameters", "gated addition" if op.activation is None else "scaled addition"
             return _Traits("additive", "none", "dynamic", "addition", reads, "parallel", joins, "attention")
         case VirtualTokens():
             return _Traits(

@@ -110,10 +110,14 @@ class RowsWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptWeights:
-    """A placed separate AttnPrefix: key, value [kv_heads, l, D] fp32, value times the gate."""
+    """A placed separate AttnPrefix: key, value [kv_heads, l, D] fp32, value times the gate.
+
+    `activation` acts on each score; None: softmax.
+    """
 
     key: Tensor
     value: Tensor
+    activation: Activation | None = None
 
 
 Replacement = Callable[[Tensor], Tensor]
@@ -252,10 +256,11 @@ class DeltaKernels(Protocol):
     def add_prompt_attention(
         self, y_TO: Tensor, query_HTD: Tensor, scaling: float, segments: Sequence[PromptSegment]
     ) -> None:
-        """Add each segment's attention to a prompt of its own, in its own softmax, in place.
+        """Add each segment's attention to a prompt of its own, in its own softmax or without one, in place.
 
-        Semantics: y[t, h] += softmax(scaling * query[h, t] @ key[g].T) @ value[g], g the key head of h.
-        Shapes: y [T, H * D] fp32, query [H, T, D] after rotary. Source: LLaMA-Adapter section 3.2.
+        Semantics: y[t, h] += f(scaling * query[h, t] @ key[g].T) @ value[g], g the key head of h, f the softmax or
+        `activation`. Shapes: y [T, H * D] fp32, query [H, T, D] after rotary.
+        Source: LLaMA-Adapter section 3.2; He et al., "multi-head parallel adapter".
         """
         ...
 

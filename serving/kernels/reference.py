@@ -96,4 +96,5 @@ class ReferenceKernels:
             groups = query_HTD.shape[0] // w.key.shape[0]
             key, value = (x.repeat_interleave(groups, dim=0) for x in (w.key, w.value))
             scores = torch.bmm(query_HTD[:, start:stop].to(torch.float32), key.mT) * scaling
-            y_TO[start:stop] += torch.bmm(scores.softmax(dim=-1), value).transpose(0, 1).flatten(1)
+            weights = scores.softmax(dim=-1) if w.activation is None else FUNCTIONS[w.activation](scores)
+            y_TO[start:stop] += torch.bmm(weights, value).transpose(0, 1).flatten(1)

@@ -28,7 +28,7 @@ def place_prompt(op: AttnPrefix, backbone: Backbone, to_device: Copy) -> PromptW
     assert op.gate is not None
     key = _projected(op.key, "k.out", op, backbone)
     value = _projected(op.value, "v.out", op, backbone) * op.gate.float()
-    return PromptWeights(to_device(key.transpose(0, 1)), to_device(value.transpose(0, 1)))
+    return PromptWeights(to_device(key.transpose(0, 1)), to_device(value.transpose(0, 1)), op.activation)
 
 
 def _projected(rows: Tensor, site: str, op: AttnPrefix, backbone: Backbone) -> Tensor:

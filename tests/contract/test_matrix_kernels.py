@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapters.normal_form import LinearMap, Rows, Site, WeightDelta
+from adapters.normal_form import Activation, LinearMap, Rows, Site, WeightDelta
 from serving.kernels.ops import (
     DeltaKernels,
     LinearMapSegment,
@@ -131,15 +131,21 @@ def test_rows_replace_embeddings_and_logits(kernels: DeltaKernels) -> None:
 
 
 @pytest.mark.parametrize("kernels", EXECUTORS, ids=lambda k: type(k).__name__)
-def test_prompt_attention_equals_its_formula(kernels: DeltaKernels) -> None:
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_prompt_attention_equals_its_formula(kernels: DeltaKernels, activation: Activation | None) -> None:
     torch.manual_seed(10)
     heads, kv_heads, width = 6, 2, 4
     y, query = random(5, heads * width), random(heads, 5, width)
-    weights = PromptWeights(random(kv_heads, 3, width), random(kv_heads, 3, width))
+    weights = PromptWeights(random(kv_heads, 3, width), random(kv_heads, 3, width), activation)
     expected = y.double()
     for head in range(heads):
         key, value = (x[head // 3].double() for x in (weights.key, weights.value))
-        mixed = torch.softmax(0.5 * query[head, 2:4].double() @ key.T, dim=-1) @ value
+        scores = 0.5 * query[head, 2:4].double() @ key.T
+        mixed = {
+            None: torch.softmax(scores, dim=-1),
+            "relu": scores.clamp(min=0),
+            "silu": scores * torch.sigmoid(scores),
+        }[activation] @ value
         expected[2:4, head * width : (head + 1) * width] += mixed
     kernels.add_prompt_attention(y, query, 0.5, [PromptSegment(2, 4, weights)])
     assert torch.allclose(y.double(), expected, atol=1e-5)

@@ -336,6 +336,12 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(prompted(gate=None)), LLAMA, ("gate: belongs to a separate softmax",)),
     (delta(prompted(gate=ones(2))), LLAMA, ("gate: shape [2], expected [1]",)),
     (delta(prompted(merge="added")), LLAMA, ("merge",)),
+    (delta(prompted(activation="softmax")), LLAMA, ("activation: expected one of identity, relu",)),
+    (
+        delta(*prefixes(activation="relu")),
+        LLAMA,
+        ("activation: expected one of", "where prompts are separate"),
+    ),
     (delta(prompted(merge="joint", gate=None)), LLAMA, ("projected: a joint prefix",)),
     (delta(prompted(projected=1)), LLAMA, ("projected: expected true or false",)),
     (delta(prompted(), prompted()), LLAMA, ("2 AttnPrefix ops in layer 1",)),
