@@ -84,8 +84,44 @@ class OpChecker:
         if op.activation not in ACTIVATIONS:
             self.add(f"activation: expected one of {', '.join(ACTIVATIONS)}.")
         self.scaling(op.scaling)
+        self.norms(op, read_width, width_of(target))
+        self.gate(op, (read_width,), (1,))
         if op.positions is not None:
             self.positions(op.positions)
+            if op.gate_weight is not None:
+                self.add("positions: a gate is a mean over whole rows.")
+
+    def norms(self, op: LowRank, read_width: int | None, write_width: int | None) -> None:
+        """Check the norms around one LowRank."""
+        given = []
+        for name, width in (("in_norm", read_width), ("out_norm", write_width)):
+            weight, bias = getattr(op, f"{name}_weight"), getattr(op, f"{name}_bias")
+            if (weight is None) != (bias is None):
+                self.add(f"{name}_weight: it comes with {name}_bias.")
+            elif weight is not None:
+                given.append(self.tensor(f"{name}_weight", weight, (width,)))
+                self.tensor(f"{name}_bias", bias, (width,))
+        if bool(given) != (op.norm_eps is not None):
+            self.add("norm_eps: belongs to the norms, and they to it.")
+        elif op.norm_eps is not None and (type(op.norm_eps) is not float or not 0 < op.norm_eps < 1):
+            self.add("norm_eps: expected a number between 0 and 1.")
+
+    def gate(
+        self,
+        op: LowRank | AttnPrefix,
+        weight_shape: tuple[int | None, ...],
+        bias_shape: tuple[int | None, ...],
+    ) -> None:
+        """Check the gate of one op."""
+        if op.gate_weight is None and op.gate_bias is None:
+            return
+        self.tensor("gate_weight", op.gate_weight, weight_shape)
+        self.tensor("gate_bias", op.gate_bias, bias_shape)
+        if self.spec.kind != "encoder":
+            self.add(
+                "gate_weight: the gate is a mean over the whole row, so it would depend on tokens that are not "
+                "generated yet; gates are served on encoders."
+            )
 
     def positions(self, positions: Positions) -> None:
         """Check on which tokens an op acts."""
@@ -143,6 +179,10 @@ class OpChecker:
             self.add("gate: belongs to a separate softmax, and only there.")
         if op.gate is not None:
             self.tensor("gate", op.gate, (1,))
+        count = op.gate_bias.shape[0] if isinstance(op.gate_bias, Tensor) and op.gate_bias.dim() else 0
+        self.gate(op, (1 if count == 1 else 2, self.spec.hidden_size), (1 if count == 1 else 2,))
+        if op.gate_weight is not None and op.merge != "joint":
+            self.add("gate_weight: belongs to a joint prefix.")
         if op.activation is not None and (op.merge != "separate" or op.activation not in ACTIVATIONS):
             self.add(f"activation: expected one of {', '.join(ACTIVATIONS)}, where prompts are separate.")
         if not isinstance(op.projected, bool):

@@ -129,6 +129,10 @@ def _positioned(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
         yield "invocation tokens are for models that generate; an encoder's rows are seen whole."
     if kinds and any(isinstance(op, VirtualTokens) for op in delta.ops) and spec.kind == "encoder":
         yield "on an encoder virtual tokens run with each row, and whether first tokens count them is not defined."
+    if any(isinstance(op, VirtualTokens) for op in delta.ops) and any(
+        isinstance(op, LowRank) and op.gate_weight is not None for op in delta.ops
+    ):
+        yield "whether the mean of a gate counts virtual tokens is not defined."
     if kinds.count(FromInvocation) > 1:
         yield "its ops name different invocation tokens; a delta is invoked by one sequence."
     elif FromInvocation in kinds and len(kinds) > 1:

@@ -68,7 +68,8 @@ class ForwardContext:
     says which of the rows that modules see are tokens, None where all are. `hidden_rows` [R] are the tokens whose
     final hidden states are wanted, which are then in `hidden` [R, d] fp32. Encoders only: `token_types` [T] where a
     row has two parts, `inserted` the virtual tokens [l, d] that stand at a token index, `replayed` [R, d] the states
-    that the model's head runs on alone.
+    that the model's head runs on alone, `prefix_gates` what prefixes are multiplied by in the coming attention, keys
+    and values [2], by the first token of their row.
     """
 
     programs: Sequence[Program | None]
@@ -82,6 +83,7 @@ class ForwardContext:
     token_types: Tensor | None = None
     inserted: Sequence[tuple[int, Tensor]] = ()
     replayed: Tensor | None = None
+    prefix_gates: dict[int, Tensor] = field(default_factory=dict)
 
     def keep_hidden(self, states: Tensor) -> None:
         """Take the wanted rows of the final hidden states [..., d], which the model hands over."""

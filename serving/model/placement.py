@@ -28,7 +28,7 @@ from adapters.normal_form import (
     WeightDelta,
 )
 from adapters.positions import Positions
-from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
+from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule, Surroundings
 from serving.model.backbone import Backbone
 from serving.model.heads import place_head_of
 from serving.model.place_matrices import (
@@ -69,6 +69,8 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
             placer.affines[op.site, op.side].append(op)
         elif isinstance(op, AttnPrefix) and op.merge == "separate":
             placer.prompts.append(op)
+        elif isinstance(op, AttnPrefix) and op.gate_weight is not None:
+            placer.gated_prefixes.append(op)
         elif isinstance(op, LinearMap | WeightDelta | Rows | Head) and op.site != SCORES:
             placer.matrices.append(op)
     modules = placer.modules()
@@ -154,6 +156,7 @@ class _Placer:
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
         self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
+        self.gated_prefixes: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
         self.positions: dict[int, Positions] = {}  # id of the weights -> the only tokens on which they act
         self._block = WeightBlock(weight_bytes) if backbone.device.type == "cpu" else None
@@ -211,6 +214,15 @@ class _Placer:
             placed[self.index[module.path]].prompts.append(
                 place_prompt(prompt, self.backbone, self.to_device)
             )
+        for prefix in self.gated_prefixes:
+            assert prefix.gate_weight is not None
+            assert prefix.gate_bias is not None
+            module, _ = self.spec.writer[Site("k.out", prefix.layer)]
+            both = [
+                self.to_device(tensor.expand(2, *tensor.shape[1:]))
+                for tensor in (prefix.gate_weight, prefix.gate_bias)
+            ]
+            placed[self.index[module.path]].prefix_gate = (both[0], both[1])
         return dict(placed)
 
     def _writer(self, site: Site) -> int:
@@ -261,10 +273,22 @@ class _Placer:
             b_bias=None if op.b_bias is None else self.to_device(op.b_bias),
             start=part.start,
             stop=part.stop,
+            around=None if op.plain else self._around(op),
         )
         if op.positions is not None:
             self.positions[id(weights)] = op.positions
         return weights
+
+    def _around(self, op: LowRank) -> Surroundings:
+        in_norm, out_norm, gate = (
+            None if weight is None or bias is None else (self.to_device(weight), self.to_device(bias))
+            for weight, bias in (
+                (op.in_norm_weight, op.in_norm_bias),
+                (op.out_norm_weight, op.out_norm_bias),
+                (op.gate_weight, op.gate_bias),
+            )
+        )
+        return Surroundings(in_norm, out_norm, op.norm_eps or 0.0, gate)
 
     def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
         weights = self._low_rank(op, part)
@@ -336,7 +360,8 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
         if joined:
             last, span = joined[-1]
             same = (
-                last.A is op.A
+                (last.plain and op.plain)
+                and last.A is op.A
                 and last.read == op.read
                 and last.scaling == op.scaling
                 and last.activation == op.activation

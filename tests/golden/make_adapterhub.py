@@ -216,6 +216,17 @@ ENCODER_CASES: dict[str, AdapterConfig] = {
     "ia3_everywhere": CASES["ia3_everywhere"].config,
     "mam": CASES["mam"].config,
     "loreft": CASES["loreft"].config,
+    "seq_bn_ln": SeqBnConfig(reduction_factor=8, ln_before=True, ln_after=True),
+    "double_seq_bn_ln_before": DoubleSeqBnConfig(reduction_factor=8, ln_before=True),
+    "par_bn_ln_gated": ParBnConfig(reduction_factor=8, ln_before=True, ln_after=True, use_gating=True),
+    "double_seq_bn_gated": DoubleSeqBnConfig(reduction_factor=8, use_gating=True),
+    "lora_gated": LoRAConfig(r=3, alpha=5, intermediate_lora=True, output_lora=True, use_gating=True),
+    "unipelt": UniPELTConfig(
+        PrefixTuningConfig(prefix_length=3, bottleneck_size=8, use_gating=True, shared_gating=False),
+        SeqBnConfig(reduction_factor=8, use_gating=True),
+        LoRAConfig(r=2, use_gating=True),
+    ),
+    "unipelt_shared": UniPELTConfig(prefix_tuning=PrefixTuningConfig(prefix_length=3, flat=True)),
 }
 
 

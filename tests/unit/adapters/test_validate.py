@@ -336,6 +336,35 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(prompted(gate=None)), LLAMA, ("gate: belongs to a separate softmax",)),
     (delta(prompted(gate=ones(2))), LLAMA, ("gate: shape [2], expected [1]",)),
     (delta(prompted(merge="added")), LLAMA, ("merge",)),
+    (delta(low_rank(in_norm_weight=ones(32), norm_eps=1e-5)), LLAMA, ("in_norm_weight: it comes with",)),
+    (
+        delta(low_rank(in_norm_weight=ones(31), in_norm_bias=ones(32), norm_eps=1e-5)),
+        LLAMA,
+        ("in_norm_weight: shape [31], expected [32]",),
+    ),
+    (
+        delta(low_rank(out_norm_weight=ones(32), out_norm_bias=ones(32))),
+        LLAMA,
+        ("norm_eps: belongs to the norms",),
+    ),
+    (delta(low_rank(norm_eps=1e-5)), LLAMA, ("norm_eps: belongs to the norms",)),
+    (
+        delta(low_rank(out_norm_weight=ones(32), out_norm_bias=ones(32), norm_eps=float("nan"))),
+        LLAMA,
+        ("norm_eps: expected a number between 0 and 1",),
+    ),
+    (
+        delta(low_rank(gate_weight=ones(32), gate_bias=ones(1))),
+        LLAMA,
+        ("gate_weight: the gate is a mean over the whole row",),
+    ),
+    (delta(low_rank(gate_bias=ones(1))), LLAMA, ("gate_weight: expected a tensor",)),
+    (
+        delta(*prefixes(gate_weight=ones(2, 32), gate_bias=ones(2))),
+        LLAMA,
+        ("gate_weight: the gate is a mean over the whole row",),
+    ),
+    (delta(prompted(gate_weight=ones(1, 32), gate_bias=ones(1))), LLAMA, ("belongs to a joint prefix",)),
     (delta(prompted(activation="softmax")), LLAMA, ("activation: expected one of identity, relu",)),
     (
         delta(*prefixes(activation="relu")),
@@ -436,7 +465,13 @@ def test_every_problem_is_listed() -> None:
     [
         lambda value: low_rank(A=value, B=value, a_bias=value or None, scaling=value, activation=value),
         lambda value: Affine(site=Site("q.out", 0), scale=value, side=value, covers_bias=value),
+        lambda value: low_rank(
+            in_norm_weight=value, in_norm_bias=value, norm_eps=value, gate_weight=value, gate_bias=value
+        ),
         lambda value: AttnPrefix(layer=value, key=value, value=value),
+        lambda value: AttnPrefix(
+            layer=0, key=value, value=value, activation=value, gate_weight=value, gate_bias=value
+        ),
         lambda value: VirtualTokens(embeddings=value),
     ],
 )
