@@ -11,6 +11,8 @@ head by head) · `kv` (the cache, after rotary) · `ctx` (concatenated heads) ·
 follows) · `ffn.r` (residual stream entering the feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` ·
 `ffn.a` (activation, input of down) · `down.out` · `ffn.post` (its norm, where one follows) · `layer.out` ·
 `final.pre` · `final` · `logits`, or `scores` (what a task head makes of the final hidden states, see `adapters.tasks`).
+Encoder-decoders have them twice, as `enc.…` and `dec.…`, and those of the attention to the encoder's output as
+`dec.cross.…`; `logits` is theirs alike.
 
 Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it or Rows of it
 (+ WeightDelta, which reads what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output
@@ -50,12 +52,26 @@ class OpKind(StrEnum):
     PROCEDURE = "procedure"
 
 
+Stack = Literal["", "enc", "dec", "dec.cross"]
+_STACKS: tuple[Stack, ...] = ("dec.cross", "enc", "dec")
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
     """A named place in the backbone. `layer` is -1 for sites that exist once (`embed`, `final`, `logits`)."""
 
     name: str
     layer: int = -1
+
+    @property
+    def stack(self) -> Stack:
+        """Which attention or stack of an encoder-decoder the site belongs to; empty where there is one stack."""
+        return next((stack for stack in _STACKS if self.name.startswith(f"{stack}.")), "")
+
+    @property
+    def local(self) -> str:
+        """The name within the stack, as every architecture has it."""
+        return self.name.removeprefix(f"{self.stack}.") if self.stack else self.name
 
     def __str__(self) -> str:
         return self.name if self.layer < 0 else f"{self.layer}.{self.name}"
@@ -65,6 +81,16 @@ class Site:
         """The inverse of `str`. Raises ValueError."""
         head, _, rest = text.partition(".")
         return cls(rest, int(head)) if head.isdigit() else cls(text)
+
+
+def attention_site(stack: Stack, name: str, layer: int) -> Site:
+    """The site `name` of one layer's attention."""
+    return Site(f"{stack}.{name}" if stack else name, layer)
+
+
+def kv_site(stack: Stack, layer: int) -> Site:
+    """The keys and values of one layer's attention."""
+    return attention_site(stack, "kv", layer)
 
 
 Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "sigmoid"]
@@ -192,8 +218,9 @@ class AttnPrefix:
     backbone's. `projected=False`: key and value are what the layer's k and v projections are given when the delta is
     placed. `gate_weight` and `gate_bias`, of a joint prefix on an encoder: the keys of a row are multiplied by the mean
     over its tokens of the first column of sigmoid(x @ gate_weightᵀ + gate_bias), the values by that of the last, x
-    being what the layer's keys are made of. Shapes: key, value [l, H, D], not projected [l, d]; gate [1]; gate_weight
-    [c, d], gate_bias [c], c 1 or 2.
+    being what the layer's keys are made of. `stack`: the attention of an encoder-decoder to which it belongs, `layer`
+    its layer there. Shapes: key, value [l, H, D], not projected [l, d]; gate [1]; gate_weight [c, d], gate_bias [c],
+    c 1 or 2.
     Source: Li and Liang "Prefix-Tuning"; He et al. equation 4, and its multi-head parallel adapter, ReLU(q·P_k)·P_v;
     Zhang et al. "LLaMA-Adapter" section 3.2; Mao et al. "UniPELT" section 3.3.
     """
@@ -208,6 +235,7 @@ class AttnPrefix:
     activation: Activation | None = None
     gate_weight: Tensor | None = None
     gate_bias: Tensor | None = None
+    stack: Stack = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

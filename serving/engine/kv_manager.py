@@ -47,8 +47,11 @@ class Opened(NamedTuple):
 class KVManager(Protocol):
     """Room for keys and values."""
 
-    def max_entries(self, beside_bytes: int) -> int:
-        """The longest that one request can become, virtual tokens included, when it needs a delta of that size."""
+    def max_entries(self, beside_bytes: int, num_read: int = 0) -> int:
+        """The longest that one request can become, virtual tokens included, when it needs a delta of that size.
+
+        `num_read` entries, those of an encoder-decoder's prompt, take memory beside it.
+        """
         ...
 
     @property
@@ -115,12 +118,12 @@ class SlotKVManager:
         self._retained: OrderedDict[int, None] = OrderedDict()  # those with published blocks, last used last
         budget.register(CONSUMER, self)
 
-    def max_entries(self, beside_bytes: int) -> int:
+    def max_entries(self, beside_bytes: int, num_read: int = 0) -> int:
         """See `KVManager`."""
         room = self.budget.capacity_bytes - beside_bytes
         if not self.block_bytes:  # nothing is kept of an encoder's rows
             return self.max_len if room >= 0 else 0
-        return min(self.max_len, room // self.block_bytes * BLOCK_TOKENS)
+        return min(self.max_len, room // self.block_bytes * BLOCK_TOKENS - num_read)
 
     @property
     def num_free_slots(self) -> int:

@@ -22,7 +22,7 @@ from adapters.errors import DeltamuxError, Overloaded
 from serving.engine.fair_queue import CLASS_RANK
 from serving.engine.kv_manager import KVManager
 from serving.engine.prefix_cache import HashChain, PrefixKeys
-from serving.engine.sequence import LeasedDelta, ScheduledRow, Sequence, max_total_len
+from serving.engine.sequence import LeasedDelta, ScheduledRow, Sequence, max_total_len, require_readable
 from serving.engine.waiting import AdmissionRate, WaitingQueue
 
 OUTPUT_COST = 2.0
@@ -67,7 +67,8 @@ class Failed(NamedTuple):
 class SchedulerLimits:
     """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused.
 
-    `whole_rows`: prompts are not computed in pieces; a step's last one may go beyond its tokens.
+    `whole_rows`: prompts are not computed in pieces; a step's last one may go beyond its tokens. `max_read`: the longest
+    prompt of an encoder-decoder.
     """
 
     max_num_batched_tokens: int
@@ -75,6 +76,7 @@ class SchedulerLimits:
     max_wait_s: float
     max_queue_s: float
     whole_rows: bool = False
+    max_read: int = 0
 
 
 @dataclass(slots=True)
@@ -88,11 +90,12 @@ class _Step:
     def run(self, seq: Sequence) -> None:
         """Compute as much of `seq` as the budget allows, or all of it."""
         self.rows[seq] = seq.num_pending if self.whole_rows else min(seq.num_pending, self.budget)
-        self.budget -= self.rows[seq]
+        self.budget -= self.rows[seq] + seq.num_to_encode
 
     def drop(self, seq: Sequence) -> None:
         """Leave `seq` out after all."""
-        self.budget += self.rows.pop(seq, 0)
+        if seq in self.rows:
+            self.budget += self.rows.pop(seq) + seq.num_to_encode
 
 
 class _Outcome(Enum):
@@ -162,7 +165,7 @@ class Scheduler:
         # Decodes first: a running stream is never starved by somebody's long prompt. Then the highest class and the
         # oldest, so that whoever is preempted for room comes later in this loop.
         for seq in sorted(self.running, key=lambda seq: (seq.num_pending > 1, *_priority(seq))):
-            while seq.slot >= 0 and not self.kv.grow(seq.slot, seq.prefix_len + len(seq.tokens)):
+            while seq.slot >= 0 and not self.kv.grow(seq.slot, seq.num_beside + len(seq.tokens)):
                 self._preempt(max(self.running, key=_priority), step)
             if seq.slot >= 0 and step.budget > 0:
                 step.run(seq)
@@ -228,9 +231,13 @@ class Scheduler:
         """Give `seq` its slot, with whatever of its prompt is known already."""
         request = seq.request
         prefix_len = 0 if delta is None else delta.prefix_len
-        room = self.kv.max_entries(0 if delta is None else delta.device_bytes) - prefix_len
-        room -= 0 if delta is None else delta.num_inserted
-        seq.max_len = max_total_len(seq.num_prompt, request.max_tokens, room)
+        num_read = seq.num_read(delta)
+        room = self.kv.max_entries(0 if delta is None else delta.device_bytes, num_read) - prefix_len
+        if seq.source:
+            require_readable(len(seq.source), self.limits.max_read - num_read + len(seq.source))
+        elif delta is not None:
+            room -= delta.num_inserted
+        seq.max_len = max_total_len(seq.num_prompt, request.max_tokens, room, begins=bool(seq.source))
         seq.pool_for(delta, self._pad_token_id)
         if seq.chain is None and self._keys.enabled:
             root = self._keys.root(
@@ -244,7 +251,7 @@ class Scheduler:
         reused = None if seq.needs_whole_prompt else seq.chain
         if reused and not overdue and 2 * self.kv.will_be_cached(reused, seq.tokens) >= len(seq.tokens):
             return _Outcome.LATER
-        opened = self.kv.open(reused, seq.tokens, prefix_len, headroom=len(self.running))
+        opened = self.kv.open(reused, seq.tokens, prefix_len + num_read, headroom=len(self.running))
         if opened is None:
             return _Outcome.FULL
         seq.admit(opened.slot, delta)
@@ -289,7 +296,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence, step: _Step) -> None:
         step.drop(seq)
         self._release(seq, sound=seq.is_sound)
-        seq.num_computed = 0
+        seq.num_computed, seq.is_encoded = 0, False
         self.queue.put_back(seq)
         self._awaited[seq.request.adapter_digest] += 1
         self.num_preemptions += 1
@@ -340,8 +347,9 @@ class Scheduler:
         """Charge the tenant for tokens that are computed; those that are computed again are free."""
         if num_tokens == 0:
             return
-        reached = min(seq.num_computed + num_tokens, seq.num_prompt)
-        fresh = max(0, reached - max(seq.num_charged, seq.num_computed))
+        reached = len(seq.source) + min(seq.num_computed + num_tokens, seq.num_prompt)
+        known = len(seq.source) - seq.num_to_encode + seq.num_computed
+        fresh = max(0, reached - max(seq.num_charged, known))
         seq.num_charged = max(seq.num_charged, reached)
         generates = seq.request.pooling is None and num_tokens == seq.num_pending
         self.queue.charge(seq, fresh + (OUTPUT_COST if generates else 0.0))
