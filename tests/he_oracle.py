@@ -171,3 +171,39 @@ ROBERTA_PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
 def count(weights: Weights, path: str) -> int:
     """How many layers stand under `path`."""
     return 1 + max(int(key[len(path) + 1 :].split(".")[0]) for key in weights if key.startswith(f"{path}."))
+
+
+BART_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+BART_EPS = 1e-5
+
+
+def bart(weights: Weights, source: list[int], tokens: list[int], variant: Variant, *, heads: tuple[int, int],
+         scale: float) -> Tensor:  # fmt: skip
+    """Logits [T, V] of the decoder's tokens. `heads` of (encoder, decoder); `scale` of token embeddings.
+
+    Positions count from 2 in both stacks, with and without prefixes.
+    """
+
+    def attends(x: Tensor, over: Tensor, at: str, name: str, num_heads: int, *, causal: bool) -> Tensor:
+        change = variant.get(name, NOTHING)
+        paths = {role: f"{at}.{end}" for role, end in BART_PROJECTIONS.items()}
+        out = attention(x, over, weights, paths, change, num_heads, causal=causal)
+        return finish(x, out, weights, f"{at}_layer_norm", BART_EPS, change)
+
+    def stack(side: str, ids: list[int], memory: Tensor | None) -> Tensor:
+        name, decodes, body = side[:3], memory is not None, f"model.{side}"
+        x = scale * weights[f"{body}.embed_tokens.weight"][ids]
+        x = x + weights[f"{body}.embed_positions.weight"][torch.arange(2, 2 + len(ids))]
+        x = layer_norm(x, weights, f"{body}.layernorm_embedding", BART_EPS)
+        for layer in range(count(weights, f"{body}.layers")):
+            at, block = f"{body}.layers.{layer}", f"{name}.{layer}"
+            x = attends(x, x, f"{at}.self_attn", f"{block}.attention", heads[decodes], causal=decodes)
+            if memory is not None:
+                x = attends(x, memory, f"{at}.encoder_attn", f"{block}.cross", heads[1], causal=False)
+            change = variant.get(f"{block}.ffn", NOTHING)
+            out = feed_forward(x, weights, f"{at}.fc1", f"{at}.fc2", change)
+            x = finish(x, out, weights, f"{at}.final_layer_norm", BART_EPS, change)
+        return x
+
+    states = stack("decoder", tokens, stack("encoder", source, None))
+    return states @ weights["lm_head.weight"].T + weights["final_logits_bias"][0]

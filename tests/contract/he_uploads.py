@@ -1,13 +1,13 @@
 """The variants of He et al. as uploads, with what each of them adds to the blocks of `tests/he_oracle.py`.
 
 AdapterHub's files where its library has the method, keys and configs as it saves them; the canonical pair for the
-multi-head parallel adapter, which no library has. All tensors are random.
+multi-head parallel adapter, which no library has, and of every variant a second time. All tensors are random.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
 from adapters.canonical import to_canonical
-from adapters.normal_form import AttnPrefix, Delta
+from adapters.normal_form import AttnPrefix, Delta, LowRank, Op, Site, Stack, attention_site
 from tests.cases import GOLDEN
-from tests.he_oracle import Bottleneck, Change, LoRA, Variant, reparametrised
+from tests.he_oracle import BART_PROJECTIONS, NOTHING, Bottleneck, Change, LoRA, Variant, reparametrised
 
 Files = Mapping[str, bytes]
 NAME = "he"
@@ -35,6 +35,7 @@ class Block:
     adapters: str
     projections: Mapping[str, str]
     layer: int
+    stack: Stack = ""
 
     @property
     def attends(self) -> bool:
@@ -49,8 +50,6 @@ class Host:
     blocks: Sequence[Block]
     prefixes: Mapping[str, Sequence[Block]]
     body: str
-    prefix_op: Callable[[Block], dict[str, Any]]
-    """Fields of an AttnPrefix that say where it acts."""
 
     @property
     def attention(self) -> list[Block]:
@@ -220,26 +219,50 @@ def _lora(host: Host, name: str, projections: Sequence[str]) -> HeCase:
 
 
 def _multi_head(host: Host) -> HeCase:
-    draw, variant, ops = Draw(40), {}, []
+    draw, variant = Draw(40), {}
     heads, width = host.spec.num_kv_heads, host.spec.head_dim
     for block in host.attention:
         key, value = (draw(f"{block.name}.{part}", 9, heads, width, sigma=1.0) for part in ("key", "value"))
         variant[block.name] = Change(heads=(key, value))
-        ops.append(
-            AttnPrefix(
-                key=draw.tensors[f"{block.name}.key"],
-                value=draw.tensors[f"{block.name}.value"],
-                merge="separate",
-                activation="relu",
-                gate=torch.ones(1),
-                **host.prefix_op(block),
-            )
-        )
-    pair = to_canonical(
-        Delta(method="multi_head_parallel_adapter", ops=tuple(ops), backbone_digest=host.spec.digest)
-    )
-    files = {"manifest.json": pair.manifest, "tensors.safetensors": pair.tensors}
-    return HeCase("multi-head parallel", files, variant)
+    return HeCase("multi-head parallel", canonical(host, variant), variant)
+
+
+def canonical(host: Host, variant: Variant) -> Files:
+    """`variant` as a canonical pair."""
+    ops = tuple(op for block in host.blocks for op in _ops(host, block, variant.get(block.name, NOTHING)))
+    pair = to_canonical(Delta(method="he_et_al", ops=ops, backbone_digest=host.spec.digest))
+    return {"manifest.json": pair.manifest, "tensors.safetensors": pair.tensors}
+
+
+def _ops(host: Host, block: Block, change: Change) -> Iterator[Op]:
+    """What `change` is in the normal form. Sites of a block: `<block>.r`, `.sum`, `.post`, and what its module writes."""
+
+    def site(name: str) -> Site:
+        return attention_site(block.stack, name, block.layer)
+
+    place = ("" if block.stack == "dec.cross" else "attn.") if block.attends else "ffn."
+    out = site("o.out" if block.attends else "down.out")
+    stream, total, normed = (site(f"{place}{name}") for name in ("r", "sum", "post"))
+    roles = ((change.sequential, out, out), (change.parallel, stream, out), (change.inside, normed, total),
+             (change.after, normed, normed))  # fmt: skip
+    for added, read, write in roles:
+        if added is not None:
+            yield LowRank(
+                read=read, write=write, A=added.down.float(), B=added.up.float(), a_bias=added.down_bias.float(),
+                b_bias=added.up_bias.float(), scaling=added.scaling, activation="relu",
+            )  # fmt: skip
+    for name, lora in change.lora.items():
+        module = host.spec.by_path[block.projections[name]]
+        assert module.read is not None
+        yield LowRank(
+            read=module.read, write=module.writes[0].site, A=lora.A.float(), B=lora.B.float(), scaling=lora.scaling
+        )  # fmt: skip
+    at: dict[str, Any] = {"layer": block.layer, "stack": block.stack}
+    if change.prefix is not None:
+        yield AttnPrefix(key=change.prefix[0].float(), value=change.prefix[1].float(), **at)
+    if change.heads is not None:
+        key, value = (part.float() for part in change.heads)
+        yield AttnPrefix(key=key, value=value, merge="separate", activation="relu", gate=torch.ones(1), **at)
 
 
 def roberta_host(spec: BackboneSpec) -> Host:
@@ -253,6 +276,35 @@ def roberta_host(spec: BackboneSpec) -> Host:
         projections = {"w1": f"{at}.intermediate.dense", "w2": f"{at}.output.dense"}
         blocks.append(Block(f"{layer}.ffn", f"{at}.output.adapters.", projections, layer))
     attention = [block for block in blocks if block.attends]
-    return Host(
-        spec, blocks, {"self_prefix": attention}, "roberta", prefix_op=lambda block: {"layer": block.layer}
+    return Host(spec, blocks, {"self_prefix": attention}, "roberta")
+
+
+def bart_host(spec: BackboneSpec) -> Host:
+    """BART's blocks, those of the encoder first."""
+    blocks: list[Block] = []
+
+    def add(name: str, at: str, place: str, projections: Mapping[str, str], layer: int, stack: Stack) -> None:
+        paths = {role: f"{at}.{end}" for role, end in projections.items()}
+        blocks.append(Block(name, f"{at}.{place}.adapters.", paths, layer, stack))
+
+    stacks: tuple[tuple[str, Stack, int], ...] = (
+        ("encoder", "enc", spec.num_encoder_layers),
+        ("decoder", "dec", spec.num_layers),
     )
+    for side, stack, layers in stacks:
+        for layer in range(layers):
+            at, name = f"model.{side}.layers.{layer}", f"{stack}.{layer}"
+            own, cross = (
+                {role: f"{attention}.{end}" for role, end in BART_PROJECTIONS.items()}
+                for attention in ("self_attn", "encoder_attn")
+            )
+            add(f"{name}.attention", at, "attention_adapters", own, layer, stack)
+            if stack == "dec":
+                add(f"{name}.cross", at, "cross_attention_adapters", cross, layer, "dec.cross")
+            add(f"{name}.ffn", at, "output_adapters", {"w1": "fc1", "w2": "fc2"}, layer, stack)
+    attending = [block for block in blocks if block.attends]
+    prefixes = {
+        f"{group}_prefix": [block for block in attending if block.stack == stack]
+        for group, stack in (("encoder", "enc"), ("self", "dec"), ("cross", "dec.cross"))
+    }
+    return Host(spec, blocks, prefixes, "model")
