@@ -42,8 +42,8 @@ _T5: dict[str, Any] = {
     "d_model": 32,
     "d_kv": 12,
     "d_ff": 48,
-    "num_layers": 2,
-    "num_decoder_layers": 3,
+    "num_layers": 3,
+    "num_decoder_layers": 2,  # transformers 5.23 sizes generate's cache by the encoder: no more layers can be tested
     "num_heads": 4,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 20,
@@ -62,6 +62,18 @@ CONFIGS: Mapping[str, PreTrainedConfig] = {
 }
 """One of each kind; its stacks differ in depth and, where it can, in width."""
 
+RULES: Mapping[str, dict[str, Any]] = {
+    "marian": {"no_repeat_ngram_size": 2, "bad_words_ids": [[23], [71, 60]], "renormalize_logits": True},
+    "pegasus": {
+        "no_repeat_ngram_size": 2,
+        "min_length": 9,
+        "forced_bos_token_id": 7,
+        "suppress_tokens": [19],
+    },
+    "t5": {"repetition_penalty": 1.7, "begin_suppress_tokens": [5, 9]},
+}
+"""What generation configs of published models ask for."""
+
 
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A random model; equal seeds give equal weights. Biases and norms are random too: a lost one shows."""
@@ -69,13 +81,16 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(CONFIGS[name], attn_implementation="eager")
     draw = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for path, parameter in model.named_parameters():
         if parameter.requires_grad:  # Marian's and Pegasus' positions are sines
             around = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
-            parameter.data = around + 0.3 * torch.randn(parameter.shape, generator=draw)
+            loud = "embed_positions" in path or (name == "bart" and "encoder_attn." in path)
+            sigma = 1.2 if loud else 0.3  # a tied head would repeat what it reads
+            parameter.data = around + sigma * torch.randn(parameter.shape, generator=draw)
     if (bias := getattr(model, "final_logits_bias", None)) is not None:
-        bias.copy_(torch.randn(bias.shape, generator=draw))
+        bias.copy_(0.3 * torch.randn(bias.shape, generator=draw))
     model.tie_weights()
+    model.generation_config.update(**RULES.get(name, {}))
     return model.eval()
 
 
