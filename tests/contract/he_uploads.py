@@ -235,7 +235,7 @@ def canonical(host: Host, variant: Variant) -> Files:
 
 
 def _ops(host: Host, block: Block, change: Change) -> Iterator[Op]:
-    """What `change` is in the normal form. Sites of a block: `<block>.r`, `.sum`, `.post`, and what its module writes."""
+    """What `change` is in the normal form."""
 
     def site(name: str) -> Site:
         return attention_site(block.stack, name, block.layer)
