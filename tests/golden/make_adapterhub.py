@@ -16,8 +16,8 @@ Cases the library cannot produce, hence absent here:
 - `stochastic_depth > 0`: asks for torchvision; inert outside training.
 - DoRA and VeRA in GPT-2's attention: sizes that do not fit, while adding or running;
 - prompt tuning on decoders: the library has none.
-`use_gating` is in one case (`unipelt`), to be refused: its gate is a mean over the whole sequence, so a causal model's
-logits would depend on later tokens and no incremental decoder can agree with it.
+`use_gating` is on decoders in one case (`unipelt`), to be refused: its gate is a mean over the whole sequence, so a
+causal model's logits would depend on later tokens and no incremental decoder can agree with it.
 """
 
 import json

@@ -466,7 +466,7 @@ def test_every_problem_is_listed() -> None:
         lambda value: low_rank(A=value, B=value, a_bias=value or None, scaling=value, activation=value),
         lambda value: Affine(site=Site("q.out", 0), scale=value, side=value, covers_bias=value),
         lambda value: low_rank(
-            in_norm_weight=value, in_norm_bias=value, norm_eps=value, gate_weight=value, gate_bias=value
+            in_norm_weight=value, in_norm_bias=ones(32), norm_eps=value, gate_weight=value, gate_bias=ones(1)
         ),
         lambda value: AttnPrefix(layer=value, key=value, value=value),
         lambda value: AttnPrefix(
