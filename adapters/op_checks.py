@@ -93,10 +93,10 @@ class OpChecker:
         self.scaling(op.scaling)
         self.norms(op, read_width, width_of(target))
         self.gate(op, (read_width,), (1,))
+        if op.gate_weight is not None and op.write.layer < 0:
+            self.add("gate_weight: served inside layers, where whole rows run.")
         if op.positions is not None:
             self.positions(op.positions)
-            if op.gate_weight is not None:
-                self.add("positions: a gate is a mean over whole rows.")
 
     def norms(self, op: LowRank, read_width: int | None, write_width: int | None) -> None:
         """Check the norms around one LowRank."""

@@ -179,7 +179,7 @@ def _low_rank(op: LowRank) -> _Traits:
         "reparameterisation" if linear else "addition",
         "hidden",
         "sequential" if op.sequential else "parallel",
-        _added(op.scaling),
+        _added(op.scaling) if op.gate_weight is None else "gated addition",
         _workspace(op.write),
     )
 

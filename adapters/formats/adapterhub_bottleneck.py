@@ -98,7 +98,8 @@ def read_bottleneck(raw: Mapping[str, Any], path: str, stored: Stored) -> Part |
             param="adapter_residual_before_ln",
         )
         return None
-    stored.gates(config, path)
+    if stored.refuses_gate(config, path):
+        return None
     phm = Phm.read(raw, path, stored) if config["phm_layer"] else None
     if config["phm_layer"] and phm is None:
         return None

@@ -44,6 +44,8 @@ def read_lora(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | None:
         return None
     if stored.release < FIXED_SCALING and path == "config.":  # the library corrects no union
         config["alpha"] = config["r"]
+    if stored.refuses_gate(config, path):
+        return None
     lowering = _Lowering(config, path, stored)
     return lowering.method, tuple(lowering.ops())
 
@@ -81,7 +83,7 @@ class _Lowering:
                 param="composition_mode",
             )
             return
-        if self.stored.gates(config, self.path) and self.method != "lora":
+        if config["use_gating"] and self.method != "lora":
             add(
                 f"adapter_config.json: {self.path}use_gating: served with plain LoRA, not with {self.method}.",
                 param="use_gating",

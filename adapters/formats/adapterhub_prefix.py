@@ -37,7 +37,8 @@ def read_prefix(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | Non
     if any(value is None for value in config.values()):
         return None
     spec = stored.spec
-    stored.gates(config, path)
+    if stored.refuses_gate(config, path):
+        return None
     if any(layer < spec.num_layers for layer in config["leave_out"]):
         stored.problems.add(
             f"adapter_config.json: {path}leave_out: a prefix is served in all layers or in none, since they share its "

@@ -64,16 +64,17 @@ class Stored:
         found = place if place in self._stems else f"{body}.{place}"
         return f"{found}.{self.name}."
 
-    def gates(self, config: Mapping[str, Any], path: str) -> bool:
-        """True where `config` has a gate; on a model that generates that is noted as a problem."""
-        if config["use_gating"] and self.spec.kind != "encoder":
+    def refuses_gate(self, config: Mapping[str, Any], path: str) -> bool:
+        """True, the reason noted, where `config` has a gate and the model generates."""
+        refused = bool(config["use_gating"]) and self.spec.kind != "encoder"
+        if refused:
             self.problems.add(
                 f"adapter_config.json: {path}use_gating: the gate is a mean over the whole sequence, so it depends on "
                 "later tokens, and in generation the library takes it over the tokens of each step alone; served on "
                 "encoders.",
                 param="use_gating",
             )
-        return bool(config["use_gating"])
+        return refused
 
     def take(self, stem: str, shapes: Shapes) -> dict[str, Tensor] | None:
         """Field -> tensor of the keys that begin with `stem`; None, the reason noted, where one is not as expected."""

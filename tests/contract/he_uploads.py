@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -180,7 +180,10 @@ def he_cases(host: Host) -> Iterator[HeCase]:
     config = _preset("mam")["config"]["configs"][0] | {"prefix_length": 7, "bottleneck_size": 12}
     yield HeCase("prefix tuning", _hub(host, config, draw.tensors), prefix)
     yield _mam(host)
-    yield _multi_head(host)
+    heads = _multi_head(host)
+    yield HeCase("multi-head parallel", canonical(host, heads), heads)
+    both = {name: replace(prefix[name], heads=change.heads) for name, change in heads.items()}
+    yield HeCase("multi-head and prefix", canonical(host, both), both)
 
 
 def _mam(host: Host) -> HeCase:
@@ -218,13 +221,13 @@ def _lora(host: Host, name: str, projections: Sequence[str]) -> HeCase:
     return HeCase(name, _hub(host, config, draw.tensors), variant)
 
 
-def _multi_head(host: Host) -> HeCase:
+def _multi_head(host: Host) -> dict[str, Change]:
     draw, variant = Draw(40), {}
     heads, width = host.spec.num_kv_heads, host.spec.head_dim
     for block in host.attention:
         key, value = (draw(f"{block.name}.{part}", 9, heads, width, sigma=1.0) for part in ("key", "value"))
         variant[block.name] = Change(heads=(key, value))
-    return HeCase("multi-head parallel", canonical(host, variant), variant)
+    return variant
 
 
 def canonical(host: Host, variant: Variant) -> Files:

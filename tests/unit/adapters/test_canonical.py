@@ -76,9 +76,9 @@ def sample() -> Delta:
             B=random(32, 3),
             in_norm_weight=random(32),
             in_norm_bias=random(32),
+            out_norm_weight=random(32),
+            out_norm_bias=random(32),
             norm_eps=1e-5,
-            gate_weight=random(32),
-            gate_bias=random(1),
         ),
         AttnPrefix(
             layer=1,

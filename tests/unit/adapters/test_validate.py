@@ -32,6 +32,7 @@ LLAMA = spec_of(tiny_backbone("llama"))  # hidden 32, FFN 64, 3 layers, 4 heads,
 GPT2 = spec_of(tiny_backbone("gpt2"))  # hidden 32, FFN 128, fused q k v, biases
 
 NEOX = spec_of(tiny_backbone("gpt_neox"))  # q, k and v are one site
+BERT = spec_of(tiny_backbone("bert"))
 PADDED = replace(LLAMA, sees_queries=False, free_positions=False)  # as bloom is served
 
 
@@ -357,6 +358,21 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
         delta(low_rank(gate_weight=ones(32), gate_bias=ones(1))),
         LLAMA,
         ("gate_weight: the gate is a mean over the whole row",),
+    ),
+    (
+        delta(low_rank(gate_weight=ones(32), gate_bias=ones(1), positions=FirstTokens(1))),
+        BERT,
+        ("gates, which are means over whole rows, and ops that act on some tokens only",),
+    ),
+    (
+        delta(low_rank(gate_weight=ones(32), gate_bias=ones(1)), VirtualTokens(embeddings=ones(2, 32))),
+        BERT,
+        ("it has gates and VirtualTokens",),
+    ),
+    (
+        delta(low_rank("embed.post", "embed.post", -1, gate_weight=ones(32), gate_bias=ones(1))),
+        BERT,
+        ("gate_weight: served inside layers",),
     ),
     (delta(low_rank(gate_bias=ones(1))), LLAMA, ("gate_weight: expected a tensor",)),
     (
