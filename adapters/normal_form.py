@@ -242,6 +242,8 @@ class AttnPrefix:
 class VirtualTokens:
     """Rows inserted before the first real token at `embed`; real tokens are positioned after them.
 
+    On an encoder-decoder at `enc.embed`, before what the encoder reads; the decoder's tokens are positioned from 0.
+
     Shapes: embeddings [l, d]. Source: Lester et al. "Prompt tuning" section 2.
     """
 
@@ -305,7 +307,7 @@ class Delta:
     """Everything that serving one delta needs, independent of the format it came in.
 
     `method` is the user's word for it (`LORA`, `double_seq_bn`). `position_offset`: the first real token's position
-    id (PEFT prefix tuning: l; AdapterHub: 0). `backbone_digest` binds the delta to the weights it was trained on and
+    id (PEFT prefix tuning: l; AdapterHub: 0), on an encoder-decoder the decoder's. `backbone_digest` binds the delta to the weights it was trained on and
     is filled at admission. `head`: how the final hidden states are read, for every task but causal-lm.
     """
 

@@ -180,6 +180,8 @@ def _virtual(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     if (prefixes or prompts) and not 1 <= length < spec.max_positions:
         yield f"{length} virtual tokens, expected 1 to {spec.max_positions - 1} (the backbone's positions)."
     allowed = {0, length} if prefixes and spec.free_positions else {length}
+    if spec.kind == "encoder-decoder" and not any(stack == "dec" for stack, _ in prefixes):
+        allowed = {0}  # nothing stands before the decoder's tokens
     if delta.position_offset not in allowed:
         why = "" if spec.free_positions else f"; {spec.model_type} counts positions itself"
         yield f"position_offset: {delta.position_offset}, expected {' or '.join(map(str, sorted(allowed)))}{why}."

@@ -58,7 +58,7 @@ def _read_prefix(
             param="peft_type",
         )
     kv_width = spec.num_kv_heads * spec.head_dim
-    _check_stacks(config, spec, problems)
+    _check_stacks(config, raw.get("task_type"), spec, problems)
     layers = _prefix_layers(config, spec, problems)
     _check_sizes(
         config,
@@ -94,7 +94,9 @@ def _prefix_layers(config: Mapping[str, Any], spec: BackboneSpec, problems: Prob
     return layers
 
 
-def _check_stacks(config: Mapping[str, Any], spec: BackboneSpec, problems: Problems) -> None:
+def _check_stacks(
+    config: Mapping[str, Any], task_type: object, spec: BackboneSpec, problems: Problems
+) -> None:
     """Whether the prompt was trained for a model of as many stacks."""
     stacks = 2 if spec.kind == "encoder-decoder" else 1
     if config["num_transformer_submodules"] not in (None, stacks):
@@ -103,7 +105,7 @@ def _check_stacks(config: Mapping[str, Any], spec: BackboneSpec, problems: Probl
             f"{spec.model_type} has {stacks}.",
             param="num_transformer_submodules",
         )
-    if stacks == 2 and config["task_type"] is None:
+    if stacks == 2 and task_type is None:
         problems.add(
             "adapter_config.json: task_type: got null, expected 'SEQ_2_SEQ_LM': without it PEFT leaves the prompt out.",
             param="task_type",
@@ -195,7 +197,7 @@ def _prompt_config(
     raw: Mapping[str, Any], rules: Mapping[str, Rule], spec: BackboneSpec, problems: Problems
 ) -> dict[str, Any]:
     config = check_config(raw, rules, problems)
-    _check_stacks(config, spec, problems)
+    _check_stacks(config, raw.get("task_type"), spec, problems)
     if spec.model_type in SCALES_OUTSIDE:
         problems.add(
             f"adapter_config.json: peft_type: {spec.model_type} scales the embeddings that it looks up itself; behind a "

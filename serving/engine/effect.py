@@ -71,7 +71,7 @@ class Prober:
             found.append(inputs[0].reshape(-1, inputs[0].shape[-1]).float().mean(dim=0) > 0)
 
         spec, model = self.backbone.spec, self.backbone.model
-        modules = [m for m in spec.modules if m.read is not None and m.read.name == "ffn.a"]
+        modules = [m for m in spec.modules if m.read is not None and m.read.local == "ffn.a"]
         hooks = [model.get_submodule(m.path).register_forward_pre_hook(note) for m in modules]
         try:
             self._run(placed, probe_tokens(spec.vocab_size), generates=spec.kind != "encoder")

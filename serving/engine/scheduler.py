@@ -67,8 +67,8 @@ class Failed(NamedTuple):
 class SchedulerLimits:
     """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused.
 
-    `whole_rows`: prompts are not computed in pieces; a step's last one may go beyond its tokens. `max_read`: the longest
-    prompt of an encoder-decoder.
+    `whole_rows`: prompts are not computed in pieces; a step's last one may go beyond its tokens. `max_read`: entries
+    of an encoder-decoder's longest prompt.
     """
 
     max_num_batched_tokens: int

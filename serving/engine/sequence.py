@@ -253,8 +253,8 @@ def _refuse_unread(request: Request, spec: BackboneSpec) -> None:
     if request.sampling.prompt_logprobs is not None:
         raise InvalidRequest(
             f"{spec.name} is an encoder-decoder: its prompt is read by the encoder and has no log-probabilities.",
-            param="echo",
-            remedy="Leave out echo and prompt_logprobs.",
+            param="prompt_logprobs",
+            remedy="Leave it out.",
         )
 
 
@@ -271,7 +271,8 @@ def require_readable(num_prompt: int, room: int) -> None:
 def max_total_len(num_prompt: int, max_tokens: int | None, room: int, *, begins: bool = False) -> int:
     """Prompt and generated tokens that a request may reach. Raises ContextLengthExceeded when they do not fit.
 
-    `max_tokens` 0: nothing is generated, the prompt alone has to fit. `begins`: no prompt but what a decoder begins with.
+    `max_tokens` 0: nothing is generated, the prompt alone has to fit. `begins`: the prompt is what a decoder begins
+    with, and not the request's.
     """
     wanted = num_prompt + (1 if max_tokens is None else max_tokens)
     if wanted > room and begins:

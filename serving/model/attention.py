@@ -41,7 +41,6 @@ def attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    position_bias: DistanceBias | Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the KV cache of the active batch.
@@ -51,11 +50,12 @@ def attention(
     position bias that it is handed is zero in every architecture that has one.
     Raises BackboneRefused for a feature it does not know (sinks, other biases, a mask): it must not guess.
     """
-    is_cross = getattr(module, CROSS_MARK, False)
+    is_cross, position_bias = getattr(module, CROSS_MARK, False), kwargs.pop("position_bias", None)
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in INERT_KWARGS)
     if attention_mask is not None:
         unknown.append("attention_mask")
-    if isinstance(position_bias, Tensor) and not is_cross:
+    bias = position_bias if isinstance(position_bias, DistanceBias) else None
+    if position_bias is not bias and not is_cross:
         unknown.append("position_bias")
     context = active_context()
     if unknown or context is None:
@@ -69,7 +69,6 @@ def attention(
     if is_cross:
         assert context.cross is not None, "cross-attention runs in passes of the decoder only"
         return context.cross.attend(layer, query, scaling), None
-    bias = position_bias if isinstance(position_bias, DistanceBias) else None
     return context.attention.attend(layer, query, key, value, scaling, sliding_window, softcap, bias), None
 
 

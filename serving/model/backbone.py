@@ -153,12 +153,18 @@ def load_backbone(
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise BackboneRefused(
             f"The backbone can't be loaded: {str(error).splitlines()[0]}",
             param="backbone",
             remedy="Give a directory or hub id that transformers' auto classes and AutoTokenizer load.",
         ) from error
+    if config.model_type not in ENCODER_MAPS and getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise BackboneRefused(
+            f"{type(tokenizer).__name__} runs in Python and can't turn tokens into text as they come.",
+            param="backbone",
+            remedy="Convert it: the checkpoint needs a tokenizer.json and a tokenizer_class that reads it.",
+        )
     label = name or Path(source).name
     names = tuple(dict.fromkeys((label, source, Path(source).name, config.name_or_path or label)))
     return adopt_backbone(

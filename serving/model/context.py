@@ -48,8 +48,8 @@ class AttentionPlan(Protocol):
         """Append key and value to the cache and attend.
 
         Shapes: query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D].
-        `window`: a token sees the last `window` entries, itself included. `softcap` bounds scores by its tanh. `bias` is
-        added to the scores by distance in entries.
+        `window`: a token sees the last `window` entries, itself included. `softcap` bounds scores by its tanh. `bias`
+        is added to the scores by distance in entries.
         """
         ...
 
@@ -63,7 +63,9 @@ class AttentionPlan(Protocol):
 
 
 class CrossPlan(Protocol):
-    """Attention of a decoder's tokens over what the encoder made of their rows."""
+    """Attention of a decoder's tokens over what the encoder made of their rows. `attended` lists the layers' calls."""
+
+    attended: list[int]
 
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """Shapes: query [1, heads, T, D] -> [1, T, heads, D]."""

@@ -51,8 +51,9 @@ class PlacedDelta:
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
     `forms`: for a delta of which parts act on some tokens only, what acts there, and under None what acts on the
     others; empty where all of it acts on every token. `encoder_prefix`, `cross_prefix`: on an encoder-decoder what its
-    encoder and its cross-attention attend to beside the prompt; there `prefix` is the decoder's own. `head`: what reads the final hidden states, None for a delta that
-    generates. `virtual_tokens` [l, d]: on an encoder they are tokens of every row, since they see what follows.
+    encoder and its cross-attention attend to beside the prompt; there `prefix` is the decoder's own. `head`: what
+    reads the final hidden states, None for a delta that generates. `virtual_tokens` [l, d]: on an encoder they are
+    tokens of every row, since they see what follows.
     """
 
     digest: str

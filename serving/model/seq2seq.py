@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from adapters.backbone_spec import BackboneSpec
+from adapters.errors import BackboneRefused
 from adapters.normal_form import Site
 from serving.model.attention import ATTENTION_NAME, CROSS_MARK
 from serving.model.context import ForwardContext, active_context, forward_context
@@ -35,7 +36,7 @@ class SourceRow(NamedTuple):
 
 
 class EncoderDecoder:
-    """All tokens of a stack in one row, [1, S] and [1, T]; attention is ours in both, through transformers' interface."""
+    """All tokens of a stack in one row, [1, S] and [1, T]; attention is ours in both."""
 
     name = "flattened stacks"
     sees_queries = True
@@ -82,6 +83,10 @@ class EncoderDecoder:
                 use_cache=True,
                 **inputs,
             )
+        assert context.cross is not None, "a pass of the decoder"
+        _require_all(
+            context.cross.attended, self._spec.num_layers, "decoder's layers attended to the encoder's output"
+        )
         logits: Tensor = out.logits[0]
         return logits
 
@@ -102,6 +107,8 @@ class EncoderDecoder:
         context.positions = positions
         with forward_context(context):
             states = model.get_encoder()(input_ids=tokens[None]).last_hidden_state
+            attended = context.attention.attended
+            _require_all(attended, spec.num_encoder_layers, "encoder's layers attended through the engine")
             for layer in range(spec.num_layers):
                 key_SKD, value_SKD = (
                     model.get_submodule(spec.writer[Site(f"dec.cross.{name}.out", layer)][0].path)(states)
@@ -110,6 +117,11 @@ class EncoderDecoder:
                 )  # fmt: skip
                 for start, stop, slots in rows:
                     cache.write_source(slots, layer, key_SKD[start:stop], value_SKD[start:stop])
+
+
+def _require_all(attended: Sequence[object], expected: int, what: str) -> None:
+    if len(attended) != expected:
+        raise BackboneRefused(f"{len(attended)} of the {expected} {what}.", param="backbone")
 
 
 class _KnownLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -158,7 +170,7 @@ def _give_positions(embedding: nn.Module) -> None:
             kwargs["position_ids"] = context.positions
         return base(*args, **kwargs)
 
-    embedding.forward = forward  # type: ignore[method-assign]
+    embedding.forward = forward
 
 
 def _slice_rows(head: nn.Module) -> None:
@@ -169,4 +181,4 @@ def _slice_rows(head: nn.Module) -> None:
             states = states[:, context.logits_rows]
         return base(states)
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward

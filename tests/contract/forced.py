@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ from serving.engine.runner import Runner
 from serving.engine.sequence import ScheduledRow
 from serving.engine.sequence import Sequence as EngineSequence
 from serving.model.programs import PlacedDelta
+
+
+class Given(NamedTuple):
+    """What a model is given: tokens, and on an encoder-decoder, whose decoder's they are, what its encoder reads."""
+
+    tokens: list[int]
+    source: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -30,6 +38,10 @@ class Row:
     chunk: int = 1 << 30
     logits: list[Tensor] = field(default_factory=list)
     source: tuple[int, ...] = ()
+
+    @property
+    def given(self) -> Given:
+        return Given(self.tokens, self.source)
 
     def counts(self) -> list[int]:
         chunks = [min(self.chunk, self.num_prefill - at) for at in range(0, self.num_prefill, self.chunk)]

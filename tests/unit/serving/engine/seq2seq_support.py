@@ -94,14 +94,18 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def tiny_seq2seq(name: str, model: PreTrainedModel | None = None) -> Backbone:
-    """That model, or another, as a backbone with a tokenizer of one character a token."""
+def one_character_a_token() -> PreTrainedTokenizerFast:
+    """A tokenizer that knows the 97 tokens of the tiny models."""
     tokenizer = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def tiny_seq2seq(name: str, model: PreTrainedModel | None = None) -> Backbone:
+    """That model, or another, as a backbone with that tokenizer."""
     made = tiny_model(name) if model is None else model
-    return adopt_backbone(made, name=name, tokenizer=fast, device="cpu", dtype="float32")
+    return adopt_backbone(made, name=name, tokenizer=one_character_a_token(), device="cpu", dtype="float32")
 
 
 def prompts(count: int) -> list[list[int]]:
