@@ -56,7 +56,13 @@ from peft import (
 )
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
@@ -193,7 +199,11 @@ class GoldenCase:
 
     def backbone(self) -> PreTrainedModel:
         """The model that the adapter was made for."""
-        return model_class(self.family).from_pretrained(GOLDEN / self.family / "backbone", attn_implementation="eager").eval()
+        return (
+            model_class(self.family)
+            .from_pretrained(GOLDEN / self.family / "backbone", attn_implementation="eager")
+            .eval()
+        )
 
     def golden(self) -> list[dict[str, torch.Tensor]]:
         """Per sequence: `input_ids` [T], `logits` and `logits_float64` [T, vocab]."""

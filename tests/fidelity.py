@@ -286,9 +286,7 @@ def print_summary(cells: list[Cell]) -> None:
     )
 
 
-def measure_all(
-    tasks: Sequence[tuple[AnyFamily, str, tuple[str, ...]]], jobs: int
-) -> Iterable[list[Cell]]:
+def measure_all(tasks: Sequence[tuple[AnyFamily, str, tuple[str, ...]]], jobs: int) -> Iterable[list[Cell]]:
     """The cells of each task in order, from `jobs` processes."""
     if min(jobs, len(tasks)) == 1:
         yield from map(measure_or_fail, tasks)

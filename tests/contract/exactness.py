@@ -167,9 +167,7 @@ def served(directory: Path, backbone: Backbone) -> PlacedDelta:
     return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone)
 
 
-def converted(
-    directory: Path, family: AnyFamily, dtype: torch.dtype, backbone: Backbone
-) -> PlacedDelta:
+def converted(directory: Path, family: AnyFamily, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
     """As `served`, for what only `deltamux convert` makes an upload of: each module probed under PEFT."""
     with quiet():
         adapted, _ = load_adapter(base_model(family, dtype).float(), directory)

@@ -7,8 +7,7 @@ fp32 rule for the same order of operations (`exactness.LIMITS["T1"]`).
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import pytest
@@ -27,8 +26,8 @@ from tests.cases import tiny_backbone
 from tests.contract.exactness import BARE, EFFECT, LIMITS, Method, rows_for, shuffled
 from tests.contract.forced import Row, run
 from tests.contract.he_uploads import HeCase, Host, bart_host, canonical, he_cases, roberta_host
+from tests.families import AnyFamily
 from tests.he_oracle import NOTHING, Change, Variant, attention, bart, float64, roberta
-from tests.unit.serving.engine.seq2seq_support import tiny_model
 
 Oracle = Callable[[Row, Variant], Tensor]
 
@@ -56,43 +55,15 @@ def bart_oracle(model: PreTrainedModel) -> Oracle:
 
 @dataclass(frozen=True)
 class Setup:
-    """One family: its model, its oracle, what its variants are uploaded for, and rows to ask it."""
+    """One family: its oracle, and what its variants are uploaded for."""
 
-    model: Callable[[], PreTrainedModel]
     oracle: Callable[[PreTrainedModel], Oracle]
     host: Callable[[BackboneSpec], Host]
-    rows: Callable[[list[Method]], list[list[Row]]]
 
 
-def calm_bart() -> PreTrainedModel:
-    """The tiny BART with smaller matrices: as it is, transformers' own fp32 is 3e-4 off, and hides what we are off."""
-    model = tiny_model("bart")
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data *= 0.5
-    return model
-
-
-def bart_rows(methods: list[Method]) -> list[list[Row]]:
-    """Ragged rows of both stacks, the decoder's prefilled in part."""
-    draw = random.Random(6)
-
-    def row(method: Method) -> Row:
-        prefill, decode, read = draw.randint(1, 9), draw.randint(2, 5), draw.randint(1, 15)
-        tokens, source = ([draw.randrange(97) for _ in range(n)] for n in (prefill + decode, read))
-        return Row(method.name, tokens, prefill, method.delta, source=tuple(source))
-
-    return [[row(method) for _ in range(3)] for method in methods]
-
-
-SETUPS: dict[str, Setup] = {
-    "roberta": Setup(
-        lambda: tiny_backbone("roberta"),
-        roberta_oracle,
-        roberta_host,
-        lambda methods: rows_for(methods, family="roberta"),
-    ),
-    "bart": Setup(calm_bart, bart_oracle, bart_host, bart_rows),
+SETUPS: Mapping[AnyFamily, Setup] = {
+    "roberta": Setup(roberta_oracle, roberta_host),
+    "bart": Setup(bart_oracle, bart_host),
 }
 
 
@@ -102,7 +73,7 @@ def placed(case: HeCase, backbone: Backbone) -> PlacedDelta:
 
 
 def test_the_oracle_without_a_delta_is_roberta() -> None:
-    model = SETUPS["roberta"].model().double()
+    model = tiny_backbone("roberta").double()
     oracle = roberta_oracle(model)
     for tokens in ([5, 3, 96, 0, 7, 7, 12], [4], list(range(2, 60))):
         with torch.no_grad():
@@ -111,7 +82,7 @@ def test_the_oracle_without_a_delta_is_roberta() -> None:
 
 
 def test_the_oracle_without_a_delta_is_bart() -> None:
-    model = SETUPS["bart"].model().double()
+    model = tiny_backbone("bart").double()
     oracle = bart_oracle(model)
     for source, tokens in (
         ((5, 3, 96, 0, 2), [2, 7, 12]),
@@ -151,9 +122,8 @@ def test_a_prefix_as_a_gated_addition_is_one_softmax() -> None:
 @pytest.mark.parametrize(
     ("family", "saved"), [("roberta", "by AdapterHub"), ("bart", "canonical")], ids=["roberta", "bart"]
 )
-def test_all_variants_in_one_batch_equal_the_formulas(family: str, saved: str) -> None:
-    setup = SETUPS[family]
-    model = setup.model()
+def test_all_variants_in_one_batch_equal_the_formulas(family: AnyFamily, saved: str) -> None:
+    setup, model = SETUPS[family], tiny_backbone(family)
     oracle = setup.oracle(model)
     backbone = adopt_backbone(model, name="tiny", device="cpu", dtype="float32")
     host = setup.host(backbone.spec)
@@ -165,7 +135,7 @@ def test_all_variants_in_one_batch_equal_the_formulas(family: str, saved: str) -
     methods += [
         Method(case.name, "T1", lambda _dtype, _prompts: [], placed(case, backbone)) for case in cases
     ]
-    alone, together = setup.rows(methods), setup.rows(methods)
+    alone, together = rows_for(methods, family=family), rows_for(methods, family=family)
     runner = Runner(backbone, num_slots=len(shuffled(together)), max_len=64)
     run(runner, shuffled(together))
     for row in shuffled(alone):
