@@ -21,17 +21,24 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """s·(ReLU(x W_down + b_down) W_up + b_up). Shapes as torch's linear layers: down [r, d], up [d, r]."""
+    """s·(ReLU(x W_down + b_down) W_up + b_up), between norms where there are any, as the authors' code has them.
+
+    Shapes as torch's linear layers: down [r, d], up [d, r].
+    """
 
     down: Tensor
     down_bias: Tensor
     up: Tensor
     up_bias: Tensor
     scaling: float = 1.0
+    norms: Weights = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
-        inner = (x @ self.down.T + self.down_bias).clamp(min=0)
-        return self.scaling * (inner @ self.up.T + self.up_bias)
+        inner = (self.normed(x, "before") @ self.down.T + self.down_bias).clamp(min=0)
+        return self.normed(self.scaling * (inner @ self.up.T + self.up_bias), "after")
+
+    def normed(self, x: Tensor, name: str) -> Tensor:
+        return layer_norm(x, self.norms, name, 1e-5) if f"{name}.weight" in self.norms else x
 
 
 @dataclass(frozen=True)

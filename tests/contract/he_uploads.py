@@ -15,49 +15,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from adapters.backbone_spec import BackboneSpec
 from adapters.canonical import to_canonical
-from adapters.normal_form import AttnPrefix, Delta, LowRank, Op, Site, Stack, attention_site
+from adapters.normal_form import AttnPrefix, Delta, LowRank, Op, Site, attention_site
 from tests.cases import GOLDEN
-from tests.he_oracle import BART_PROJECTIONS, NOTHING, Bottleneck, Change, LoRA, Variant, reparametrised
+from tests.contract.he_hosts import Block, Host
+from tests.he_oracle import NOTHING, Bottleneck, Change, LoRA, Variant, reparametrised
 
 Files = Mapping[str, bytes]
 NAME = "he"
 SIGMA = 0.3
 PREFIX_SIGMA = 0.5
-
-
-@dataclass(frozen=True)
-class Block:
-    """One attention or feed-forward block: the beginning of AdapterHub's keys there, paths of its projections."""
-
-    name: str
-    adapters: str
-    projections: Mapping[str, str]
-    layer: int
-    stack: Stack = ""
-
-    @property
-    def attends(self) -> bool:
-        return "q" in self.projections
-
-
-@dataclass(frozen=True)
-class Host:
-    """A backbone as the variants see it. `prefixes`: AdapterHub's name of a stack's prefix -> its blocks, in order."""
-
-    spec: BackboneSpec
-    blocks: Sequence[Block]
-    prefixes: Mapping[str, Sequence[Block]]
-    body: str
-
-    @property
-    def attention(self) -> list[Block]:
-        return [block for block in self.blocks if block.attends]
-
-    @property
-    def ffn(self) -> list[Block]:
-        return [block for block in self.blocks if not block.attends]
 
 
 @dataclass(frozen=True)
@@ -81,13 +48,22 @@ class Draw:
         self.tensors[key] = sigma * torch.randn(shape, generator=self.generator)
         return self.tensors[key].double()
 
-    def bottleneck(self, stem: str, hidden: int, width: int, scaling: float) -> Bottleneck:
+    def bottleneck(
+        self, stem: str, hidden: int, width: int, scaling: float, norms: Sequence[str] = ()
+    ) -> Bottleneck:
+        """An adapter; a norm before the down projection moves that one place on in the library's sequence."""
+        down = f"{stem}{NAME}.adapter_down.{int('before' in norms)}"
         return Bottleneck(
-            down=self(f"{stem}{NAME}.adapter_down.0.weight", width, hidden),
-            down_bias=self(f"{stem}{NAME}.adapter_down.0.bias", width),
+            down=self(f"{down}.weight", width, hidden),
+            down_bias=self(f"{down}.bias", width),
             up=self(f"{stem}{NAME}.adapter_up.weight", hidden, width),
             up_bias=self(f"{stem}{NAME}.adapter_up.bias", hidden),
             scaling=scaling,
+            norms={
+                f"{name}.{end}": self(f"{stem}{NAME}.adapter_norm_{name}.{end}", hidden, sigma=1.0)
+                for name in norms
+                for end in ("weight", "bias")
+            },
         )
 
     def prefix(self, host: Host, length: int, inner: int) -> dict[str, Change]:
@@ -138,12 +114,18 @@ def _bottleneck_config(host: Host, preset: str, width: int, **changes: Any) -> d
 
 
 def _bottlenecks(
-    host: Host, seed: int, role: str, blocks: Sequence[Block], width: int, scaling: float
+    host: Host,
+    seed: int,
+    role: str,
+    blocks: Sequence[Block],
+    width: int,
+    scaling: float,
+    norms: Sequence[str] = (),
 ) -> tuple[Draw, dict[str, Change]]:
     """An adapter at each of `blocks`, in the `role` of that field of `Change`."""
-    draw = Draw(seed)
+    draw, hidden = Draw(seed), host.spec.hidden_size
     return draw, {
-        block.name: Change(**{role: draw.bottleneck(block.adapters, host.spec.hidden_size, width, scaling)})
+        block.name: Change(**{role: draw.bottleneck(block.adapters, hidden, width, scaling, norms)})
         for block in blocks
     }
 
@@ -152,6 +134,7 @@ ATTENTION_ONLY = {"mh_adapter": True, "output_adapter": False, "cross_adapter": 
 FFN_ONLY = {"mh_adapter": False, "output_adapter": True}
 BOTH = {"mh_adapter": True, "output_adapter": True, "cross_adapter": True}
 HOULSBY = {"original_ln_before": False, "original_ln_after": True, "residual_before_ln": True}
+NORMED = {"ln_before": True, "ln_after": True}
 BEHIND_NORM = {"original_ln_before": True, "original_ln_after": False, "residual_before_ln": False}
 
 
@@ -166,9 +149,11 @@ def he_cases(host: Host) -> Iterator[HeCase]:
         ("parallel, FFN", "parallel", host.ffn, "par_bn", FFN_ONLY, 8, 1.0),
         ("parallel, attention", "parallel", host.attention, "par_bn", ATTENTION_ONLY, 8, 1.0),
         ("scaled parallel, FFN", "parallel", host.ffn, "par_bn", FFN_ONLY, 16, 4.0),
+        ("the same between norms", "parallel", host.ffn, "par_bn", FFN_ONLY | NORMED, 16, 4.0),
     )
     for seed, (name, role, blocks, preset, config, width, scaling) in enumerate(rows):
-        draw, variant = _bottlenecks(host, seed, role, blocks, width, scaling)
+        norms = ("before", "after") if "ln_before" in config else ()
+        draw, variant = _bottlenecks(host, seed, role, blocks, width, scaling, norms)
         changes = {**config, "scaling": scaling}
         yield HeCase(
             name, _hub(host, _bottleneck_config(host, preset, width, **changes), draw.tensors), variant
@@ -252,7 +237,7 @@ def _ops(host: Host, block: Block, change: Change) -> Iterator[Op]:
         if added is not None:
             yield LowRank(
                 read=read, write=write, A=added.down.float(), B=added.up.float(), a_bias=added.down_bias.float(),
-                b_bias=added.up_bias.float(), scaling=added.scaling, activation="relu",
+                b_bias=added.up_bias.float(), scaling=added.scaling, activation="relu", **_norms(added.norms),
             )  # fmt: skip
     for name, lora in change.lora.items():
         module = host.spec.by_path[block.projections[name]]
@@ -268,46 +253,9 @@ def _ops(host: Host, block: Block, change: Change) -> Iterator[Op]:
         yield AttnPrefix(key=key, value=value, merge="separate", activation="relu", gate=torch.ones(1), **at)
 
 
-def roberta_host(spec: BackboneSpec) -> Host:
-    """RoBERTa's blocks."""
-    blocks = []
-    for layer in range(spec.num_layers):
-        at = f"roberta.encoder.layer.{layer}"
-        projections = {"q": f"{at}.attention.self.query", "k": f"{at}.attention.self.key",
-                       "v": f"{at}.attention.self.value", "o": f"{at}.attention.output.dense"}  # fmt: skip
-        blocks.append(Block(f"{layer}.attention", f"{at}.attention.output.adapters.", projections, layer))
-        projections = {"w1": f"{at}.intermediate.dense", "w2": f"{at}.output.dense"}
-        blocks.append(Block(f"{layer}.ffn", f"{at}.output.adapters.", projections, layer))
-    attention = [block for block in blocks if block.attends]
-    return Host(spec, blocks, {"self_prefix": attention}, "roberta")
-
-
-def bart_host(spec: BackboneSpec) -> Host:
-    """BART's blocks, those of the encoder first."""
-    blocks: list[Block] = []
-
-    def add(name: str, at: str, place: str, projections: Mapping[str, str], layer: int, stack: Stack) -> None:
-        paths = {role: f"{at}.{end}" for role, end in projections.items()}
-        blocks.append(Block(name, f"{at}.{place}.adapters.", paths, layer, stack))
-
-    stacks: tuple[tuple[str, Stack, int], ...] = (
-        ("encoder", "enc", spec.num_encoder_layers),
-        ("decoder", "dec", spec.num_layers),
-    )
-    for side, stack, layers in stacks:
-        for layer in range(layers):
-            at, name = f"model.{side}.layers.{layer}", f"{stack}.{layer}"
-            own, cross = (
-                {role: f"{attention}.{end}" for role, end in BART_PROJECTIONS.items()}
-                for attention in ("self_attn", "encoder_attn")
-            )
-            add(f"{name}.attention", at, "attention_adapters", own, layer, stack)
-            if stack == "dec":
-                add(f"{name}.cross", at, "cross_attention_adapters", cross, layer, "dec.cross")
-            add(f"{name}.ffn", at, "output_adapters", {"w1": "fc1", "w2": "fc2"}, layer, stack)
-    attending = [block for block in blocks if block.attends]
-    prefixes = {
-        f"{group}_prefix": [block for block in attending if block.stack == stack]
-        for group, stack in (("encoder", "enc"), ("self", "dec"), ("cross", "dec.cross"))
+def _norms(norms: Mapping[str, Tensor]) -> dict[str, Any]:
+    names = {"before": "in_norm", "after": "out_norm"}
+    found: dict[str, Any] = {
+        f"{names[key.split('.')[0]]}_{key.split('.')[1]}": t.float() for key, t in norms.items()
     }
-    return Host(spec, blocks, prefixes, "model")
+    return found | ({"norm_eps": 1e-5} if norms else {})

@@ -25,7 +25,8 @@ from serving.model.programs import PlacedDelta
 from tests.cases import tiny_backbone
 from tests.contract.exactness import BARE, EFFECT, LIMITS, Method, rows_for, shuffled
 from tests.contract.forced import Row, run
-from tests.contract.he_uploads import HeCase, Host, bart_host, canonical, he_cases, roberta_host
+from tests.contract.he_hosts import Host, bart_host, roberta_host
+from tests.contract.he_uploads import HeCase, canonical, he_cases
 from tests.families import AnyFamily
 from tests.he_oracle import NOTHING, Change, Variant, attention, bart, float64, roberta
 
