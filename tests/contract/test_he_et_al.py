@@ -121,7 +121,9 @@ def test_a_prefix_as_a_gated_addition_is_one_softmax() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "saved"), [("roberta", "by AdapterHub"), ("bart", "canonical")], ids=["roberta", "bart"]
+    ("family", "saved"),
+    [("roberta", "by AdapterHub"), ("roberta", "canonical"), ("bart", "canonical")],
+    ids=["roberta-hub", "roberta", "bart"],
 )
 def test_all_variants_in_one_batch_equal_the_formulas(family: AnyFamily, saved: str) -> None:
     setup, model = SETUPS[family], tiny_backbone(family)
