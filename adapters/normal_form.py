@@ -307,8 +307,9 @@ class Delta:
     """Everything that serving one delta needs, independent of the format it came in.
 
     `method` is the user's word for it (`LORA`, `double_seq_bn`). `position_offset`: the first real token's position
-    id (PEFT prefix tuning: l; AdapterHub: 0), on an encoder-decoder the decoder's. `backbone_digest` binds the delta to the weights it was trained on and
-    is filled at admission. `head`: how the final hidden states are read, for every task but causal-lm.
+    id (PEFT prefix tuning: l; AdapterHub: 0), on an encoder-decoder the decoder's. `backbone_digest` binds the delta to
+    the weights it was trained on and is filled at admission. `head`: how the final hidden states are read, for every
+    task but causal-lm.
     """
 
     method: str

@@ -206,9 +206,12 @@ class GoldenCase:
         )
 
     def golden(self) -> list[dict[str, torch.Tensor]]:
-        """Per sequence: `input_ids` [T], `logits` and `logits_float64` [T, vocab]."""
+        """Per sequence: `input_ids` [T], `logits` and `logits_float64` [T, vocab].
+
+        On an encoder-decoder they are the decoder's, and its encoder reads `source_ids` [S].
+        """
         stored = load_file(self.directory / "golden.safetensors")
-        names = ("input_ids", "logits", "logits_float64")
+        names = ("input_ids", "logits", "logits_float64", *(["source_ids"] if self.family in SEQ2SEQ else []))
         return [{name: stored[f"{name}.{index}"] for name in names} for index in range(2)]
 
 
@@ -704,6 +707,29 @@ ENCODER_GOLDEN_CASES: tuple[GoldenCase, ...] = tuple(
         "lora_gated",
         "unipelt",
         "unipelt_shared",
+    )
+)
+
+
+# Of encoder-decoders: the decoder's logits. T5's Pfeiffer adapters behind cross-attention read a sum that no module
+# computes, its prefixes change how far apart tokens stand, and its files have no shared rule: refused.
+SEQ2SEQ_GOLDEN_CASES: tuple[GoldenCase, ...] = tuple(
+    GoldenCase(name, family, "T2" if name == "adapter_plus" or name.startswith("compacter") else "T1")
+    for family, names in {
+        "bart": ("seq_bn", "compacter", "prefix_tuning", "prefix_tuning_flat", "mam"),
+        "t5": (),
+    }.items()
+    for name in (
+        *names,
+        "double_seq_bn",
+        "par_bn",
+        "seq_bn_rf_map",
+        "adapter_plus",
+        "seq_bn_inv",
+        "compacter_local_rule",
+        "lora_everywhere",
+        "ia3_everywhere",
+        "lora_key",
     )
 )
 

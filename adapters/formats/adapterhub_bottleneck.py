@@ -10,11 +10,13 @@ adapter that is served here gives R + D + s·f(·), and f reads
 Where a norm follows each block it takes the whole, LN(R + D + s·f(·)), and Pfeiffer's f reads LN(D + R): read
 attn.post, write attn.sum; read ffn.post, write ffn.sum.
 
-Keys `<layer>.{attention,output}_adapters.adapters.{n}.` and `adapter_down.0.*` · `adapter_up.*` · `scaling` ·
-`gate.*` · `adapter_norm_after.*` · `adapter_norm_before.*`, which is stored once more as `adapter_down.0.*`, the
-projection then being `adapter_down.1.*`; of Compacter (`adapterhub_phm.py`) what the two projections are made of.
-Source: `Adapter`, `ParallelAdapter` of the library; Houlsby et al. section 2; Pfeiffer et al. "AdapterFusion"; He et
-al. table 1; Mahabadi et al. "Compacter"; Mao et al. "UniPELT".
+Of an encoder-decoder the decoder's layers have a third place, behind the attention to the encoder.
+
+Keys `<layer>.{attention,cross_attention,output}_adapters.adapters.{n}.` (T5: `<block>.layer.<part>.adapters.{n}.`) and
+`adapter_down.0.*` · `adapter_up.*` · `scaling` · `gate.*` · `adapter_norm_after.*` · `adapter_norm_before.*`, which is
+stored once more as `adapter_down.0.*`, the projection then being `adapter_down.1.*`; of Compacter (`adapterhub_phm.py`)
+what the two projections are made of. Source: `Adapter`, `ParallelAdapter` of the library; Houlsby et al. section 2;
+Pfeiffer et al. "AdapterFusion"; He et al. table 1; Mahabadi et al. "Compacter"; Mao et al. "UniPELT".
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 from adapters.backbone_spec import BackboneSpec
 from adapters.formats.adapterhub_config import ACTIVATIONS, BOTTLENECK
 from adapters.formats.adapterhub_invertible import read_invertible
+from adapters.formats.adapterhub_layers import Layer, layers
 from adapters.formats.adapterhub_phm import PHM_KEYS, Phm
 from adapters.formats.adapterhub_stored import Part, Stored
 from adapters.formats.problems import Problems
@@ -50,12 +53,18 @@ class Place:
     summed: str  # D + R, where a norm follows
     normed: str  # LN(D + R)
 
-    def prefix(self, model_type: str) -> str:
-        """What its tensors are under."""
-        return self.names[model_type in LIKE_BERT]
+    def stem(self, layer: Layer, stored: Stored) -> str:
+        """How the keys of its tensors begin."""
+        spec = stored.spec
+        if spec.model_type in LIKE_T5:  # the part of a block is a module, and holds its adapters itself
+            inner = spec.writer[layer.site(self.block)][0].path
+            return stored.at(inner.rsplit(".", 2)[0], "adapters")
+        name = self.names[spec.model_type in LIKE_BERT]
+        return stored.at(spec.writer[layer.site("layer.out")][0].path, f"{name}.adapters")
 
 
 LIKE_BERT = frozenset({"bert", "roberta", "xlm-roberta", "electra"})
+LIKE_T5 = frozenset({"t5", "mt5"})
 
 PLACES = (
     Place(
@@ -66,6 +75,15 @@ PLACES = (
         total=None,
         summed="attn.sum",
         normed="attn.post",
+    ),
+    Place(
+        "cross_adapter",
+        ("cross_attention_adapters", "crossattention.output"),
+        block="cross.o.out",
+        residual="cross.r",
+        total=None,
+        summed="cross.sum",
+        normed="cross.post",
     ),
     Place(
         "output_adapter",
@@ -118,29 +136,37 @@ def _method(config: Mapping[str, Any]) -> str:
 
 def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored) -> Iterator[Op]:
     spec, problems = stored.spec, stored.problems
-    places = [
-        (place, _sites(place, config, spec, path, problems)) for place in PLACES if config[place.switch]
-    ]
+    wanted = [place for place in PLACES if config[place.switch] and _stack_of(place, spec) is not None]
+    places = [(place, _sites(place, config, spec, path, problems)) for place in wanted]
     if not places:
         problems.add(
-            f"adapter_config.json: {path[:-1]}: neither mh_adapter nor output_adapter is on: it changes nothing."
+            f"adapter_config.json: {path[:-1]}: none of {', '.join(place.switch for place in PLACES)} is on for a "
+            "place that the backbone has: it changes nothing."
         )
-    for layer in range(spec.num_layers):
-        if layer in config["leave_out"]:
+    for layer in layers(spec):
+        if layer.index in config["leave_out"]:
             continue
-        rank = _width(config["reduction_factor"], layer, spec.hidden_size)
+        rank = _width(config["reduction_factor"], layer.index, spec.hidden_size)
         if rank is None:
             problems.add(
-                f"adapter_config.json: {path}reduction_factor: the map has neither layer {layer} nor 'default'.",
+                f"adapter_config.json: {path}reduction_factor: the map has neither layer {layer.index} nor 'default'.",
                 param="reduction_factor",
             )
         for place, sites in places:
-            layer_path = spec.writer[Site("layer.out", layer)][0].path
-            stem = stored.at(layer_path, f"{place.prefix(spec.model_type)}.adapters")
-            found = _projections(stem, rank or 1, config, phm, stored)
+            if layer.site(place.block) not in spec.writer:  # an encoder's layer has no cross-attention
+                continue
+            found = _projections(place.stem(layer, stored), rank or 1, config, phm, stored)
             if found is not None and sites is not None and rank is not None:
-                read, write = (Site(site, layer) for site in sites)
+                read, write = (layer.site(site) for site in sites)
                 yield _low_rank(read, write, found, config)
+
+
+def _stack_of(place: Place, spec: BackboneSpec) -> str | None:
+    """How the names of sites begin in the first stack that has the place; None where none has."""
+    return next(
+        (layer.stack for layer in layers(spec) if layer.site(place.block) in spec.writer),
+        None,
+    )
 
 
 def _projections(
@@ -199,7 +225,8 @@ def _sites(
 
     The residual stream must come out exactly once: `original_ln_*` are, without a norm of their own, additions of R.
     """
-    if Site(place.summed, 0) in spec.site_width:
+    stack = _stack_of(place, spec)
+    if Site(f"{stack}{place.summed}", 0) in spec.site_width:
         return _sites_around_norm(place, config, path, problems)
     parallel, before = config["is_parallel"], config["original_ln_before"]
     stream_count = int(config["original_ln_after"])
@@ -213,7 +240,7 @@ def _sites(
             param="original_ln_after",
         )
         return None
-    if Site("ffn.post", 0) in spec.writer and (parallel or not before):
+    if Site(f"{stack}ffn.post", 0) in spec.writer and (parallel or not before):
         problems.add(
             f"adapter_config.json: {path[:-1]}: {spec.model_type} norms the output of each block, and whether the "
             f"adapter at {place.names[0]} acts before or after that norm is not defined; served is seq_bn "
@@ -227,9 +254,9 @@ def _sites(
         return place.block, place.block
     if place.total is None:
         problems.add(
-            f"adapter_config.json: {path}mh_adapter: with original_ln_before the adapter at {place.names[0]} reads the "
-            "sum of attention output and residual stream, which no module of the backbone computes.",
-            param="mh_adapter",
+            f"adapter_config.json: {path}{place.switch}: with original_ln_before the adapter at {place.names[0]} reads "
+            "the sum of attention output and residual stream, which no module of the backbone computes.",
+            param=place.switch,
         )
         return None
     return place.total, place.total

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from adapters.formats.schema import (
     ANYTHING,
-    BOOLEAN,
     TEXT,
     Rule,
     is_bool,
@@ -97,6 +96,7 @@ TOP_LEVEL: Mapping[str, Rule] = {
 BOTTLENECK: Mapping[str, Rule] = {
     "mh_adapter": _switch(),
     "output_adapter": _switch(),
+    "cross_adapter": _switch(default=False),  # decoders alone have no place for it, so no tensors either
     "is_parallel": _switch(default=False),
     "original_ln_before": _switch(default=False),
     "original_ln_after": _switch(default=True),
@@ -135,7 +135,6 @@ BOTTLENECK: Mapping[str, Rule] = {
     ),
     "use_gating": _switch(default=False),
     "phm_layer": _switch(default=False),
-    "cross_adapter": BOOLEAN,  # decoders have no place for it, so no tensors either
     "adapter_residual_before_ln": _switch(default=False),  # read only beside ln_after
     "dropout": Rule(is_fraction, "a number from 0 up to 1"),
     "stochastic_depth": Rule(is_fraction, "a number from 0 up to 1"),  # training only
@@ -225,8 +224,8 @@ PREFIX_TUNING: Mapping[str, Rule] = {
     "leave_out": _LEAVE_OUT,
     "use_gating": _switch(default=False),
     "shared_gating": _switch(default=True),  # read only beside use_gating
-    "encoder_prefix": BOOLEAN,  # of encoder-decoders, as is the next
-    "cross_prefix": BOOLEAN,
+    "encoder_prefix": _switch(default=True),  # of encoder-decoders, as is the next
+    "cross_prefix": _switch(default=True),
     "dropout": Rule(is_fraction, "a number from 0 up to 1"),
     "init_weights_seed": ANYTHING,
 }

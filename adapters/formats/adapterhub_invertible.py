@@ -4,7 +4,8 @@ Format: `adapters` 1.3.0. Keys `invertible_adapters.{n}.{F,G}.{0,2}.{weight,bias
 
     a' = a + F(b);  b' = b + G(a');  e' = [a', b']      F(x) = W2 f(W0 x + b0) + b2, likewise G
 
-at the embeddings that enter the first layer. The inverse, b = b' - G(a') and then a = a' - F(b), runs before the
+at the embeddings that enter the first layer, of an encoder-decoder the encoder's. The inverse, b = b' - G(a') and then
+a = a' - F(b), runs before the
 language model head only in the library's own model classes (`…AdapterModel`); what encoders answer needs none. Source:
 `NICECouplingBlock` there; Dinh et al. "NICE" section 3; Pfeiffer et al. "MAD-X" section 3.3.
 """
@@ -22,7 +23,7 @@ from adapters.formats.adapterhub_stored import Stored
 from adapters.formats.schema import check_config
 from adapters.normal_form import LowRank, Op, Site
 
-NO_POSITIONS = frozenset({"llama", "mistral", "gptj"})
+NO_POSITIONS = frozenset({"llama", "mistral", "gptj", "t5", "mt5"})
 """Architectures that add nothing to a token's embedding."""
 
 UNDOES = "AdapterModel"
@@ -43,7 +44,15 @@ def read_invertible(raw: Mapping[str, Any], path: str, stored: Stored) -> Iterat
             param="inv_adapter",
         )
         return
-    hidden, stem = stored.spec.hidden_size, stored.shared("invertible_adapters")
+    if stored.spec.kind == "encoder-decoder" and stored.model_class.endswith(UNDOES):
+        stored.problems.add(
+            f"adapter_config.json: model_class: the heads of {stored.model_class} undo the encoder's invertible "
+            "adapter behind the decoder, which is not served.",
+            param="model_class",
+        )
+        return
+    side = "encoder." if stored.spec.kind == "encoder-decoder" else ""
+    hidden, stem = stored.spec.hidden_size, stored.shared(f"{side}invertible_adapters")
     half = hidden // 2
     halves = {"F": (slice(half, hidden), slice(0, half)), "G": (slice(0, half), slice(half, hidden))}
     steps = []
@@ -80,6 +89,7 @@ def read_invertible(raw: Mapping[str, Any], path: str, stored: Stored) -> Iterat
 
 def _embedding(spec: BackboneSpec) -> Site | None:
     """What enters the first layer; None where no module puts that out."""
-    if Site("embed.post") in spec.writer:
-        return Site("embed.post")
-    return Site("embed") if spec.model_type in NO_POSITIONS else None
+    stack = "enc." if spec.kind == "encoder-decoder" else ""
+    if Site(f"{stack}embed.post") in spec.writer:
+        return Site(f"{stack}embed.post")
+    return Site(f"{stack}embed") if spec.model_type in NO_POSITIONS else None

@@ -11,7 +11,9 @@ DoRA adds `m.weight` [d_out, 1]. IA3 has `lora_B` [d_out, 1] alone. VeRA has `ve
     VeRA   B A is vera_B · lora_B · vera_D · lora_A
 
 `intermediate` and `output` are the two sides of the feed-forward block; the library's Llama and Mistral have them
-exchanged. Source: `LoRALinear`, `LoRAMergedLinear`, `IA3`, `Vera` there; Hu et al. "LoRA"; Liu et al. "DoRA", "IA3".
+exchanged. On encoder-decoders the matrices of attention are those of all three attentions, and of a gated T5
+`intermediate` is the side that is not activated. Source: `LoRALinear`, `LoRAMergedLinear`, `IA3`,
+`Vera` there; Hu et al. "LoRA"; Liu et al. "DoRA", "IA3".
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec, Slice
 from adapters.formats.adapterhub_config import LORA
+from adapters.formats.adapterhub_layers import index_of
 from adapters.formats.adapterhub_stored import Part, Stored
 from adapters.formats.problems import quoted
 from adapters.formats.schema import check_config
@@ -105,10 +108,12 @@ class _Lowering:
 
     def _enabled(self, module: ModuleSpec) -> list[Slice]:
         """The parts of the module's output that are adapted."""
-        layer = module.writes[0].site.layer
-        if module.shape.kind not in LINEAR_KINDS or layer < 0 or layer in self.config["leave_out"]:
+        site = module.writes[0].site
+        if module.shape.kind not in LINEAR_KINDS or site.layer < 0:
             return []
-        ends = [_end(part.site.name) for part in module.writes]
+        if index_of(site, self.stored.spec) in self.config["leave_out"]:
+            return []
+        ends = [part.site.local for part in module.writes]
         if all(end in ATTENTION for end in ends):
             wanted = self.config["attn_matrices"] if self.config["selfattn_lora"] else ()
             return [part for part, end in zip(module.writes, ends, strict=True) if ATTENTION[end] in wanted]
@@ -205,8 +210,3 @@ class _Lowering:
                 yield Affine(site=part.site, scale=scale)
             elif alpha != 1:
                 yield Affine(site=part.site, scale=torch.full((width,), alpha))
-
-
-def _end(site: str) -> str:
-    """`q.out` of `q.out` and of `enc.cross.q.out`."""
-    return ".".join(site.split(".")[-2:])

@@ -41,6 +41,13 @@ def read_reft(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | None:
     optional = ("subtract_projection", "non_linearity")
     if any(value is None for key, value in config.items() if key not in optional):
         return None
+    if stored.spec.kind == "encoder-decoder":
+        stored.problems.add(
+            f"adapter_config.json: {path}architecture: on an encoder-decoder, which of its two rows first and last "
+            "tokens count is not defined.",
+            param="architecture",
+        )
+        return None
     if reason := _why_refused(config, stored.spec.hidden_size):
         key, text = reason
         stored.problems.add(f"adapter_config.json: {path}{key}: {text}", param=key)

@@ -60,8 +60,8 @@ class Stored:
 
     def shared(self, place: str) -> str:
         """The beginning of the keys of what all layers share."""
-        body = self.spec.modules[0].path.partition(".")[0]
-        found = place if place in self._stems else f"{body}.{place}"
+        body = self.spec.body
+        found = place if place in self._stems or not body else f"{body}.{place}"
         return f"{found}.{self.name}."
 
     def refuses_gate(self, config: Mapping[str, Any], path: str) -> bool:

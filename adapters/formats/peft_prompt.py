@@ -8,9 +8,10 @@ the prompt entry by entry. Real tokens are positioned after the l virtual ones.
 On encoder-decoders PEFT doubles what it stores and uses a part, and what its `generate` does is what is served. Prefix:
 the 2·L rows of each token, with L the config's `num_layers` (the encoder's layers unless it says another number), stand
 twice behind one another and are cut by four, so that layer i of the decoder has rows 4·i and 4·i + 1 modulo 2·L; the
-other rows, the encoder and cross-attention have no part in it. Prompts: [2·l, d], of which the first l rows stand before
+other rows, the encoder and cross-attention have no part in it. Prompts: [2·l, d], whose first l rows stand before
 the encoder's tokens; `forward` puts the others of a multitask prompt before the decoder's, `generate` does not.
-Source: PEFT `PeftModel.get_prompt`, `PeftModelForSeq2SeqLM.generate` and `get_prompt_embedding_to_save`, `MultitaskPromptEmbedding`; Li and Liang
+Source: PEFT `PeftModel.get_prompt`, `PeftModelForSeq2SeqLM.generate` and `get_prompt_embedding_to_save`,
+`MultitaskPromptEmbedding`; Li and Liang
 "Prefix-Tuning"; Lester et al. "Prompt tuning"; Wang et al. "Multitask Prompt Tuning" section 3.
 """
 
@@ -200,8 +201,8 @@ def _prompt_config(
     _check_stacks(config, raw.get("task_type"), spec, problems)
     if spec.model_type in SCALES_OUTSIDE:
         problems.add(
-            f"adapter_config.json: peft_type: {spec.model_type} scales the embeddings that it looks up itself; behind a "
-            "prompt PEFT leaves that out for all other tokens too, so they are not the backbone's. Use prefix tuning.",
+            f"adapter_config.json: peft_type: {spec.model_type} scales the embeddings that it looks up itself; behind "
+            "a prompt PEFT leaves that out for all other tokens too. Use prefix tuning.",
             param="peft_type",
         )
     # PEFT does not use num_layers and num_attention_heads here, but they tell that another backbone was meant

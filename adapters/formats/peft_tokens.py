@@ -3,7 +3,8 @@
 Format: PEFT 0.21.2, `<embedding>.trainable_tokens_delta` [n, d]: the new rows themselves, not differences, for the
 tokens `token_indices` of the config. Where the head is tied to the embedding, its rows are replaced too, and the file
 holds them twice. On encoder-decoders the table `shared` stands for both stacks' embeddings, and the file holds it, them
-and a tied head, all equal; the stacks' own `embed_tokens` have rows of their own. Beside LoRA the key is `<embedding>.token_adapter.trainable_tokens_delta`, there once.
+and a tied head, all equal; the stacks' own `embed_tokens` have rows of their own. Beside LoRA the key
+is `<embedding>.token_adapter.trainable_tokens_delta`, there once.
 Source: PEFT `TrainableTokensLayer`, `TrainableTokensModel.inject_adapter`.
 """
 

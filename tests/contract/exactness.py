@@ -201,7 +201,8 @@ def rows_for(
         for _ in range(PROMPTS):
             prefill, decode = draw.randint(3, 17), draw.randint(4, 7)
             tokens = [draw.randrange(97) for _ in range(prefill + decode)]
-            source = tuple(draw.randrange(97) for _ in range(draw.randint(1, 17) * (family in SEQ2SEQ)))
+            length = draw.randint(1, 17) if family in SEQ2SEQ else 0
+            source = tuple(draw.randrange(97) for _ in range(length))
             if family in ENCODERS:
                 prefill, tokens = len(tokens), [2 if token == SKIPPED else token for token in tokens]
             if method.delta is not None:

@@ -122,8 +122,8 @@ def test_a_prefix_as_a_gated_addition_is_one_softmax() -> None:
 
 @pytest.mark.parametrize(
     ("family", "saved"),
-    [("roberta", "by AdapterHub"), ("roberta", "canonical"), ("bart", "canonical")],
-    ids=["roberta-hub", "roberta", "bart"],
+    [("roberta", "by AdapterHub"), ("roberta", "canonical"), ("bart", "by AdapterHub")],
+    ids=["roberta-hub", "roberta", "bart-hub"],
 )
 def test_all_variants_in_one_batch_equal_the_formulas(family: AnyFamily, saved: str) -> None:
     setup, model = SETUPS[family], tiny_backbone(family)
@@ -141,7 +141,7 @@ def test_all_variants_in_one_batch_equal_the_formulas(family: AnyFamily, saved: 
     alone, together = rows_for(methods, family=family), rows_for(methods, family=family)
     runner = Runner(backbone, num_slots=len(shuffled(together)), max_len=64)
     run(runner, shuffled(together))
-    for row in shuffled(alone):
+    for row in shuffled([rows[:2] for rows in alone]):
         run(runner, [row])
     print(f"\n{family}: largest error    alone    mixed    limit   effect")
     for index, variant in enumerate([{}, *(case.variant for case in cases)]):
@@ -151,6 +151,8 @@ def test_all_variants_in_one_batch_equal_the_formulas(family: AnyFamily, saved: 
             limits.append(LIMITS["T1"] * max(1.0, float(expected.abs().max())))
             effect = max(effect, float((expected - oracle(one, {})).abs().max()))
             for how, row in (("alone", one), ("mixed", other)):
+                if not row.logits:  # alone, two of each run
+                    continue
                 found = torch.cat(row.logits).double()
                 errors[how] = max(errors[how], float((found - expected).abs().max()))
         name, limit = methods[index].name, min(limits)

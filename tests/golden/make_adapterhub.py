@@ -40,12 +40,15 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     BertConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
+    T5Config,
 )
 
 import adapters
@@ -108,6 +111,37 @@ _ENCODER = {
     "type_vocab_size": 1,
 }
 ENCODERS = {"bert": BertConfig(**_ENCODER), "roberta": RobertaConfig(**_ENCODER, pad_token_id=1)}
+
+SEQ2SEQ: dict[str, PretrainedConfig] = {
+    "bart": BartConfig(
+        d_model=HIDDEN,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=32,
+        vocab_size=VOCAB,
+        max_position_embeddings=32,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    ),
+    "t5": T5Config(
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=VOCAB,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=10,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    ),
+}
+SOURCES = ([5, 11, 36, 7, 2], [19, 8])  # what the encoder reads where the decoder is given SEQUENCES
 
 
 @dataclass(frozen=True)
@@ -229,6 +263,24 @@ ENCODER_CASES: dict[str, AdapterConfig] = {
     "unipelt_shared": UniPELTConfig(prefix_tuning=PrefixTuningConfig(prefix_length=3, flat=True)),
 }
 
+# On encoder-decoders: three attentions, and layers counted through both stacks (2 is the decoder's first).
+SEQ2SEQ_CASES: dict[str, AdapterConfig] = {
+    "seq_bn": SeqBnConfig(reduction_factor=4, cross_adapter=True),
+    "double_seq_bn": DoubleSeqBnConfig(reduction_factor=4, cross_adapter=True),
+    "par_bn": ParBnConfig(reduction_factor=4, mh_adapter=True, cross_adapter=True),
+    "seq_bn_rf_map": SeqBnConfig(reduction_factor={"2": 2, "default": 5}, leave_out=[1]),
+    "adapter_plus": AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0),
+    "seq_bn_inv": SeqBnInvConfig(reduction_factor=8),
+    "compacter": CompacterConfig(reduction_factor=2),  # of T5 the library saves no shared rule
+    "compacter_local_rule": CompacterConfig(reduction_factor=2, shared_phm_rule=False),
+    "lora_everywhere": CASES["lora_everywhere"].config,
+    "ia3_everywhere": CASES["ia3_everywhere"].config,
+    "lora_key": LoRAConfig(r=2, alpha=3, attn_matrices=["k"], leave_out=[0, 3]),
+    "prefix_tuning": CASES["prefix_tuning"].config,
+    "prefix_tuning_flat": PrefixTuningConfig(prefix_length=4, flat=True, encoder_prefix=False),
+    "mam": CASES["mam"].config,
+}
+
 
 def randomise(model: PreTrainedModel, seed_text: str, wanted: Callable[[str], bool], sigma: float) -> int:
     """Redraw every parameter whose name is wanted, norm weights around one; return how many there were."""
@@ -246,13 +298,20 @@ def logits(model: PreTrainedModel) -> Tensors:
     Of an encoder its final hidden states.
     """
     decoder = model.config.model_type not in ENCODERS
+    read = model.config.is_encoder_decoder
     tensors: Tensors = {}
     for dtype, suffix in ((torch.float32, ""), (torch.float64, "_float64")):
         model.to(dtype)
         for index, ids in enumerate(SEQUENCES):
             with torch.no_grad():
                 arguments = {"use_cache": False} if decoder else {"output_hidden_states": True}
-                found = model(torch.tensor([ids]), return_dict=True, **arguments)
+                given = torch.tensor([ids])
+                if read:
+                    arguments, given = (
+                        {**arguments, "decoder_input_ids": given},
+                        torch.tensor([SOURCES[index]]),
+                    )
+                found = model(input_ids=given, return_dict=True, **arguments)
                 output = found.logits[0] if decoder else found.hidden_states[-1][0]
             assert output.dtype == dtype
             tensors[f"logits{suffix}.{index}"] = output.contiguous()
@@ -262,14 +321,15 @@ def logits(model: PreTrainedModel) -> Tensors:
 
 def write_golden(directory: Path, tensors: Tensors) -> None:
     inputs = {f"input_ids.{index}": torch.tensor(ids) for index, ids in enumerate(SEQUENCES)}
+    if directory.parent.name in SEQ2SEQ:
+        inputs |= {f"source_ids.{index}": torch.tensor(ids) for index, ids in enumerate(SOURCES)}
     save_file(inputs | tensors, directory / "golden.safetensors")
 
 
 def make_backbone(family: str, config: PretrainedConfig) -> Tensors:
     """Save a randomised backbone and its bare logits; return those logits."""
     directory = ROOT / family / "backbone"
-    kind = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
-    model = kind.from_config(config, attn_implementation="eager").eval()
+    model = model_class(family).from_config(config, attn_implementation="eager").eval()
     randomise(model, f"{family}/backbone", lambda _: True, sigma=0.3)
     model.save_pretrained(directory)
     base = logits(model)
@@ -337,9 +397,14 @@ def make_case(
     write_golden(directory, golden)
 
 
+def model_class(family: str) -> type:
+    if family in SEQ2SEQ:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+
+
 def load_backbone(family: str) -> PreTrainedModel:
-    kind = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
-    model = kind.from_pretrained(ROOT / family / "backbone", attn_implementation="eager")
+    model = model_class(family).from_pretrained(ROOT / family / "backbone", attn_implementation="eager")
     adapters.init(model)
     return model
 
@@ -364,6 +429,10 @@ def main() -> None:
         hidden = make_backbone(family, config)
         for name, adapter in ENCODER_CASES.items():
             make_case(family, name, load_backbone(family), adapter, hidden, {})
+    for family, config in SEQ2SEQ.items():
+        bare = make_backbone(family, config)
+        for name, adapter in SEQ2SEQ_CASES.items():
+            make_case(family, name, load_backbone(family), adapter, bare, {})
     name = "seq_bn_inv_flex_head"
     make_case(
         "llama", name, load_flex_head_backbone(name), SeqBnInvConfig(reduction_factor=8), base["llama"], {}
