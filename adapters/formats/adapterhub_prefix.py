@@ -6,7 +6,8 @@ is that vector: per token and layer first the key, then the value, [H, D] each. 
 layer (`<attention>.prefix_tuning.pool.prefix_tunings.{n}.`) once more, so it can't save it as safetensors itself; a
 copy may be absent. Encoder-decoders have such a group for each attention, `encoder_prefix.`, `self_prefix.` and
 `cross_prefix.`, under every attention of the model. With gates `<attention>.prefix_tuning.prefix_gates.{n}.*`
-[1 or 2, d]. Keys are used as they are, after rotary, and real tokens are positioned from 0: unlike PEFT's.
+[1 or 2, d]. Keys are used as they are, after rotary, and real tokens are positioned from 0: unlike PEFT's. T5's keys
+are nevertheless counted from the prefix on, so that every two tokens are further apart than in the backbone.
 Source: `PrefixTuning`, `FlatPrefixTuning`, `PrefixTuningLayer` there; Li and Liang "Prefix-Tuning".
 """
 
@@ -25,9 +26,6 @@ from adapters.formats.adapterhub_stored import Part, Stored
 from adapters.formats.schema import check_config
 from adapters.normal_form import AttnPrefix, Site, Stack, attention_site
 
-COUNTS_APART = frozenset({"t5", "mt5"})
-"""Architectures whose attention sees how far apart tokens stand, which a prefix of this library's changes."""
-
 GROUP = "self_prefix."
 GROUPS: Mapping[str, str] = {"distilbert": "self."}
 POOL = "prefix_tuning.prefix_tunings"
@@ -42,14 +40,6 @@ def read_prefix(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | Non
         return None
     spec = stored.spec
     if stored.refuses_gate(config, path):
-        return None
-    if spec.model_type in COUNTS_APART:
-        stored.problems.add(
-            f"adapter_config.json: {path}architecture: AdapterHub counts a prefix in the places of {spec.model_type}'s "
-            "keys and not in those of its queries, so that every two tokens stand further apart than in the backbone. "
-            "That is not served; train prefix tuning with PEFT.",
-            param="architecture",
-        )
         return None
     if any(layer < spec.num_layers + spec.num_encoder_layers for layer in config["leave_out"]):
         stored.problems.add(
