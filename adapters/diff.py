@@ -199,7 +199,7 @@ def _is_linear(op: Mapping[str, Any]) -> bool:
     return (
         op["kind"] == "low_rank"
         and op["activation"] == "identity"
-        and not {"a_bias", "b_bias", "positions"} & op.keys()
+        and not {"a_bias", "b_bias", "positions", "norm_eps", "gate_weight"} & op.keys()
     )
 
 

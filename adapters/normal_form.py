@@ -85,9 +85,14 @@ class Site:
         return cls(rest, int(head)) if head.isdigit() else cls(text)
 
 
+def attention_site(stack: Stack, name: str, layer: int) -> Site:
+    """The site `name` of one layer's attention."""
+    return Site(f"{stack}.{name}" if stack else name, layer)
+
+
 def kv_site(stack: Stack, layer: int) -> Site:
     """The keys and values of one layer's attention."""
-    return Site(f"{stack}.kv" if stack else "kv", layer)
+    return attention_site(stack, "kv", layer)
 
 
 Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "sigmoid"]
@@ -95,14 +100,16 @@ Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "le
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
-    """y += scaling * (B @ f(A @ x + a_bias) + b_bias), row vectors x at `read`, y at `write`.
+    """y += n_out(g * scaling * (B @ f(A @ n_in(x) + a_bias) + b_bias)), row vectors x at `read`, y at `write`.
 
     `read` and `write` differ: parallel, x is the site's untouched value. Equal: sequential, x is y itself. Where
     `write` is what a norm reads and `read` what it puts out, the norm runs again: LN(x + op(LN(x))) (Pfeiffer et al. in
     a model whose norms follow the blocks).
-    `positions`: the tokens on which the op acts, None for all.
-    Shapes: A [r, d_in], B [d_out, r], a_bias [r], b_bias [d_out].
-    Source: He et al. table 1; Hu et al. "LoRA" section 4.1; Houlsby et al. section 2.
+    `positions`: the tokens on which the op acts, None for all. n_in and n_out are LayerNorms with `norm_eps` where
+    their parameters are given, g the mean of sigmoid(x @ gate_weight + gate_bias) over all tokens of a row, on encoders
+    only. Shapes: A [r, d_in], B [d_out, r], a_bias [r], b_bias [d_out], in_norm_* and gate_weight [d_in], out_norm_*
+    [d_out], gate_bias [1].
+    Source: He et al. table 1; Hu et al. "LoRA" section 4.1; Houlsby et al. section 2; Mao et al. "UniPELT" section 3.3.
     """
 
     kind: ClassVar[OpKind] = OpKind.LOW_RANK
@@ -115,11 +122,23 @@ class LowRank:
     a_bias: Tensor | None = None
     b_bias: Tensor | None = None
     positions: Positions | None = None
+    in_norm_weight: Tensor | None = None
+    in_norm_bias: Tensor | None = None
+    out_norm_weight: Tensor | None = None
+    out_norm_bias: Tensor | None = None
+    norm_eps: float | None = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
 
     @property
     def sequential(self) -> bool:
         """True where the op reads what it writes."""
         return self.read == self.write
+
+    @property
+    def plain(self) -> bool:
+        """True without norms and gate."""
+        return self.norm_eps is None and self.gate_weight is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,11 +215,16 @@ class AttnPrefix:
     """Extra keys and values that every token of the layer attends to: never rotated.
 
     `joint`: in one softmax with the real ones, of which they are the first l: in layers with a sliding window of w
-    entries they are seen only until w - 1 others have followed. `separate`: in a softmax of their own, whose result
-    times `gate` is added at `ctx`. `projected=False`: key and value are what the layer's k and v projections are given
-    when the delta is placed. `stack`: the attention of an encoder-decoder to which it belongs, `layer` its layer there.
-    Shapes: key, value [l, H, D], not projected [l, d]; gate [1].
-    Source: Li and Liang "Prefix-Tuning"; He et al. equation 4; Zhang et al. "LLaMA-Adapter" section 3.2.
+    entries they are seen only until w - 1 others have followed. `separate`: in a softmax of their own, or with
+    their scores put through `activation` instead, whose result times `gate` is added at `ctx`. Scores are scaled as the
+    backbone's. `projected=False`: key and value are what the layer's k and v projections are given when the delta is
+    placed. `gate_weight` and `gate_bias`, of a joint prefix on an encoder: the keys of a row are multiplied by the mean
+    over its tokens of the first column of sigmoid(x @ gate_weightᵀ + gate_bias), the values by that of the last, x
+    being what the layer's keys are made of. `stack`: the attention of an encoder-decoder to which it belongs, `layer`
+    its layer there. Shapes: key, value [l, H, D], not projected [l, d]; gate [1]; gate_weight [c, d], gate_bias [c],
+    c 1 or 2.
+    Source: Li and Liang "Prefix-Tuning"; He et al. equation 4, and its multi-head parallel adapter, ReLU(q·P_k)·P_v;
+    Zhang et al. "LLaMA-Adapter" section 3.2; Mao et al. "UniPELT" section 3.3.
     """
 
     kind: ClassVar[OpKind] = OpKind.ATTN_PREFIX
@@ -210,6 +234,9 @@ class AttnPrefix:
     merge: Literal["joint", "separate"] = "joint"
     gate: Tensor | None = None
     projected: bool = True
+    activation: Activation | None = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
     stack: Stack = ""
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec, ModuleSpec, Slice
-from adapters.normal_form import Activation, Affine, AttnPrefix, LowRank, Site, VirtualTokens
+from adapters.normal_form import Activation, Affine, AttnPrefix, LowRank, Site, VirtualTokens, attention_site
 from adapters.positions import FromInvocation, Positions
 from adapters.tensor_files import num_non_finite
 
@@ -91,10 +91,46 @@ class OpChecker:
         if op.activation not in ACTIVATIONS:
             self.add(f"activation: expected one of {', '.join(ACTIVATIONS)}.")
         self.scaling(op.scaling)
+        self.norms(op, read_width, width_of(target))
+        self.gate(op, (read_width,), (1,))
+        if op.gate_weight is not None and op.write.layer < 0:
+            self.add("gate_weight: served inside layers, where whole rows run.")
         if op.positions is not None:
             self.positions(op.positions)
             if self.spec.shared is not None and op.write.name in self.spec.shared.sites:
                 self.add("positions: relative embeddings pass here too, and have no place in the row.")
+
+    def norms(self, op: LowRank, read_width: int | None, write_width: int | None) -> None:
+        """Check the norms around one LowRank."""
+        given = []
+        for name, width in (("in_norm", read_width), ("out_norm", write_width)):
+            weight, bias = getattr(op, f"{name}_weight"), getattr(op, f"{name}_bias")
+            if (weight is None) != (bias is None):
+                self.add(f"{name}_weight: it comes with {name}_bias.")
+            elif weight is not None:
+                given.append(self.tensor(f"{name}_weight", weight, (width,)))
+                self.tensor(f"{name}_bias", bias, (width,))
+        if bool(given) != (op.norm_eps is not None):
+            self.add("norm_eps: belongs to the norms, and they to it.")
+        elif op.norm_eps is not None and (type(op.norm_eps) is not float or not 0 < op.norm_eps < 1):
+            self.add("norm_eps: expected a number between 0 and 1.")
+
+    def gate(
+        self,
+        op: LowRank | AttnPrefix,
+        weight_shape: tuple[int | None, ...],
+        bias_shape: tuple[int | None, ...],
+    ) -> None:
+        """Check the gate of one op."""
+        if op.gate_weight is None and op.gate_bias is None:
+            return
+        self.tensor("gate_weight", op.gate_weight, weight_shape)
+        self.tensor("gate_bias", op.gate_bias, bias_shape)
+        if self.spec.kind != "encoder":
+            self.add(
+                "gate_weight: the gate is a mean over the whole row, so it would depend on tokens that are not "
+                "generated yet; gates are served on encoders."
+            )
 
     def positions(self, positions: Positions) -> None:
         """Check on which tokens an op acts."""
@@ -147,8 +183,6 @@ class OpChecker:
         layers = self.spec.layers_of(op.stack)
         if type(op.layer) is not int or not 0 <= op.layer < layers:
             self.add(f"layer: expected an integer from 0 to {layers - 1}.")
-        if op.merge == "separate" and op.stack:
-            self.add("merge: on an encoder-decoder a prefix joins the attention's own softmax.")
         length = op.key.shape[0] if isinstance(op.key, Tensor) and op.key.dim() else 0
         expected: tuple[int, ...] = (length, self.spec.num_kv_heads, self.spec.head_dim)
         if op.merge not in ("joint", "separate"):
@@ -157,6 +191,12 @@ class OpChecker:
             self.add("gate: belongs to a separate softmax, and only there.")
         if op.gate is not None:
             self.tensor("gate", op.gate, (1,))
+        count = op.gate_bias.shape[0] if isinstance(op.gate_bias, Tensor) and op.gate_bias.dim() else 0
+        self.gate(op, (1 if count == 1 else 2, self.spec.hidden_size), (1 if count == 1 else 2,))
+        if op.gate_weight is not None and op.merge != "joint":
+            self.add("gate_weight: belongs to a joint prefix.")
+        if op.activation is not None and (op.merge != "separate" or op.activation not in ACTIVATIONS):
+            self.add(f"activation: expected one of {', '.join(ACTIVATIONS)}, where prompts are separate.")
         if not isinstance(op.projected, bool):
             self.add("projected: expected true or false.")  # type: ignore[unreachable]
         if op.merge == "separate" and not self.spec.sees_queries:
@@ -172,7 +212,7 @@ class OpChecker:
             expected = (length, self.spec.hidden_size)
             if op.merge == "joint":
                 self.add("projected: a joint prefix is stored projected.")
-            elif Site("k.out", 0) not in self.spec.writer:
+            elif attention_site(op.stack, "k.out", 0) not in self.spec.writer:
                 self.add("projected: no module of the backbone has keys alone for its output.")
         self.tensor("key", op.key, expected)
         self.tensor("value", op.value, expected)

@@ -132,7 +132,8 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 def bytes_of(piece: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied where it is on the CPU."""
-    data: Any = piece.cpu().view(torch.uint8).numpy()
+    # a single element counts as contiguous whatever its stride says
+    data: Any = piece.cpu().as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy()
     return memoryview(data)
 
 

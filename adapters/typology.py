@@ -155,7 +155,8 @@ def _traits(op: Op, mapped: set[Site]) -> _Traits:
                 _workspace(op.site),
             )
         case AttnPrefix():
-            reads, joins = "parameters", "gated addition"  # He et al. equation 4: one softmax is a gate
+            # He et al. equation 4: one softmax is a gate; their multi-head parallel adapter has none
+            reads, joins = "parameters", "gated addition" if op.activation is None else "scaled addition"
             return _Traits("additive", "none", "dynamic", "addition", reads, "parallel", joins, "attention")
         case VirtualTokens():
             return _Traits(
@@ -178,7 +179,7 @@ def _low_rank(op: LowRank) -> _Traits:
         "reparameterisation" if linear else "addition",
         "hidden",
         "sequential" if op.sequential else "parallel",
-        _added(op.scaling),
+        _added(op.scaling) if op.gate_weight is None else "gated addition",
         _workspace(op.write),
     )
 

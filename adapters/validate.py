@@ -62,6 +62,7 @@ def check(delta: Delta, spec: BackboneSpec, *, between: Callable[[], None] = lam
         *_duplicates(delta, spec),
         *_replaced(delta, spec),
         *_positioned(delta, spec),
+        *_gated(delta),
         *_virtual(delta, spec),
     ):
         checker.add(text)
@@ -96,7 +97,8 @@ def _duplicates(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
             for name in ("scale", "bias", "weight"):
                 seen[f"Affine ops with a {name} at {place}"] += getattr(op, name) is not None
         elif isinstance(op, AttnPrefix):
-            seen[f"AttnPrefix ops in {_place(op)}"] += 1
+            apart = " that do not join its softmax" if op.merge == "separate" else ""
+            seen[f"AttnPrefix ops in {_place(op)}{apart}"] += 1
         elif isinstance(op, Rows):
             seen[f"Rows ops at {shown(op.site)}"] += 1
         elif isinstance(op, Head) and op.site != SCORES:
@@ -143,6 +145,16 @@ def _positioned(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     normalized = {op.site for op in delta.ops if isinstance(op, Affine) and op.weight_normalized}
     for site in sorted({op.write for op in positioned} & normalized):
         yield f"the norms of the weight at {shown(site)} would change inside the prompt (weight_normalized)."
+
+
+def _gated(delta: Delta) -> Iterator[str]:
+    """What gates, which are means over whole rows, must not meet."""
+    if not any(isinstance(op, LowRank | AttnPrefix) and op.gate_weight is not None for op in delta.ops):
+        return
+    if delta.positions:
+        yield "it has gates, which are means over whole rows, and ops that act on some tokens only."
+    if any(isinstance(op, VirtualTokens) for op in delta.ops):
+        yield "it has gates and VirtualTokens; whether a gate's mean counts these is not defined."
 
 
 def _virtual(delta: Delta, spec: BackboneSpec) -> Iterator[str]:

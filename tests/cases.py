@@ -631,6 +631,11 @@ GOLDEN_CASES: tuple[GoldenCase, ...] = (
     GoldenCase("seq_bn_rf_map", "gpt2"),
     GoldenCase("seq_bn_wider", "llama"),
     GoldenCase("seq_bn_one_unit", "gpt2"),
+    GoldenCase("seq_bn_ln_before", "llama"),
+    GoldenCase("seq_bn_ln_before", "gpt2"),
+    GoldenCase("seq_bn_ln_after", "llama"),
+    GoldenCase("seq_bn_ln_after", "gpt2"),
+    GoldenCase("par_bn_ln", "gpt2"),
     GoldenCase("double_seq_bn", "llama"),
     GoldenCase("double_seq_bn", "gpt2"),
     GoldenCase("par_bn", "llama"),
@@ -695,6 +700,13 @@ ENCODER_GOLDEN_CASES: tuple[GoldenCase, ...] = tuple(
         "ia3_everywhere",
         "mam",
         "loreft",
+        "seq_bn_ln",
+        "double_seq_bn_ln_before",
+        "par_bn_ln_gated",
+        "double_seq_bn_gated",
+        "lora_gated",
+        "unipelt",
+        "unipelt_shared",
     )
 )
 

@@ -13,9 +13,10 @@ attn.post, write attn.sum; read ffn.post, write ffn.sum.
 Of an encoder-decoder the decoder's layers have a third place, behind the attention to the encoder.
 
 Keys `<layer>.{attention,cross_attention,output}_adapters.adapters.{n}.` (T5: `<block>.layer.<part>.adapters.{n}.`) and
-`adapter_down.0.*` · `adapter_up.*` · `scaling`; of
-Compacter (`adapterhub_phm.py`) what the two projections are made of. Source: `Adapter`, `ParallelAdapter` of the
-library; Houlsby et al. section 2; Pfeiffer et al. "AdapterFusion"; He et al. table 1; Mahabadi et al. "Compacter".
+`adapter_down.0.*` · `adapter_up.*` · `scaling` · `gate.*` · `adapter_norm_after.*` · `adapter_norm_before.*`, which is
+stored once more as `adapter_down.0.*`, the projection then being `adapter_down.1.*`; of Compacter (`adapterhub_phm.py`)
+what the two projections are made of. Source: `Adapter`, `ParallelAdapter` of the library; Houlsby et al. section 2;
+Pfeiffer et al. "AdapterFusion"; He et al. table 1; Mahabadi et al. "Compacter"; Mao et al. "UniPELT".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from adapters.backbone_spec import BackboneSpec
-from adapters.formats.adapterhub_config import ACTIVATIONS, BOTTLENECK, LAYOUT_KEYS
+from adapters.formats.adapterhub_config import ACTIVATIONS, BOTTLENECK
 from adapters.formats.adapterhub_invertible import read_invertible
 from adapters.formats.adapterhub_layers import Layer, layers
 from adapters.formats.adapterhub_phm import PHM_KEYS, Phm
@@ -95,23 +96,27 @@ PLACES = (
     ),
 )
 
-PLAIN: Mapping[str, str] = {
-    "adapter_down.0.weight": "A",
-    "adapter_down.0.bias": "a_bias",
-    "adapter_up.weight": "B",
-    "adapter_up.bias": "b_bias",
-}
+DOWN: Mapping[str, str] = {"weight": "A", "bias": "a_bias"}
+UP: Mapping[str, str] = {"weight": "B", "bias": "b_bias"}
 """End of the key -> field of a LowRank."""
+NORM_EPS = 1e-5
 
 
 def read_bottleneck(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | None:
     """The ops of a bottleneck adapter; what does not fit is noted."""
     config = check_config(raw, BOTTLENECK, stored.problems, prefix=path)
-    if any(raw.get(key) for key in LAYOUT_KEYS):
-        return None
     if any(value is None for key, value in config.items() if key not in ("inv_adapter", *PHM_KEYS)):
         return None
     if config["inv_adapter"] is None and raw.get("inv_adapter") is not None:  # refused
+        return None
+    if config["ln_after"] and config["adapter_residual_before_ln"] and not config["is_parallel"]:
+        stored.problems.add(
+            f"adapter_config.json: {path}adapter_residual_before_ln: with ln_after the adapter's norm would take in "
+            "the block's output, which no site has by then; served is false.",
+            param="adapter_residual_before_ln",
+        )
+        return None
+    if stored.refuses_gate(config, path):
         return None
     phm = Phm.read(raw, path, stored) if config["phm_layer"] else None
     if config["phm_layer"] and phm is None:
@@ -167,21 +172,46 @@ def _stack_of(place: Place, spec: BackboneSpec) -> str | None:
 def _projections(
     stem: str, rank: int, config: Mapping[str, Any], phm: Phm | None, stored: Stored
 ) -> dict[str, Tensor] | None:
-    """A [r, d], B [d, r], their biases and the stored scaling of one adapter."""
-    hidden = stored.spec.hidden_size
+    """A [r, d], B [d, r], their biases, norms and gate, and the stored scaling of one adapter, by field."""
+    hidden, down_at = stored.spec.hidden_size, f"adapter_down.{int(config['ln_before'])}."
     shapes: dict[str, tuple[int, ...]] = {}
+    fields = {"scaling": "scaling"}
     if isinstance(config["scaling"], str):
         shapes["scaling"] = (1,) if config["scaling"] == "learned" else (hidden,)
-    if phm is not None:
-        down = phm.take(stem + "adapter_down.0.", "down", hidden, rank, stored)
-        up = phm.take(stem + "adapter_up.", "up", rank, hidden, stored)
-        rest = stored.take(stem, shapes)
-        if down is None or up is None or rest is None:
-            return None
-        return {"A": down[0], "B": up[0], **_named("a_bias", down[1]), **_named("b_bias", up[1]), **rest}
-    shapes |= dict(zip(PLAIN, ((rank, hidden), (rank,), (hidden, rank), (hidden,)), strict=True))
+    for switch, place, name, width in (
+        ("ln_before", _norm_before(stem, stored), "in_norm", hidden),
+        ("ln_after", "adapter_norm_after", "out_norm", hidden),
+        ("use_gating", "gate", "gate", 1),
+    ):
+        if config[switch]:
+            shapes[f"{place}.weight"] = (1, hidden) if switch == "use_gating" else (width,)
+            shapes[f"{place}.bias"] = (width,)
+            fields |= {f"{place}.{end}": f"{name}_{end}" for end in ("weight", "bias")}
+    if phm is None:
+        sizes = ((rank, hidden), (rank,), (hidden, rank), (hidden,))
+        plain = {down_at + end: field for end, field in DOWN.items()}
+        plain |= {f"adapter_up.{end}": field for end, field in UP.items()}
+        shapes |= dict(zip(plain, sizes, strict=True))
+        fields |= plain
     found = stored.take(stem, shapes)
-    return None if found is None else {PLAIN.get(key, key): tensor for key, tensor in found.items()}
+    if config["ln_before"] and found is not None:
+        for end in ("weight", "bias"):
+            copied = f"{stem}{_norm_before(stem, stored)}.{end}"
+            stored.take_copy(f"{stem}adapter_down.0.{end}", copied)
+    named = None if found is None else {fields[key]: tensor for key, tensor in found.items()}
+    if phm is None:
+        return named
+    down = phm.take(stem + down_at, "down", hidden, rank, stored)
+    up = phm.take(stem + "adapter_up.", "up", rank, hidden, stored)
+    if down is None or up is None or named is None:
+        return None
+    return {"A": down[0], "B": up[0], **_named("a_bias", down[1]), **_named("b_bias", up[1]), **named}
+
+
+def _norm_before(stem: str, stored: Stored) -> str:
+    """Where the norm in front is: the library registers it twice, and a converter may keep either."""
+    name = "adapter_norm_before"
+    return name if f"{stem}{name}.weight" in stored.tensors else "adapter_down.0"
 
 
 def _named(name: str, tensor: Tensor | None) -> dict[str, Tensor]:
@@ -273,6 +303,13 @@ def _low_rank(read: Site, write: Site, found: Mapping[str, Tensor], config: Mapp
         b_bias=b_bias,
         scaling=float(scaling),
         activation=ACTIVATIONS[config["non_linearity"].lower()],
+        norm_eps=NORM_EPS if config["ln_before"] or config["ln_after"] else None,
+        in_norm_weight=found.get("in_norm_weight"),
+        in_norm_bias=found.get("in_norm_bias"),
+        out_norm_weight=found.get("out_norm_weight"),
+        out_norm_bias=found.get("out_norm_bias"),
+        gate_weight=found["gate_weight"].reshape(-1) if "gate_weight" in found else None,
+        gate_bias=found.get("gate_bias"),
     )
 
 

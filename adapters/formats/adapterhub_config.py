@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from adapters.formats.schema import (
     ANYTHING,
-    BOOLEAN,
     TEXT,
     Rule,
     is_bool,
@@ -20,7 +19,6 @@ from adapters.formats.schema import (
     is_number,
     is_scale,
     is_text,
-    off,
     or_null,
 )
 from adapters.normal_form import Activation
@@ -67,10 +65,6 @@ _LEAVE_OUT = Rule(
     used=True,
     default=[],
 )
-_GATED = "the gate is a mean over the whole sequence, so it depends on later tokens"
-
-# Switched on, these give an adapter other tensors: looking for a plain one's would only add noise.
-LAYOUT_KEYS = ("ln_before", "ln_after", "use_gating")
 
 TOP_LEVEL: Mapping[str, Rule] = {
     "config": Rule(
@@ -131,17 +125,17 @@ BOTTLENECK: Mapping[str, Rule] = {
     ),
     "leave_out": _LEAVE_OUT,
     "architecture": TEXT,
-    "ln_before": off(False, why="a norm inside the adapter is not executed yet"),
-    "ln_after": off(False, why="a norm inside the adapter is not executed yet"),
+    "ln_before": _switch(default=False),
+    "ln_after": _switch(default=False),
     "inv_adapter": Rule(
         lambda value: value in (None, "nice"),
         "null or 'nice'",
         used=True,
         why="the library's own 'glow' can't run",
     ),
-    "use_gating": off(False, why=_GATED),
+    "use_gating": _switch(default=False),
     "phm_layer": _switch(default=False),
-    "adapter_residual_before_ln": BOOLEAN,  # read only beside ln_after
+    "adapter_residual_before_ln": _switch(default=False),  # read only beside ln_after
     "dropout": Rule(is_fraction, "a number from 0 up to 1"),
     "stochastic_depth": Rule(is_fraction, "a number from 0 up to 1"),  # training only
     **dict.fromkeys(
@@ -200,7 +194,7 @@ LORA: Mapping[str, Rule] = {
     "composition_mode": Rule(
         lambda value: value in ("add", "scale"), "add or scale", used=True, default="add"
     ),
-    "use_gating": off(False, why=_GATED),
+    "use_gating": _switch(default=False),
     "use_dora": _switch(default=False),
     **dict.fromkeys(
         ("vera_d", "vera_b"),
@@ -228,8 +222,8 @@ PREFIX_TUNING: Mapping[str, Rule] = {
         default="tanh",
     ),
     "leave_out": _LEAVE_OUT,
-    "use_gating": off(False, why=_GATED),
-    "shared_gating": BOOLEAN,  # read only beside use_gating
+    "use_gating": _switch(default=False),
+    "shared_gating": _switch(default=True),  # read only beside use_gating
     "encoder_prefix": _switch(default=True),  # of encoder-decoders, as is the next
     "cross_prefix": _switch(default=True),
     "dropout": Rule(is_fraction, "a number from 0 up to 1"),

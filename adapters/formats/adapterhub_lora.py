@@ -5,7 +5,7 @@ one module, those of the m enabled ones are stacked in this order, `lora_A` [r·
 DoRA adds `m.weight` [d_out, 1]. IA3 has `lora_B` [d_out, 1] alone. VeRA has `vera_D` [r, r] and `vera_B`
 [d_out, d_out], and shares `shared_parameters.{n}.lora_A` and `lora_B`, all its modules being of one size.
 
-    LoRA   W x + s·B A x + bias                           s = alpha / r
+    LoRA   W x + s·B A x + bias                           s = alpha / r; with a gate that in its place
     DoRA   m/‖W + B A‖ ⊙ (W x + bias + s·B A x)           no s in the norm, the bias inside: unlike PEFT's
     IA3    alpha·v ⊙ (W x + bias)                         of a fused module also the parts that have no v: alpha ⊙
     VeRA   B A is vera_B · lora_B · vera_D · lora_A
@@ -43,10 +43,12 @@ def read_lora(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | None:
     """The ops of a LoRA, DoRA, IA3 or VeRA; what does not fit is noted."""
     config = check_config(raw, LORA, stored.problems, prefix=path)
     optional = ("vera_d", "vera_b")
-    if any(value is None for key, value in config.items() if key not in optional) or raw.get("use_gating"):
+    if any(value is None for key, value in config.items() if key not in optional):
         return None
     if stored.release < FIXED_SCALING and path == "config.":  # the library corrects no union
         config["alpha"] = config["r"]
+    if stored.refuses_gate(config, path):
+        return None
     lowering = _Lowering(config, path, stored)
     return lowering.method, tuple(lowering.ops())
 
@@ -82,6 +84,12 @@ class _Lowering:
                 f"adapter_config.json: {self.path}composition_mode: the library has 'scale' only with r = 1 and "
                 "without DoRA and VeRA.",
                 param="composition_mode",
+            )
+            return
+        if config["use_gating"] and self.method != "lora":
+            add(
+                f"adapter_config.json: {self.path}use_gating: served with plain LoRA, not with {self.method}.",
+                param="use_gating",
             )
             return
         adapted = [(module, parts) for module in self.stored.spec.modules if (parts := self._enabled(module))]
@@ -139,6 +147,9 @@ class _Lowering:
             shapes |= {"vera_D": (r, r), "vera_B": (d_out, d_out)}
         else:
             shapes |= {"lora_A": (r * len(parts), module.shape.d_in), "lora_B": (d_out, r)}
+        if self.config["use_gating"]:
+            heads = 1 if len(module.writes) == 1 else len(parts)
+            shapes |= {"gate.weight": (heads, module.shape.d_in), "gate.bias": (heads,)}
         found = self.stored.take(stem, shapes)
         shared = self._shared(module, d_out) if self._is_vera else found
         if found is None or shared is None:
@@ -146,7 +157,7 @@ class _Lowering:
         A, B = shared["lora_A"], shared["lora_B"]
         if self._is_vera:
             B = (found["vera_B"].double() @ B.double() @ found["vera_D"].double()).float()
-        return self._low_ranks(module, parts, A, B, found.get("m.weight"))
+        return self._low_ranks(module, parts, A, B, found)
 
     def _shared(self, module: ModuleSpec, d_out: int) -> Mapping[str, Tensor] | None:
         """VeRA's factors, which all modules share and whose size the first one sets."""
@@ -163,10 +174,11 @@ class _Lowering:
         return self.shared
 
     def _low_ranks(
-        self, module: ModuleSpec, parts: list[Slice], A: Tensor, B: Tensor, magnitude: Tensor | None
+        self, module: ModuleSpec, parts: list[Slice], A: Tensor, B: Tensor, found: Mapping[str, Tensor]
     ) -> Iterator[Op]:
         assert module.read is not None, module.path
-        start, r = 0, self.config["r"]
+        start, r, magnitude = 0, self.config["r"], found.get("m.weight")
+        gated = "gate.weight" in found
         for index, part in enumerate(parts):
             stop = start + part.stop - part.start
             yield LowRank(
@@ -174,7 +186,9 @@ class _Lowering:
                 write=part.site,
                 A=A[index * r : (index + 1) * r],
                 B=B[start:stop],
-                scaling=self.config["alpha"] / r,
+                scaling=1.0 if gated else self.config["alpha"] / r,
+                gate_weight=found["gate.weight"][index % len(found["gate.weight"])] if gated else None,
+                gate_bias=found["gate.bias"][[index % len(found["gate.bias"])]] if gated else None,
             )
             start = stop
         if magnitude is not None:

@@ -5,9 +5,9 @@ vector [l·2L·H·D], or `wte.weight` [l, d], `control_trans.0.*` [b, d] and `co
 is that vector: per token and layer first the key, then the value, [H, D] each. The library keeps the whole under every
 layer (`<attention>.prefix_tuning.pool.prefix_tunings.{n}.`) once more, so it can't save it as safetensors itself; a
 copy may be absent. Encoder-decoders have such a group for each attention, `encoder_prefix.`, `self_prefix.` and
-`cross_prefix.`, under every attention of the model. Keys are used as they are, after rotary, and real tokens are
-positioned from 0: unlike PEFT's. T5's keys are nevertheless counted from the prefix on, so that every two tokens are
-further apart than in the backbone.
+`cross_prefix.`, under every attention of the model. With gates `<attention>.prefix_tuning.prefix_gates.{n}.*`
+[1 or 2, d]. Keys are used as they are, after rotary, and real tokens are positioned from 0: unlike PEFT's. T5's keys
+are nevertheless counted from the prefix on, so that every two tokens are further apart than in the backbone.
 Source: `PrefixTuning`, `FlatPrefixTuning`, `PrefixTuningLayer` there; Li and Liang "Prefix-Tuning".
 """
 
@@ -24,20 +24,23 @@ from adapters.backbone_spec import BackboneSpec
 from adapters.formats.adapterhub_config import ACTIVATIONS, PREFIX_TUNING
 from adapters.formats.adapterhub_stored import Part, Stored
 from adapters.formats.schema import check_config
-from adapters.normal_form import AttnPrefix, Stack
+from adapters.normal_form import AttnPrefix, Site, Stack, attention_site
 
 GROUP = "self_prefix."
 GROUPS: Mapping[str, str] = {"distilbert": "self."}
 POOL = "prefix_tuning.prefix_tunings"
 COPY = "prefix_tuning.pool.prefix_tunings"
+GATES = "prefix_tuning.prefix_gates"
 
 
 def read_prefix(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | None:
     """One AttnPrefix per layer; what does not fit is noted."""
     config = check_config(raw, PREFIX_TUNING, stored.problems, prefix=path)
-    if any(value is None for value in config.values()) or raw.get("use_gating"):
+    if any(value is None for value in config.values()):
         return None
     spec = stored.spec
+    if stored.refuses_gate(config, path):
+        return None
     if any(layer < spec.num_layers + spec.num_encoder_layers for layer in config["leave_out"]):
         stored.problems.add(
             f"adapter_config.json: {path}leave_out: a prefix is served in all layers or in none, since they share its "
@@ -84,7 +87,28 @@ def _read_group(place: tuple[str, Stack], config: Mapping[str, Any], stored: Sto
         flat = F.linear(inside, last, last_bias)
     by_layer = flat.reshape(length, layers, 2, spec.num_kv_heads, spec.head_dim)
     for layer in range(layers):
-        yield AttnPrefix(layer=layer, key=by_layer[:, layer, 0], value=by_layer[:, layer, 1], stack=stack)
+        gate_weight, gate_bias = _gate(config, attention_site(stack, "v.out", layer), stored)
+        yield AttnPrefix(
+            layer=layer,
+            key=by_layer[:, layer, 0],
+            value=by_layer[:, layer, 1],
+            gate_weight=gate_weight,
+            gate_bias=gate_bias,
+            stack=stack,
+        )
+
+
+def _gate(
+    config: Mapping[str, Any], values: Site, stored: Stored
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The gate of one layer's prefix, shared by its keys and `values` or one for each; none where there is none."""
+    if not config["use_gating"]:
+        return None, None
+    count = 1 if config["shared_gating"] else 2
+    shapes: dict[str, tuple[int, ...]] = {"weight": (count, stored.spec.hidden_size), "bias": (count,)}
+    attention = stored.spec.writer[values][0].path.rpartition(".")[0]
+    found = stored.take(stored.at(attention, GATES), shapes)
+    return (None, None) if found is None else (found["weight"], found["bias"])
 
 
 def _take(stored: Stored, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:

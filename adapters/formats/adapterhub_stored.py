@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,15 @@ Part = tuple[str, tuple[Op, ...]]
 """What one method of an upload amounts to: the library's word for it, and its ops."""
 
 
-KINDS = ("adapters", "loras", "prefix_tunings", "refts", "shared_parameters", "invertible_adapters")
+KINDS = (
+    "adapters",
+    "loras",
+    "prefix_tunings",
+    "prefix_gates",
+    "refts",
+    "shared_parameters",
+    "invertible_adapters",
+)
 """What the library calls the containers of adapters."""
 
 
@@ -54,6 +63,18 @@ class Stored:
         body = self.spec.body
         found = place if place in self._stems or not body else f"{body}.{place}"
         return f"{found}.{self.name}."
+
+    def refuses_gate(self, config: Mapping[str, Any], path: str) -> bool:
+        """True, the reason noted, where `config` has a gate and the model generates."""
+        refused = bool(config["use_gating"]) and self.spec.kind != "encoder"
+        if refused:
+            self.problems.add(
+                f"adapter_config.json: {path}use_gating: the gate is a mean over the whole sequence, so it depends on "
+                "later tokens, and in generation the library takes it over the tokens of each step alone; served on "
+                "encoders.",
+                param="use_gating",
+            )
+        return refused
 
     def take(self, stem: str, shapes: Shapes) -> dict[str, Tensor] | None:
         """Field -> tensor of the keys that begin with `stem`; None, the reason noted, where one is not as expected."""

@@ -13,6 +13,19 @@ from torch import Tensor
 
 from adapters.normal_form import Activation, Site
 
+Parameters = tuple[Tensor, Tensor]
+"""Weight and bias."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Surroundings:
+    """What a placed LowRank has around it, where it has anything: LayerNorms [I] and [columns], a gate [I] and [1]."""
+
+    in_norm: Parameters | None
+    out_norm: Parameters | None
+    eps: float
+    gate: Parameters | None
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankWeights:
@@ -30,6 +43,7 @@ class LowRankWeights:
     b_bias: Tensor | None
     start: int
     stop: int
+    around: Surroundings | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,10 +124,14 @@ class RowsWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptWeights:
-    """A placed separate AttnPrefix: key, value [kv_heads, l, D] fp32, value times the gate."""
+    """A placed separate AttnPrefix: key, value [kv_heads, l, D] fp32, value times the gate.
+
+    `activation` acts on each score; None: softmax.
+    """
 
     key: Tensor
     value: Tensor
+    activation: Activation | None = None
 
 
 Replacement = Callable[[Tensor], Tensor]
@@ -126,7 +144,8 @@ class PlacedModule:
 
     `prompts` are attended to by the attention whose heads (`ctx`) the module reads. `reflections` are LowRanks that act
     on the module's input, in place. `replacement` takes the place of the base module's own forward. `again` LowRanks
-    read the output of a norm; it runs again on its input with their results added.
+    read the output of a norm; it runs again on its input with their results added. `prefix_gate` [2, I] and [2]: what
+    the row's prefix is multiplied by in the attention that the module's output goes to.
     """
 
     prompts: list[PromptWeights] = field(default_factory=list)
@@ -143,12 +162,19 @@ class PlacedModule:
     outputs: list[AffineWeights] = field(default_factory=list)
     output_maps: list[LinearMapWeights] = field(default_factory=list)
     sequential: list[LowRankWeights] = field(default_factory=list)
+    prefix_gate: Parameters | None = None
 
     @property
     def is_row_wise(self) -> bool:
-        """True where all ops are LowRank, Affine or LinearMap, which `FusedRows` runs."""
+        """True where all ops are plain LowRank, Affine or LinearMap, which `FusedRows` runs."""
         others = (self.prompts, self.again, self.embeddings, self.logits, self.weight_deltas)
-        return self.replacement is None and not any(others)
+        return self.replacement is None and self.prefix_gate is None and self.is_plain and not any(others)
+
+    @property
+    def is_plain(self) -> bool:
+        """True where no LowRank has norms or a gate."""
+        remote = (w for _, w in self.remote)
+        return all(w.around is None for w in (*self.again, *self.parallel, *remote, *self.sequential))
 
 
 class PromptSegment(NamedTuple):
@@ -207,6 +233,8 @@ class DeltaKernels(Protocol):
 
         Semantics: y[t, cols] += scaling * (f(x[t] @ A.T + a_bias) @ B + b_bias) for t in the segment. All x are
         read before any y of the same segment is written, so y and x may be the same storage (sequential adapters).
+        With `Surroundings` x is normed first, and what is added is multiplied by the mean over the segment of
+        sigmoid(x @ gate), then normed; a segment with a gate is one row.
         Shapes: y [T, O] fp32, x [T, I] fp32. Source: LoRA section 4.1; Houlsby et al. section 2.
         """
         ...
@@ -252,10 +280,11 @@ class DeltaKernels(Protocol):
     def add_prompt_attention(
         self, y_TO: Tensor, query_HTD: Tensor, scaling: float, segments: Sequence[PromptSegment]
     ) -> None:
-        """Add each segment's attention to a prompt of its own, in its own softmax, in place.
+        """Add each segment's attention to a prompt of its own, in its own softmax or without one, in place.
 
-        Semantics: y[t, h] += softmax(scaling * query[h, t] @ key[g].T) @ value[g], g the key head of h.
-        Shapes: y [T, H * D] fp32, query [H, T, D] after rotary. Source: LLaMA-Adapter section 3.2.
+        Semantics: y[t, h] += f(scaling * query[h, t] @ key[g].T) @ value[g], g the key head of h, f the softmax or
+        `activation`. Shapes: y [T, H * D] fp32, query [H, T, D] after rotary.
+        Source: LLaMA-Adapter section 3.2; He et al., "multi-head parallel adapter".
         """
         ...
 

@@ -16,9 +16,11 @@ from serving.kernels.ops import (
     KronWeights,
     LinearMapSegment,
     LowRankSegment,
+    LowRankWeights,
     PromptSegment,
     RowsSegment,
     SparseWeights,
+    Surroundings,
     WeightDeltaSegment,
     WeightDeltaWeights,
 )
@@ -43,12 +45,28 @@ def _weight_delta(x: Tensor, w: WeightDeltaWeights) -> Tensor:
             return rows.flatten(1)
 
 
+def _surrounded(x: Tensor, w: LowRankWeights, around: Surroundings) -> Tensor:
+    """What a LowRank with norms or a gate adds, [tokens, columns]."""
+    normed = x if around.in_norm is None else F.layer_norm(x, x.shape[-1:], *around.in_norm, around.eps)
+    hidden = FUNCTIONS[w.activation](F.linear(normed, w.A, w.a_bias))
+    added = w.scaling * F.linear(hidden, w.B.t(), w.b_bias)
+    if around.gate is not None:
+        weight, bias = around.gate
+        added = added * torch.sigmoid(x @ weight + bias).mean()
+    if around.out_norm is not None:
+        added = F.layer_norm(added, added.shape[-1:], *around.out_norm, around.eps)
+    return added
+
+
 class ReferenceKernels:
     """`DeltaKernels` in plain torch, on any device and in any float dtype."""
 
     def add_low_rank(self, y_TO: Tensor, x_TI: Tensor, segments: Sequence[LowRankSegment]) -> None:
         for start, stop, w in segments:
             x = x_TI[start:stop]
+            if w.around is not None:
+                y_TO[start:stop, w.start : w.stop] += _surrounded(x, w, w.around)
+                continue
             hidden = torch.mm(x, w.A.t()) if w.a_bias is None else torch.addmm(w.a_bias, x, w.A.t())
             if w.activation != "identity":
                 hidden = FUNCTIONS[w.activation](hidden)
@@ -96,4 +114,5 @@ class ReferenceKernels:
             groups = query_HTD.shape[0] // w.key.shape[0]
             key, value = (x.repeat_interleave(groups, dim=0) for x in (w.key, w.value))
             scores = torch.bmm(query_HTD[:, start:stop].to(torch.float32), key.mT) * scaling
-            y_TO[start:stop] += torch.bmm(scores.softmax(dim=-1), value).transpose(0, 1).flatten(1)
+            weights = scores.softmax(dim=-1) if w.activation is None else FUNCTIONS[w.activation](scores)
+            y_TO[start:stop] += torch.bmm(weights, value).transpose(0, 1).flatten(1)

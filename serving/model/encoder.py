@@ -86,6 +86,7 @@ class RowAttention:
             _Group(
                 torch.stack([torch.arange(rows[i].start, rows[i].stop) for i in members]),
                 [found for i in members if (found := prefixes[i]) is not None and past],
+                [rows[i].start for i in members],
             )
             for (_, past), members in by_length.items()
         ]
@@ -107,11 +108,22 @@ class RowAttention:
         self.attended.append((layer, window))
         query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
         out = query_THD.new_empty(query_THD.shape)
-        for places, prefixes in self._groups:
+        context = active_context()
+        gates: dict[int, Tensor] = {}
+        if context is not None and context.prefix_gates:  # of this layer: the next one makes its own
+            gates, context.prefix_gates = context.prefix_gates, {}
+        for places, prefixes, starts in self._groups:
             keys, values = (x[places].transpose(1, 2) for x in (key_TKD, value_TKD))
             if prefixes:
-                keys = torch.cat([_stacked(prefixes, layer, 0).to(keys.dtype), keys], dim=2)
-                values = torch.cat([_stacked(prefixes, layer, 1).to(values.dtype), values], dim=2)
+                own_keys, own_values = (_stacked(prefixes, layer, which) for which in (0, 1))
+                if gates:
+                    ones = torch.ones(2, device=keys.device)
+                    factors = torch.stack([gates.get(start, ones) for start in starts])[
+                        :, :, None, None, None
+                    ]
+                    own_keys, own_values = own_keys * factors[:, 0], own_values * factors[:, 1]
+                keys = torch.cat([own_keys.to(keys.dtype), keys], dim=2)
+                values = torch.cat([own_values.to(values.dtype), values], dim=2)
             attended = F.scaled_dot_product_attention(
                 query_THD[places].transpose(1, 2),
                 keys,
@@ -131,10 +143,11 @@ class RowAttention:
 
 
 class _Group(NamedTuple):
-    """Rows of one length: their tokens [rows, n], and their prefixes, of one length too, or none."""
+    """Rows of one length: their tokens [rows, n], their prefixes, of one length too or none, their first tokens."""
 
     places: Tensor
     prefixes: list[Prefix]
+    starts: list[int]
 
 
 def _stacked(prefixes: Sequence[Prefix], layer: int, which: int) -> Tensor:

@@ -80,4 +80,5 @@ def _reads_prompts(module: ModuleSpec) -> bool:
 def _is_affine(ops: PlacedModule) -> bool:
     low_ranks = [*ops.reflections, *ops.parallel, *ops.sequential]
     others = ops.prompts or ops.replacement or ops.again or ops.embeddings or ops.logits or ops.remote
-    return not others and all(w.activation == "identity" for w in low_ranks)
+    gated = ops.prefix_gate is not None or not ops.is_plain
+    return not others and not gated and all(w.activation == "identity" for w in low_ranks)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec
-from adapters.normal_form import AttnPrefix, Delta, Site, Stack, VirtualTokens
+from adapters.normal_form import AttnPrefix, Delta, Stack, VirtualTokens, attention_site
 from serving.kernels.ops import PromptWeights
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
@@ -28,14 +28,14 @@ def place_prompt(op: AttnPrefix, backbone: Backbone, to_device: Copy) -> PromptW
     assert op.gate is not None
     key = _projected(op.key, "k.out", op, backbone)
     value = _projected(op.value, "v.out", op, backbone) * op.gate.float()
-    return PromptWeights(to_device(key.transpose(0, 1)), to_device(value.transpose(0, 1)))
+    return PromptWeights(to_device(key.transpose(0, 1)), to_device(value.transpose(0, 1)), op.activation)
 
 
 def _projected(rows: Tensor, site: str, op: AttnPrefix, backbone: Backbone) -> Tensor:
     """[l, kv_heads, D] of a prompt at one projection of its layer."""
     if op.projected:
         return rows.float()
-    module, part = backbone.spec.writer[Site(site, op.layer)]
+    module, part = backbone.spec.writer[attention_site(op.stack, site, op.layer)]
     columns = slice(part.start, part.stop)
     weight = base_parameter(backbone, module, "weight")
     out = rows.float() @ (weight if module.shape.kind == "conv1d" else weight.t())[:, columns]

@@ -40,7 +40,7 @@ def weight_bytes(delta: Delta, backbone: Backbone) -> int:
     total, shared = 0, set()
     for index, name, tensor in delta.tensors():
         op = delta.ops[index]
-        if isinstance(op, VirtualTokens) or _is_joint(op):
+        if isinstance(op, VirtualTokens) or (_is_joint(op) and name in ("key", "value")):
             continue
         joins = isinstance(op, LowRank) and name != "A" and _is_fused(op, backbone)
         if isinstance(op, LowRank | LinearMap) and not joins:  # copied once, however many ops share it

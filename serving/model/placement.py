@@ -26,9 +26,10 @@ from adapters.normal_form import (
     Site,
     VirtualTokens,
     WeightDelta,
+    attention_site,
 )
 from adapters.positions import Positions
-from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule
+from serving.kernels.ops import AffineWeights, LowRankWeights, PlacedModule, Surroundings
 from serving.model.backbone import Backbone
 from serving.model.heads import place_head_of
 from serving.model.place_matrices import (
@@ -69,6 +70,8 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
             placer.affines[op.site, op.side].append(op)
         elif isinstance(op, AttnPrefix) and op.merge == "separate":
             placer.prompts.append(op)
+        elif isinstance(op, AttnPrefix) and op.gate_weight is not None:
+            placer.gated_prefixes.append(op)
         elif isinstance(op, LinearMap | WeightDelta | Rows | Head) and op.site != SCORES:
             placer.matrices.append(op)
     modules = placer.modules()
@@ -159,6 +162,7 @@ class _Placer:
         self.affines: dict[tuple[Site, str], list[Affine]] = defaultdict(list)
         self.matrices: list[LinearMap | WeightDelta | Rows | Head] = []
         self.prompts: list[AttnPrefix] = []
+        self.gated_prefixes: list[AttnPrefix] = []
         self.taps: dict[Site, int] = {}
         self.positions: dict[int, Positions] = {}  # id of the weights -> the only tokens on which they act
         self._block = WeightBlock(weight_bytes) if backbone.device.type == "cpu" else None
@@ -212,10 +216,19 @@ class _Placer:
             module, part = self.spec.writer[matrix.site]
             self._place_matrix(placed[self.index[module.path]], matrix, part, module)
         for prompt in self.prompts:
-            module, _ = self.spec.writer[Site("o.out", prompt.layer)]
+            module, _ = self.spec.writer[attention_site(prompt.stack, "o.out", prompt.layer)]
             placed[self.index[module.path]].prompts.append(
                 place_prompt(prompt, self.backbone, self.to_device)
             )
+        for prefix in self.gated_prefixes:
+            assert prefix.gate_weight is not None
+            assert prefix.gate_bias is not None
+            module, _ = self.spec.writer[Site("k.out", prefix.layer)]
+            both = [
+                self.to_device(tensor.expand(2, *tensor.shape[1:]))
+                for tensor in (prefix.gate_weight, prefix.gate_bias)
+            ]
+            placed[self.index[module.path]].prefix_gate = (both[0], both[1])
         return dict(placed)
 
     def _writer(self, site: Site) -> int:
@@ -266,10 +279,22 @@ class _Placer:
             b_bias=None if op.b_bias is None else self.to_device(op.b_bias),
             start=part.start,
             stop=part.stop,
+            around=None if op.plain else self._around(op),
         )
         if op.positions is not None:
             self.positions[id(weights)] = op.positions
         return weights
+
+    def _around(self, op: LowRank) -> Surroundings:
+        in_norm, out_norm, gate = (
+            None if weight is None or bias is None else (self.to_device(weight), self.to_device(bias))
+            for weight, bias in (
+                (op.in_norm_weight, op.in_norm_bias),
+                (op.out_norm_weight, op.out_norm_bias),
+                (op.gate_weight, op.gate_bias),
+            )
+        )
+        return Surroundings(in_norm, out_norm, op.norm_eps or 0.0, gate)
 
     def _place_low_rank(self, target: PlacedModule, op: LowRank, part: Slice, module: ModuleSpec) -> None:
         weights = self._low_rank(op, part)
@@ -341,7 +366,8 @@ def _join_fused(ops: Sequence[LowRank], module: ModuleSpec) -> list[tuple[LowRan
         if joined:
             last, span = joined[-1]
             same = (
-                last.A is op.A
+                (last.plain and op.plain)
+                and last.A is op.A
                 and last.read == op.read
                 and last.scaling == op.scaling
                 and last.activation == op.activation

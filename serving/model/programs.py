@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adapters.normal_form import Site
 from adapters.positions import Positions
@@ -27,6 +28,7 @@ from serving.kernels.ops import (
     Kernels,
     LinearMapSegment,
     LowRankSegment,
+    Parameters,
     PlacedModule,
     PromptSegment,
     Replacement,
@@ -35,6 +37,7 @@ from serving.kernels.ops import (
 )
 from serving.model.context import ForwardContext
 from serving.model.heads import PlacedHead
+from serving.model.kv_cache import RowSpan
 from serving.model.packed import Forward
 
 NOTHING_MERGED: Mapping[int, Forward] = {}
@@ -127,6 +130,7 @@ class ModuleProgram:
         "output_maps",
         "outputs",
         "parallel",
+        "prefix_gates",
         "prompts",
         "reflections",
         "remote",
@@ -141,6 +145,7 @@ class ModuleProgram:
         self.fused = fused
         self.has_general_output = False
         self.capture: Site | None = None
+        self.prefix_gates: list[tuple[int, int, Parameters]] = []
         self.prompts: list[PromptSegment] = []
         self.inputs: list[AffineSegment] = []
         self.input_maps: list[LinearMapSegment] = []
@@ -158,6 +163,8 @@ class ModuleProgram:
 
     def add(self, start: int, stop: int, ops: PlacedModule) -> None:
         """Let tokens [start, stop) run through `ops` by the general kernels."""
+        if ops.prefix_gate is not None:
+            self.prefix_gates.append((start, stop, ops.prefix_gate))
         self.prompts += [PromptSegment(start, stop, w) for w in ops.prompts]
         self.inputs += [AffineSegment(start, stop, w) for w in ops.inputs]
         self.input_maps += [LinearMapSegment(start, stop, w) for w in ops.input_maps]
@@ -199,6 +206,10 @@ class ModuleProgram:
         x_TI = x.reshape(-1, x.shape[-1])
         if self.capture is not None:
             context.captured[self.capture] = x_TI
+        for start, stop, (weight, bias) in self.prefix_gates:
+            for row in rows_within(context, start, stop):
+                states = x_TI[row.start : row.stop].to(torch.float32)
+                context.prefix_gates[row.start] = torch.sigmoid(F.linear(states, weight, bias)).mean(dim=0)
         if fused is not None and self.index in fused.taps:
             fused.capture(self.index, x_TI)
         base_x = self._input(context, x)
@@ -225,7 +236,7 @@ class ModuleProgram:
             out[start:stop] = replacement(base_TI[start:stop])
         if self.again:
             changed = base_TI.to(torch.float32, copy=True)
-            self.kernels.add_low_rank(changed, out, self.again)
+            self.kernels.add_low_rank(changed, out, by_row(context, self.again))
             for start, stop, _ in self.again:
                 out[start:stop] = base(changed[start:stop].to(base_x.dtype))
         if self.embeddings:  # there x is token ids
@@ -235,15 +246,16 @@ class ModuleProgram:
         if self.weight_deltas:
             self.kernels.add_weight_delta(out, base_TI.to(torch.float32), self.weight_deltas)
         if self.parallel:
-            self.kernels.add_low_rank(out, x_TI.to(torch.float32), self.parallel)
+            self.kernels.add_low_rank(out, x_TI.to(torch.float32), by_row(context, self.parallel))
         for site, segments in self.remote.items():
-            self.kernels.add_low_rank(out, context.captured[site].to(torch.float32), segments)
+            source = context.captured[site].to(torch.float32)
+            self.kernels.add_low_rank(out, source, by_row(context, segments))
         if self.outputs:
             self.kernels.apply_affine(out, self.outputs)
         if self.output_maps:
             self.kernels.apply_linear_map(out, self.output_maps)
         if self.sequential:
-            self.kernels.add_low_rank(out, out, self.sequential)
+            self.kernels.add_low_rank(out, out, by_row(context, self.sequential))
         return out
 
     def _input(self, context: ForwardContext, x: Tensor) -> Tensor:
@@ -265,6 +277,26 @@ class ModuleProgram:
         if fused is not None:
             fused.run_input(self.index, changed)
         return changed.to(x.dtype).view(x.shape)
+
+
+def rows_within(context: ForwardContext, start: int, stop: int) -> list[RowSpan]:
+    """The rows that tokens [start, stop) are made of."""
+    return [row for row in context.attention.rows if start <= row.start and row.stop <= stop]
+
+
+def by_row(context: ForwardContext, segments: Sequence[LowRankSegment]) -> Sequence[LowRankSegment]:
+    """`segments`, those with a gate row by row: its mean is over one."""
+    if all(w.around is None or w.around.gate is None for _, _, w in segments):
+        return segments
+    return [
+        part
+        for start, stop, w in segments
+        for part in (
+            [LowRankSegment(row.start, row.stop, w) for row in rows_within(context, start, stop)]
+            if w.around is not None and w.around.gate is not None
+            else [LowRankSegment(start, stop, w)]
+        )
+    ]
 
 
 class MergedModule:

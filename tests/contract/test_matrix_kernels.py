@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapters.normal_form import LinearMap, Rows, Site, WeightDelta
+from adapters.normal_form import Activation, LinearMap, Rows, Site, WeightDelta
 from serving.kernels.ops import (
     DeltaKernels,
     LinearMapSegment,
     LowRankSegment,
+    LowRankWeights,
     PromptSegment,
     PromptWeights,
     RowsSegment,
+    Surroundings,
     WeightDeltaSegment,
 )
 from serving.kernels.reference import ReferenceKernels
@@ -131,15 +133,56 @@ def test_rows_replace_embeddings_and_logits(kernels: DeltaKernels) -> None:
 
 
 @pytest.mark.parametrize("kernels", EXECUTORS, ids=lambda k: type(k).__name__)
-def test_prompt_attention_equals_its_formula(kernels: DeltaKernels) -> None:
+@pytest.mark.parametrize("parts", [("in",), ("out",), ("gate",), ("in", "out", "gate")], ids="-".join)
+def test_a_low_rank_with_norms_and_a_gate_equals_its_formula(
+    kernels: DeltaKernels, parts: Sequence[str]
+) -> None:
+    torch.manual_seed(11)
+    y, x = random(6, D_OUT), random(6, D_IN)
+    pairs = {"in": (random(D_IN), random(D_IN)), "out": (random(COLUMNS), random(COLUMNS)),
+             "gate": (random(D_IN), random(1))}  # fmt: skip
+    in_norm, out_norm, gate = (pairs[name] if name in parts else None for name in ("in", "out", "gate"))
+    weights = LowRankWeights(
+        A=random(3, D_IN), B=random(3, COLUMNS), scaling=1.5, activation="relu", a_bias=random(3),
+        b_bias=random(COLUMNS), start=START, stop=D_OUT, around=Surroundings(in_norm, out_norm, 1e-5, gate),
+    )  # fmt: skip
+
+    def normed(rows: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+        if norm is None:
+            return rows
+        spread = (rows - rows.mean(-1, keepdim=True)) / (
+            rows.var(-1, keepdim=True, correction=0) + 1e-5
+        ).sqrt()
+        return spread * norm[0].double() + norm[1].double()
+
+    read, expected = x[1:4].double(), y.double()
+    assert weights.a_bias is not None
+    assert weights.b_bias is not None
+    hidden = (normed(read, in_norm) @ weights.A.double().T + weights.a_bias.double()).clamp(min=0)
+    added = 1.5 * (hidden @ weights.B.double() + weights.b_bias.double())
+    if gate is not None:
+        added = added * torch.sigmoid(read @ gate[0].double() + gate[1].double()).mean()
+    expected[1:4, START:] += normed(added, out_norm)
+    kernels.add_low_rank(y, x, [LowRankSegment(1, 4, weights)])
+    assert torch.allclose(y.double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", EXECUTORS, ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_prompt_attention_equals_its_formula(kernels: DeltaKernels, activation: Activation | None) -> None:
     torch.manual_seed(10)
     heads, kv_heads, width = 6, 2, 4
     y, query = random(5, heads * width), random(heads, 5, width)
-    weights = PromptWeights(random(kv_heads, 3, width), random(kv_heads, 3, width))
+    weights = PromptWeights(random(kv_heads, 3, width), random(kv_heads, 3, width), activation)
     expected = y.double()
     for head in range(heads):
         key, value = (x[head // 3].double() for x in (weights.key, weights.value))
-        mixed = torch.softmax(0.5 * query[head, 2:4].double() @ key.T, dim=-1) @ value
+        scores = 0.5 * query[head, 2:4].double() @ key.T
+        mixed = {
+            None: torch.softmax(scores, dim=-1),
+            "relu": scores.clamp(min=0),
+            "silu": scores * torch.sigmoid(scores),
+        }[activation] @ value
         expected[2:4, head * width : (head + 1) * width] += mixed
     kernels.add_prompt_attention(y, query, 0.5, [PromptSegment(2, 4, weights)])
     assert torch.allclose(y.double(), expected, atol=1e-5)

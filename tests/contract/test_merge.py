@@ -14,7 +14,7 @@ from serving.model.kv_cache import RowSpan
 from serving.model.merge import merge, mergeable_modules, merged_bytes
 from serving.model.packed import plain_weight
 from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
-from tests.cases import PEFT_CASES, Case, tiny_backbone
+from tests.cases import ENCODER_GOLDEN_CASES, GOLDEN_NAME, PEFT_CASES, Case, tiny_backbone
 from tests.contract.exactness import served
 
 UNMERGED = (
@@ -71,3 +71,11 @@ def test_merged_modules_equal_their_ops(case: Case, backbone: Backbone, tmp_path
         changed = max(changed, float((exact - bare).abs().max()))
     assert not merged or changed > 0.05
     assert all(torch.equal(weight, before[path]) for path, weight in linear_weights(backbone).items())
+
+
+def test_a_gated_lora_is_not_merged() -> None:
+    """Its gate is a mean over a row, and differs from row to row."""
+    cases = {case.name: case for case in ENCODER_GOLDEN_CASES if case.family == "roberta"}
+    encoder = adopt_backbone(cases["lora_gated"].backbone(), name=GOLDEN_NAME, device="cpu", dtype="float32")
+    assert mergeable_modules(served(cases["lora_everywhere"].directory, encoder), encoder)
+    assert not mergeable_modules(served(cases["lora_gated"].directory, encoder), encoder)

@@ -16,8 +16,8 @@ Cases the library cannot produce, hence absent here:
 - `stochastic_depth > 0`: asks for torchvision; inert outside training.
 - DoRA and VeRA in GPT-2's attention: sizes that do not fit, while adding or running;
 - prompt tuning on decoders: the library has none.
-`use_gating` is in one case (`unipelt`), to be refused: its gate is a mean over the whole sequence, so a causal model's
-logits would depend on later tokens and no incremental decoder can agree with it.
+`use_gating` is on decoders in one case (`unipelt`), to be refused: its gate is a mean over the whole sequence, so a
+causal model's logits would depend on later tokens and no incremental decoder can agree with it.
 """
 
 import json
@@ -250,6 +250,17 @@ ENCODER_CASES: dict[str, AdapterConfig] = {
     "ia3_everywhere": CASES["ia3_everywhere"].config,
     "mam": CASES["mam"].config,
     "loreft": CASES["loreft"].config,
+    "seq_bn_ln": SeqBnConfig(reduction_factor=8, ln_before=True, ln_after=True),
+    "double_seq_bn_ln_before": DoubleSeqBnConfig(reduction_factor=8, ln_before=True),
+    "par_bn_ln_gated": ParBnConfig(reduction_factor=8, ln_before=True, ln_after=True, use_gating=True),
+    "double_seq_bn_gated": DoubleSeqBnConfig(reduction_factor=8, use_gating=True),
+    "lora_gated": LoRAConfig(r=3, alpha=5, intermediate_lora=True, output_lora=True, use_gating=True),
+    "unipelt": UniPELTConfig(
+        PrefixTuningConfig(prefix_length=3, bottleneck_size=8, use_gating=True, shared_gating=False),
+        SeqBnConfig(reduction_factor=8, use_gating=True),
+        LoRAConfig(r=2, use_gating=True),
+    ),
+    "unipelt_shared": UniPELTConfig(prefix_tuning=PrefixTuningConfig(prefix_length=3, flat=True)),
 }
 
 # On encoder-decoders: three attentions, and layers counted through both stacks (2 is the decoder's first).

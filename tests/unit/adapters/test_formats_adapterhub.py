@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters.backbone_spec import BackboneSpec
+from adapters.canonical import to_canonical
 from adapters.errors import InvalidDelta
 from adapters.formats import read_directory, read_upload
 from adapters.normal_form import Delta, LowRank, Site
@@ -45,18 +46,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Every other directory of the golden set: the key that the refusal must blame.
 REFUSED = {
-    ("gpt2", "par_bn_ln"): "ln_before",
-    ("gpt2", "seq_bn_ln_after"): "ln_after",
-    ("gpt2", "seq_bn_ln_before"): "ln_before",
     ("gpt2", "seq_bn_mh"): "mh_adapter",
     ("gpt2", "seq_bn_residual_after_add"): "original_ln_after",
     ("gpt2", "unipelt"): "use_gating",
     ("llama", "par_bn_drops_stream"): "original_ln_after",
     ("llama", "seq_bn_drops_stream"): "original_ln_after",
     ("llama", "seq_bn_inv_flex_head"): "head",
-    ("llama", "seq_bn_ln_after"): "ln_after",
-    ("llama", "seq_bn_ln_after_residual"): "ln_after",
-    ("llama", "seq_bn_ln_before"): "ln_before",
+    ("llama", "seq_bn_ln_after_residual"): "adapter_residual_before_ln",
     ("llama", "seq_bn_mh"): "mh_adapter",
     ("llama", "seq_bn_residual_after_add"): "original_ln_after",
     ("t5", "compacter"): "phm_rule",
@@ -67,6 +63,14 @@ REFUSED = {
 @lru_cache
 def spec_for(family: Family) -> BackboneSpec:
     return spec_of(GoldenCase("seq_bn", family).backbone(), GOLDEN_NAME)
+
+
+def normed(x: Tensor, op: LowRank, which: str) -> Tensor:
+    weight, bias = (getattr(op, f"{which}_norm_{end}") for end in ("weight", "bias"))
+    if weight is None:
+        return x
+    spread = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, correction=0) + 1e-5)
+    return spread * weight.to(x) + bias.to(x)
 
 
 def hook(model: nn.Module, delta: Delta, spec: BackboneSpec) -> None:
@@ -84,8 +88,8 @@ def hook(model: nn.Module, delta: Delta, spec: BackboneSpec) -> None:
             y = output[0] if isinstance(output, tuple) else output
             x = y if op.sequential else seen[op.read]
             a_bias, b_bias = (0 if bias is None else bias.to(x) for bias in (op.a_bias, op.b_bias))
-            inner = ACTIVATIONS[op.activation](x @ op.A.to(x).T + a_bias)
-            y = y + op.scaling * (inner @ op.B.to(x).T + b_bias)
+            inner = ACTIVATIONS[op.activation](normed(x, op, "in") @ op.A.to(x).T + a_bias)
+            y = y + normed(op.scaling * (inner @ op.B.to(x).T + b_bias), op, "out")
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         model.get_submodule(spec.writer[op.write][0].path).register_forward_hook(add)
@@ -167,7 +171,8 @@ def refusal(files: dict[str, bytes]) -> InvalidDelta:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("ln_before", True),
+        ("ln_before", 1),
+        ("ln_after", None),
         ("use_gating", True),
         ("phm_layer", 1),
         ("inv_adapter", "glow"),
@@ -309,3 +314,22 @@ def test_files_beside_the_pair_are_refused_by_name(name: str, tmp_path: Path) ->
         (tmp_path / TENSORS).unlink()
     with pytest.raises(InvalidDelta, match=name):
         read_directory(tmp_path, spec_for("llama"))
+
+
+@pytest.mark.parametrize("kept", ["adapter_norm_before", "adapter_down.0"])
+def test_one_of_the_two_copies_of_a_norm_in_front_is_enough(kept: str) -> None:
+    gone = {"adapter_norm_before": "adapter_down.0", "adapter_down.0": "adapter_norm_before"}[kept]
+
+    def drop(stored: dict[str, Tensor]) -> None:
+        for key in [key for key in stored if f".{gone}." in key]:
+            del stored[key]
+
+    whole = read_upload(changed("seq_bn_ln_before"), spec_for("llama"))
+    rest = read_upload(changed("seq_bn_ln_before", tensors=drop), spec_for("llama"))
+    assert to_canonical(rest).digest == to_canonical(whole).digest
+    assert all(isinstance(op, LowRank) and op.in_norm_weight is not None for op in rest.ops)
+
+
+def test_copies_of_a_norm_that_differ_are_refused() -> None:
+    key = "model.layers.1.output_adapters.adapters.seq_bn_ln_before.adapter_down.0.weight"
+    assert "it differs from" in str(refusal(changed("seq_bn_ln_before", tensors=lambda t: t[key].add_(1))))

@@ -32,6 +32,7 @@ LLAMA = spec_of(tiny_backbone("llama"))  # hidden 32, FFN 64, 3 layers, 4 heads,
 GPT2 = spec_of(tiny_backbone("gpt2"))  # hidden 32, FFN 128, fused q k v, biases
 
 NEOX = spec_of(tiny_backbone("gpt_neox"))  # q, k and v are one site
+BERT = spec_of(tiny_backbone("bert"))
 PADDED = replace(LLAMA, sees_queries=False, free_positions=False)  # as bloom is served
 
 
@@ -336,6 +337,56 @@ BAD: list[tuple[Delta, Any, tuple[str, ...]]] = [
     (delta(prompted(gate=None)), LLAMA, ("gate: belongs to a separate softmax",)),
     (delta(prompted(gate=ones(2))), LLAMA, ("gate: shape [2], expected [1]",)),
     (delta(prompted(merge="added")), LLAMA, ("merge",)),
+    (delta(low_rank(in_norm_weight=ones(32), norm_eps=1e-5)), LLAMA, ("in_norm_weight: it comes with",)),
+    (
+        delta(low_rank(in_norm_weight=ones(31), in_norm_bias=ones(32), norm_eps=1e-5)),
+        LLAMA,
+        ("in_norm_weight: shape [31], expected [32]",),
+    ),
+    (
+        delta(low_rank(out_norm_weight=ones(32), out_norm_bias=ones(32))),
+        LLAMA,
+        ("norm_eps: belongs to the norms",),
+    ),
+    (delta(low_rank(norm_eps=1e-5)), LLAMA, ("norm_eps: belongs to the norms",)),
+    (
+        delta(low_rank(out_norm_weight=ones(32), out_norm_bias=ones(32), norm_eps=float("nan"))),
+        LLAMA,
+        ("norm_eps: expected a number between 0 and 1",),
+    ),
+    (
+        delta(low_rank(gate_weight=ones(32), gate_bias=ones(1))),
+        LLAMA,
+        ("gate_weight: the gate is a mean over the whole row",),
+    ),
+    (
+        delta(low_rank(gate_weight=ones(32), gate_bias=ones(1), positions=FirstTokens(1))),
+        BERT,
+        ("gates, which are means over whole rows, and ops that act on some tokens only",),
+    ),
+    (
+        delta(low_rank(gate_weight=ones(32), gate_bias=ones(1)), VirtualTokens(embeddings=ones(2, 32))),
+        BERT,
+        ("it has gates and VirtualTokens",),
+    ),
+    (
+        delta(low_rank("embed.post", "embed.post", -1, gate_weight=ones(32), gate_bias=ones(1))),
+        BERT,
+        ("gate_weight: served inside layers",),
+    ),
+    (delta(low_rank(gate_bias=ones(1))), LLAMA, ("gate_weight: expected a tensor",)),
+    (
+        delta(*prefixes(gate_weight=ones(2, 32), gate_bias=ones(2))),
+        LLAMA,
+        ("gate_weight: the gate is a mean over the whole row",),
+    ),
+    (delta(prompted(gate_weight=ones(1, 32), gate_bias=ones(1))), LLAMA, ("belongs to a joint prefix",)),
+    (delta(prompted(activation="softmax")), LLAMA, ("activation: expected one of identity, relu",)),
+    (
+        delta(*prefixes(activation="relu")),
+        LLAMA,
+        ("activation: expected one of", "where prompts are separate"),
+    ),
     (delta(prompted(merge="joint", gate=None)), LLAMA, ("projected: a joint prefix",)),
     (delta(prompted(projected=1)), LLAMA, ("projected: expected true or false",)),
     (delta(prompted(), prompted()), LLAMA, ("2 AttnPrefix ops in layer 1",)),
@@ -430,7 +481,13 @@ def test_every_problem_is_listed() -> None:
     [
         lambda value: low_rank(A=value, B=value, a_bias=value or None, scaling=value, activation=value),
         lambda value: Affine(site=Site("q.out", 0), scale=value, side=value, covers_bias=value),
+        lambda value: low_rank(
+            in_norm_weight=value, in_norm_bias=ones(32), norm_eps=value, gate_weight=value, gate_bias=ones(1)
+        ),
         lambda value: AttnPrefix(layer=value, key=value, value=value),
+        lambda value: AttnPrefix(
+            layer=0, key=value, value=value, activation=value, gate_weight=value, gate_bias=value
+        ),
         lambda value: VirtualTokens(embeddings=value),
     ],
 )
