@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +16,7 @@ from serving.core import (
     TokenEvent,
     TokenLogprobs,
 )
+from serving.engine.beam import Beams, Hypothesis
 from serving.engine.detokenizer import TextStream
 from serving.engine.pooling import PoolState
 from serving.engine.sampler import Sampled, SamplerState, token_logprobs
@@ -31,6 +33,7 @@ class RowState:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     announced: bool = False
     pool: PoolState | None = None
+    beams: Beams | None = None
 
 
 class Answers:
@@ -40,15 +43,19 @@ class Answers:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
 
-    def begin(self, request: Request) -> RowState:
-        """The state of a request that has said nothing yet."""
+    def begin(self, request: Request) -> Sequence:
+        """A request that has said nothing yet: its first row."""
         text = None
         if self._tokenizer is not None and request.pooling is None:
             text = TextStream(self._tokenizer, request.prompt_token_ids, request.sampling.stop)
         params = request.sampling
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         pool = None if request.pooling is None else PoolState()
-        return RowState(SamplerState(params, request.prompt_token_ids), text, ends, pool=pool)
+        state = RowState(SamplerState(params, request.prompt_token_ids), text, ends, pool=pool)
+        seq = Sequence(request, list(request.prompt_token_ids), state)
+        if params.beams is not None:
+            state.beams = Beams(seq, params.beams, ends)
+        return seq
 
     def prompt(self, seq: Sequence) -> PromptEvent:
         """The first event of `seq`, whose prompt is computed."""
@@ -89,6 +96,19 @@ class Answers:
             logprobs=() if drawn.logprobs is None else (self._with_text(drawn.logprobs),),
             finish_reason=reason,
         )
+
+    def found(self, seq: Sequence, hypotheses: Seq[Hypothesis], num_searched: int) -> TokenEvent:
+        """The last event of a search."""
+        events = tuple(self._hypothesis(seq, hypothesis) for hypothesis in hypotheses)
+        return TokenEvent(hypotheses=events, num_searched=num_searched, finish_reason=events[0].finish_reason)
+
+    def _hypothesis(self, seq: Sequence, hypothesis: Hypothesis) -> TokenEvent:
+        text = ""
+        if self._tokenizer is not None:
+            stream = TextStream(self._tokenizer, seq.request.prompt_token_ids, ())
+            text = "".join(map(stream.push, hypothesis.tokens)) + stream.flush()
+        reason = FinishReason.STOP if hypothesis.stopped else FinishReason.LENGTH
+        return TokenEvent(token_ids=tuple(hypothesis.tokens), text=text, finish_reason=reason)
 
     def _with_text(self, found: TokenLogprobs) -> TokenLogprobs:
         return TokenLogprobs(self._decoded(found.chosen), tuple(self._decoded(item) for item in found.top))

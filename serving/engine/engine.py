@@ -30,6 +30,7 @@ from serving.core import (
     TokenEvent,
 )
 from serving.engine.answers import Answers, RowState
+from serving.engine.beam import Beams, Candidate, search
 from serving.engine.deltas import DeltaManager
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
@@ -130,7 +131,7 @@ class Engine:
             try:
                 outputs = self.runner.run(rows)
                 sampled = self._sample(outputs)
-                answers = advance(outputs)
+                answers, found = advance(outputs), search(outputs)
             except Exception:  # whatever a kernel raises ends the requests of this batch, never the engine
                 log.exception("a step of %d rows failed", len(rows))
                 for seq, _ in rows:
@@ -139,13 +140,15 @@ class Engine:
                 self._advance(outputs, sampled)
                 for seq, answer in answers.items():
                     self._answer(seq, answer)
+                for seq, candidates in found.items():
+                    self._branch(seq, candidates)
                 self.metrics.step_seconds.observe(time.perf_counter() - started)
         self._finish_releases()
         self._flush()
         return bool(rows)
 
     def _sample(self, outputs: Seq[RowOutput]) -> dict[Sequence, Sampled]:
-        ready = [(row.seq, logits) for row, logits, _ in outputs if row.samples]
+        ready = [(row.seq, logits) for row, logits, _ in outputs if row.samples and not row.seq.together]
         if not ready:
             return {}
         last_RV = torch.cat([logits[-1:] for _, logits in ready])
@@ -172,6 +175,25 @@ class Engine:
             self._events.append((seq.request.request_id, event))
         else:
             self._end(seq, event.finish_reason, event=event)
+
+    def _branch(self, seq: Sequence, candidates: list[Candidate] | None) -> None:
+        """Take one step of a search: its rows go on as the best beams, or it ends with the best hypotheses."""
+        beams: Beams = seq.state.beams
+        if candidates is None:
+            self._fail(seq)
+            return
+        seq.answered = True
+        self._announce(seq)
+        for copy in beams.advance(candidates):
+            self.scheduler.kv.copy(*copy)
+        width = len(seq.rows)
+        self.metrics.generated_tokens.inc(width)
+        if not beams.done:
+            self._events.append((seq.request.request_id, TokenEvent(num_searched=width)))
+            return
+        event = self._answers.found(seq, beams.finished[: beams.params.num_returned], width)
+        assert event.finish_reason is not None
+        self._end(seq, event.finish_reason, event=event)
 
     def _answer(self, seq: Sequence, answer: Pooled | InvalidRequest | None) -> None:
         """End a request that its delta's head has answered."""
@@ -220,7 +242,7 @@ class Engine:
         if self._events:
             events, self._events = self._events, []
             self._publish(events)
-        self.metrics.requests_running.set(len(self.scheduler.running))
+        self.metrics.requests_running.set(sum(seq.leads for seq in self.scheduler.running))
         self.metrics.requests_waiting.set(len(self.scheduler.queue))
         self.metrics.merged_bytes.set(self.budget.used_by(MERGED))
         self.metrics.kv_usage.set(self.scheduler.kv.usage)
@@ -235,7 +257,18 @@ class Engine:
             raise InvalidRequest(f"weight: got {request.weight}, expected a share above 0.", param="weight")
         refuse_unanswerable(request, self.backbone.spec)
         max_total_len(len(request.prompt_token_ids), request.max_tokens, self.max_len)
+        self._refuse_too_wide(request)
         self._post(lambda: self._enqueue(request))
+
+    def _refuse_too_wide(self, request: Request) -> None:
+        beams, limits = request.sampling.beams, self.scheduler.limits
+        room = min(self.runner.cache.num_slots, limits.max_num_batched_tokens)
+        if beams is not None and beams.width > room:
+            raise InvalidRequest(
+                f"num_beams: got {beams.width}, the server has room for {room}.",
+                param="num_beams",
+                remedy="Ask for fewer beams.",
+            )
 
     def cancel(self, request_id: str) -> None:
         """End a request within one step. Unknown and ended ones are left alone."""
@@ -300,7 +333,7 @@ class Engine:
             self._inbox.get()()
 
     def _enqueue(self, request: Request) -> None:
-        seq = Sequence(request, list(request.prompt_token_ids), self._answers.begin(request))
+        seq = self._answers.begin(request)
         self._live[request.request_id] = seq
         try:
             self.scheduler.add(seq)

@@ -85,10 +85,11 @@ class FakeStorage:
     slots: dict[int, list[tuple[str, int]]] = field(default_factory=dict)
     copies: int = 0
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        assert length <= len(self.slots[source]), "copied what was never written"
+    def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        assert stop <= len(self.slots[source]), "copied what was never written"
+        assert start <= len(self.slots.get(target, ())), "left a gap"
         self.copies += 1
-        self.slots[target] = self.slots[source][:length]
+        self.slots[target] = self.slots.get(target, [])[:start] + self.slots[source][start:stop]
 
     def clear(self, slot: int) -> None:
         self.slots.pop(slot, None)
