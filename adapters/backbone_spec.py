@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from adapters.normal_form import Site
+from adapters.normal_form import Site, Stack
 
 ModuleKind = Literal["linear", "conv1d", "norm", "embedding", "layer"]
-BackboneKind = Literal["decoder", "encoder"]
+BackboneKind = Literal["decoder", "encoder", "encoder-decoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ class BackboneSpec:
     served exactly. Widths: H `num_kv_heads`, D `head_dim`.
     `tied_embeddings`: the head's weight is the embedding. `sees_queries`: the engine runs the attention and sees its
     queries; `free_positions`: position ids are given to the forward, not counted by it. Both depend on the layout that
-    serves the backbone. `kind`: a decoder sees what came before and generates; an encoder sees whole rows, at once.
+    serves the backbone. `kind`: a decoder sees what came before and generates; an encoder sees whole rows, at once; an
+    encoder-decoder generates behind what its encoder saw, and `num_layers` counts its decoder's.
     `first_position`: the position id of a row's first token.
     """
 
@@ -73,6 +74,22 @@ class BackboneSpec:
     free_positions: bool = True
     kind: BackboneKind = "decoder"
     first_position: int = 0
+    num_encoder_layers: int = 0
+
+    @property
+    def body(self) -> str:
+        """The module in which all layers are, as adapters name it; empty where they are the model's own (T5)."""
+        tops = {module.path.partition(".")[0] for module in self.modules if module.writes[0].site.layer >= 0}
+        return tops.pop() if len(tops) == 1 else ""
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The attentions that an AttnPrefix may belong to."""
+        return ("enc", "dec", "dec.cross") if self.kind == "encoder-decoder" else ("",)
+
+    def layers_of(self, stack: Stack) -> int:
+        """Layers of the stack that has sites with this prefix."""
+        return self.num_encoder_layers if stack == "enc" else self.num_layers
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleSpec]:

@@ -234,7 +234,7 @@ def _op_to_json(op: Op, stored: dict[str, Tensor], between: Callable[[], None]) 
             item[spec.name] = {"from_invocation": list(value.tokens)}
         elif isinstance(value, FirstTokens | LastTokens):
             item[spec.name] = {_COUNTED[type(value)]: value.count}
-        elif value is not None:
+        elif value is not None and value != "":  # fields added later are empty: they change no digest
             item[spec.name] = value
     return item
 

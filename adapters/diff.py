@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import StoreError
+from adapters.normal_form import kv_site
 from adapters.store import FILES, BlobStore
 from adapters.tensor_files import DTYPES
 
@@ -29,7 +30,7 @@ WHOLE_BYTES = 64 << 20
 
 _PIECE_BYTES = 8 << 20
 _MAX_HEADER_BYTES = 16 << 20
-_PLACES = ("read", "write", "site", "side", "layer", "merge")  # what says where an op acts
+_PLACES = ("read", "write", "site", "side", "layer", "stack", "merge")  # what says where an op acts
 
 
 class StoredDelta:
@@ -163,7 +164,9 @@ def _compare_ops(
 def _site(op: Mapping[str, Any]) -> str:
     if op["kind"] == "low_rank":
         return str(op["write"]) if op["read"] == op["write"] else f"{op['read']} -> {op['write']}"
-    return str(op.get("site", f"{op['layer']}.kv" if "layer" in op else "embed"))
+    if "layer" in op:
+        return str(kv_site(op.get("stack", ""), op["layer"]))
+    return str(op.get("site", "embed"))
 
 
 def _tensors(op: Mapping[str, Any]) -> dict[str, str]:

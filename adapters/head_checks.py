@@ -31,6 +31,8 @@ def check_task(delta: Delta, checker: OpChecker) -> None:
         checker.add(f"task: not served yet; expected {', '.join(TASKS)}.")
         return
     task, stages = Task(delta.task), delta.head_stages
+    if task is not Task.CAUSAL_LM and checker.spec.kind == "encoder-decoder":
+        checker.add(f"task: {task.value} is not served on an encoder-decoder.")
     if task is Task.CAUSAL_LM:
         if delta.head is not None or stages:
             checker.add(f"task: a {task.value} delta has no task head.")

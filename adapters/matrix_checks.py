@@ -106,10 +106,10 @@ ROWS_KINDS = {"embed": ("embedding",), "logits": LINEAR_KINDS}
 
 def rows(checker: OpChecker, op: Rows) -> None:
     """Check one Rows."""
-    if op.site.name not in ROWS_KINDS:
+    if op.site.local not in ROWS_KINDS:
         checker.add("rows are replaced only at embed and logits.")
         return
-    checker.target(op.site, ROWS_KINDS[op.site.name])
+    checker.target(op.site, ROWS_KINDS[op.site.local])
     count = _size(op.rows, 0)
     if count < 1:
         checker.add("rows: expected at least one.")

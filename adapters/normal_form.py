@@ -11,6 +11,8 @@ head by head) · `kv` (the cache, after rotary) · `ctx` (concatenated heads) ·
 follows) · `ffn.r` (residual stream entering the feed-forward block) · `ffn.x` (what it reads) · `gate.out` `up.out` ·
 `ffn.a` (activation, input of down) · `down.out` · `ffn.post` (its norm, where one follows) · `layer.out` ·
 `final.pre` · `final` · `logits`, or `scores` (what a task head makes of the final hidden states, see `adapters.tasks`).
+Encoder-decoders have them twice, as `enc.…` and `dec.…`, and those of the attention to the encoder's output as
+`dec.cross.…`; `logits` is theirs alike.
 
 Order at one linear site: input scale -> LinearMap(input) -> base GEMM, or what replaces it or Rows of it
 (+ WeightDelta, which reads what the GEMM reads) -> + parallel LowRanks, each reading the untouched input -> output
@@ -50,12 +52,26 @@ class OpKind(StrEnum):
     PROCEDURE = "procedure"
 
 
+Stack = Literal["", "enc", "dec", "dec.cross"]
+_STACKS: tuple[Stack, ...] = ("dec.cross", "enc", "dec")
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
     """A named place in the backbone. `layer` is -1 for sites that exist once (`embed`, `final`, `logits`)."""
 
     name: str
     layer: int = -1
+
+    @property
+    def stack(self) -> Stack:
+        """Which attention or stack of an encoder-decoder the site belongs to; empty where there is one stack."""
+        return next((stack for stack in _STACKS if self.name.startswith(f"{stack}.")), "")
+
+    @property
+    def local(self) -> str:
+        """The name within the stack, as every architecture has it."""
+        return self.name.removeprefix(f"{self.stack}.") if self.stack else self.name
 
     def __str__(self) -> str:
         return self.name if self.layer < 0 else f"{self.layer}.{self.name}"
@@ -65,6 +81,11 @@ class Site:
         """The inverse of `str`. Raises ValueError."""
         head, _, rest = text.partition(".")
         return cls(rest, int(head)) if head.isdigit() else cls(text)
+
+
+def kv_site(stack: Stack, layer: int) -> Site:
+    """The keys and values of one layer's attention."""
+    return Site(f"{stack}.kv" if stack else "kv", layer)
 
 
 Activation = Literal["identity", "relu", "gelu", "gelu_new", "silu", "tanh", "leaky_relu", "sigmoid"]
@@ -175,7 +196,8 @@ class AttnPrefix:
     `joint`: in one softmax with the real ones, of which they are the first l: in layers with a sliding window of w
     entries they are seen only until w - 1 others have followed. `separate`: in a softmax of their own, whose result
     times `gate` is added at `ctx`. `projected=False`: key and value are what the layer's k and v projections are given
-    when the delta is placed. Shapes: key, value [l, H, D], not projected [l, d]; gate [1].
+    when the delta is placed. `stack`: the attention of an encoder-decoder to which it belongs, `layer` its layer there.
+    Shapes: key, value [l, H, D], not projected [l, d]; gate [1].
     Source: Li and Liang "Prefix-Tuning"; He et al. equation 4; Zhang et al. "LLaMA-Adapter" section 3.2.
     """
 
@@ -186,11 +208,14 @@ class AttnPrefix:
     merge: Literal["joint", "separate"] = "joint"
     gate: Tensor | None = None
     projected: bool = True
+    stack: Stack = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VirtualTokens:
     """Rows inserted before the first real token at `embed`; real tokens are positioned after them.
+
+    On an encoder-decoder at `enc.embed`, before what the encoder reads; the decoder's tokens are positioned from 0.
 
     Shapes: embeddings [l, d]. Source: Lester et al. "Prompt tuning" section 2.
     """
@@ -255,7 +280,7 @@ class Delta:
     """Everything that serving one delta needs, independent of the format it came in.
 
     `method` is the user's word for it (`LORA`, `double_seq_bn`). `position_offset`: the first real token's position
-    id (PEFT prefix tuning: l; AdapterHub: 0). `backbone_digest` binds the delta to the weights it was trained on and
+    id (PEFT prefix tuning: l; AdapterHub: 0), on an encoder-decoder the decoder's. `backbone_digest` binds the delta to the weights it was trained on and
     is filled at admission. `head`: how the final hidden states are read, for every task but causal-lm.
     """
 

@@ -22,7 +22,8 @@ MAX_SCALING = 1e9
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
-# Where a layer's data passes: a site may be read remotely only by ops that write further down.
+# Where a layer's data passes, whatever its stack: a site may be read remotely only by ops that write further down.
+# The keys and values of cross-attention are those of the encoder's output, before the decoder's layers.
 DEPTH: Mapping[str, int] = {
     name: depth
     for depth, names in enumerate(
@@ -33,6 +34,12 @@ DEPTH: Mapping[str, int] = {
             ("ctx",),
             ("o.out",),
             ("attn.post",),
+            ("cross.r",),
+            ("cross.x",),
+            ("cross.q.out",),
+            ("cross.ctx",),
+            ("cross.o.out",),
+            ("cross.post",),
             ("ffn.r",),
             ("ffn.x",),
             ("gate.out", "up.out"),
@@ -133,8 +140,13 @@ class OpChecker:
 
     def attn_prefix(self, op: AttnPrefix) -> None:
         """Check one AttnPrefix."""
-        if type(op.layer) is not int or not 0 <= op.layer < self.spec.num_layers:
-            self.add(f"layer: expected an integer from 0 to {self.spec.num_layers - 1}.")
+        if op.stack not in self.spec.stacks:
+            self.add(f"stack: expected one of {', '.join(map(repr, self.spec.stacks))}.")
+        layers = self.spec.layers_of(op.stack)
+        if type(op.layer) is not int or not 0 <= op.layer < layers:
+            self.add(f"layer: expected an integer from 0 to {layers - 1}.")
+        if op.merge == "separate" and op.stack:
+            self.add("merge: on an encoder-decoder a prefix joins the attention's own softmax.")
         length = op.key.shape[0] if isinstance(op.key, Tensor) and op.key.dim() else 0
         expected: tuple[int, ...] = (length, self.spec.num_kv_heads, self.spec.head_dim)
         if op.merge not in ("joint", "separate"):
@@ -164,12 +176,12 @@ class OpChecker:
     def virtual_tokens(self, op: VirtualTokens) -> None:
         """Check one VirtualTokens."""
         length = op.embeddings.shape[0] if isinstance(op.embeddings, Tensor) and op.embeddings.dim() else 0
-        self.tensor("embeddings", op.embeddings, (length, self.spec.site_width[Site("embed")]))
+        self.tensor("embeddings", op.embeddings, (length, self.spec.modules[0].shape.d_out))
 
     def target(self, site: Site, kinds: tuple[str, ...]) -> tuple[ModuleSpec, Slice] | None:
         """The module and columns that write `site`; None, with the problem noted, where an op can't write there."""
-        if 0 <= site.layer >= self.spec.num_layers:
-            self.add(f"layer {site.layer} is out of range: the backbone has {self.spec.num_layers} layers.")
+        if 0 <= site.layer >= (layers := self.spec.layers_of(site.stack)):
+            self.add(f"layer {site.layer} is out of range: the backbone has {layers} layers.")
             return None
         found = self.spec.writer.get(site)
         if found is None:
@@ -192,13 +204,7 @@ class OpChecker:
         if not readers:
             self.add(f"read: {shown(op.read)} is not a site that a module of the backbone reads.")
             return None
-        upstream = (
-            op.read.layer == op.write.layer
-            and op.read.name in DEPTH
-            and op.write.name in DEPTH
-            and DEPTH[op.read.name] < DEPTH[op.write.name]
-        )
-        if not upstream:
+        if not _upstream(op.read, op.write):
             self.add(f"read: {shown(op.read)} is not upstream of the written site in the same layer.")
         return readers[0].shape.d_in
 
@@ -230,6 +236,12 @@ class OpChecker:
                 f"{name}: shape {list(shape)}, expected {['any' if n is None else n for n in expected]}."
             )
         return fits
+
+
+def _upstream(read: Site, write: Site) -> bool:
+    depths = [DEPTH.get(site.name.removeprefix("enc.").removeprefix("dec.")) for site in (read, write)]
+    same_layer = read.layer == write.layer and (read.stack == "enc") == (write.stack == "enc")
+    return same_layer and depths[0] is not None and depths[1] is not None and depths[0] < depths[1]
 
 
 def width_of(target: tuple[ModuleSpec, Slice] | None) -> int | None:

@@ -13,6 +13,13 @@ from adapters.errors import BackboneRefused
 from adapters.normal_form import Site
 from adapters.site_maps_early import EARLY_MAPS, EARLY_REQUIRED, falcon_kv_heads
 from adapters.site_maps_encoders import ENCODER_MAPS, ENCODER_REQUIRED, first_position
+from adapters.site_maps_seq2seq import (
+    SEQ2SEQ_MAPS,
+    SEQ2SEQ_REQUIRED,
+    head_counts,
+    num_decoder_layers,
+    num_encoder_layers,
+)
 from adapters.site_rows import Config, Required, Row, SiteMap
 
 # Rows that many architectures share.
@@ -57,6 +64,7 @@ _FOUR_NORMS = (
 SITE_MAPS: Mapping[str, SiteMap] = {
     **EARLY_MAPS,
     **ENCODER_MAPS,
+    **SEQ2SEQ_MAPS,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -129,6 +137,7 @@ SITE_MAPS: Mapping[str, SiteMap] = {
 REQUIRED: Mapping[str, Mapping[str, Required]] = {
     **EARLY_REQUIRED,
     **ENCODER_REQUIRED,
+    **SEQ2SEQ_REQUIRED,
     "opt": {"do_layer_norm_before": Required(True, "its norms then follow the blocks")},
 }
 """Config values that a map is written for."""
@@ -140,7 +149,7 @@ POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
 """Names of the number of positions, in this order; the last is BLOOM's, in checkpoints that say it."""
 
 UNBOUNDED_POSITIONS = 2048
-"""Where no config value bounds the positions: what BLOOM was trained on."""
+"""Where no config value bounds the positions (ALiBi, T5's relative ones): what BLOOM was trained on."""
 
 COMMON_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 """Attributes that transformers configs have under these names, whatever the architecture's own spelling."""
@@ -183,13 +192,15 @@ def build_spec(
             remedy=f"Supported: {', '.join(sorted(SITE_MAPS))}.",
         )
     _check_config(config, model_type)
-    num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+    num_layers, encoder_layers = num_decoder_layers(config), num_encoder_layers(config)
+    num_heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config.get("d_kv") or config["hidden_size"] // num_heads
     num_kv_heads = KV_HEADS.get(model_type, _kv_heads)(config)
     modules: list[ModuleSpec] = []
-    kind: BackboneKind = "encoder" if model_type in ENCODER_MAPS else "decoder"
+    kind = _kind(model_type)
     for row in rows if isinstance(rows, tuple) else rows(config):
-        for layer in range(num_layers) if "*" in row.path else (-1,):
+        layers = encoder_layers if Site(row.writes[0]).stack == "enc" else num_layers
+        for layer in range(layers) if "*" in row.path else (-1,):
             path = row.path.replace("*", str(layer))
             shape = shape_of(path)
             if shape is None and row.optional:
@@ -208,7 +219,7 @@ def build_spec(
             read = None if row.read is None else _site(row.read, layer)
             modules.append(ModuleSpec(path, read, tuple(parts), shape))
     embed = modules[0].shape
-    if embed.d_out != config["hidden_size"] and kind == "decoder":
+    if embed.d_out != config["hidden_size"] and kind != "encoder":
         raise BackboneRefused(
             f"{model_type} with token embeddings of width {embed.d_out} in a model of width {config['hidden_size']} is "
             "not served.",
@@ -220,6 +231,7 @@ def build_spec(
         model_type=model_type,
         names=names,
         num_layers=num_layers,
+        num_encoder_layers=encoder_layers,
         hidden_size=config["hidden_size"],
         vocab_size=config["vocab_size"],
         num_heads=num_heads,
@@ -233,6 +245,12 @@ def build_spec(
     )
 
 
+def _kind(model_type: str) -> BackboneKind:
+    if model_type in SEQ2SEQ_MAPS:
+        return "encoder-decoder"
+    return "encoder" if model_type in ENCODER_MAPS else "decoder"
+
+
 def _kv_heads(config: Config) -> int:
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
@@ -244,6 +262,11 @@ def _check_config(config: Config, model_type: str) -> None:
                 f"{model_type} with {key}={config.get(key)!r} is not served, only with {needed.value!r}: {needed.why}.",
                 param="backbone",
             )
+    if len(counts := head_counts(config)) > 1:
+        raise BackboneRefused(
+            f"{model_type} whose stacks have {' and '.join(map(str, sorted(counts)))} attention heads is not served.",
+            param="backbone",
+        )
 
 
 def _max_positions(config: Config) -> int:
@@ -264,7 +287,7 @@ def _max_positions(config: Config) -> int:
 
 
 def _site(name: str, layer: int) -> Site:
-    return Site(name) if name in ONCE else Site(name, layer)
+    return Site(name) if Site(name).local in ONCE else Site(name, layer)
 
 
 def _part_sizes(writes: tuple[str, ...], d_out: int, q_width: int, kv_width: int) -> list[int]:

@@ -43,6 +43,7 @@ from adapters.normal_form import (
     Site,
     VirtualTokens,
     WeightDelta,
+    kv_site,
 )
 from adapters.tensor_files import pieces
 
@@ -94,7 +95,7 @@ def describe(
         "input_type": values("reads"),
         "insertion_form": values("form"),
         "num_insertions": len(sites),
-        "num_layers": len({site.layer for site in sites if site.layer >= 0}),
+        "num_layers": len({(site.stack == "enc", site.layer) for site in sites if site.layer >= 0}),
         "integration_form": values("integration"),
         "workspace": values("workspace"),
         "num_parameters": manifest["typology"]["num_parameters"],
@@ -161,7 +162,7 @@ def _traits(op: Op, mapped: set[Site]) -> _Traits:
                 "additive", "none", "dynamic", "addition", "tokens", "parallel", "concatenation", "embedding"
             )
         case Rows() | Head():
-            reads = "tokens" if op.site.name == "embed" else "hidden"
+            reads = "tokens" if op.site.local == "embed" else "hidden"
             intra, inter = ("none", "fixed: sparse") if reads == "tokens" else ("dense", "fixed: dense")
             return _Traits(
                 None, intra, inter, "replacement", reads, "in place", "replacement", _workspace(op.site)
@@ -223,7 +224,7 @@ def _place(op: Op) -> Site:
         case LowRank():
             return op.write
         case AttnPrefix():
-            return Site("kv", op.layer)
+            return kv_site(op.stack, op.layer)
         case VirtualTokens():
             return Site("embed")
         case _:
@@ -241,9 +242,8 @@ _WORKSPACE_OF = {name: space for space, names in _WORKSPACES.items() for name in
 
 
 def _workspace(site: Site) -> str:
-    """The workspace of a site; encoder-decoders have some of them two or three times, told apart by a prefix."""
-    name = site.name.removeprefix("enc.").removeprefix("dec.").removeprefix("cross.")
-    return _WORKSPACE_OF.get(name, name)
+    """The workspace of a site; encoder-decoders have some of them two or three times."""
+    return _WORKSPACE_OF.get(site.local, site.local)
 
 
 def _shares(ops: Sequence[dict[str, Any]]) -> bool:
@@ -253,7 +253,7 @@ def _shares(ops: Sequence[dict[str, Any]]) -> bool:
     """
     readers: dict[str, set[str]] = defaultdict(set)
     for op in ops:
-        place = str(op.get("read", op.get("site", op.get("layer", ""))))
+        place = str(op.get("read", op.get("site", f"{op.get('stack', '')}{op.get('layer', '')}")))
         for field in ("A", "B", "values", "left", "blocks", "key", "value"):
             if isinstance(name := op.get(field), str):
                 readers[name].add(place)

@@ -26,6 +26,7 @@ from adapters.normal_form import (
     Rows,
     VirtualTokens,
     WeightDelta,
+    kv_site,
 )
 from adapters.op_checks import OpChecker, shown
 from adapters.positions import FirstTokens, FromInvocation, LastTokens
@@ -125,6 +126,8 @@ def _positioned(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     """What ops that act on some tokens only must satisfy together."""
     positioned = [op for op in delta.ops if isinstance(op, LowRank) and op.positions is not None]
     kinds = [type(positions) for positions in delta.positions]
+    if kinds and spec.kind == "encoder-decoder":
+        yield "on an encoder-decoder, which of its two rows first tokens and invocations count is not defined."
     if FromInvocation in kinds and spec.kind == "encoder":
         yield "invocation tokens are for models that generate; an encoder's rows are seen whole."
     if kinds and any(isinstance(op, VirtualTokens) for op in delta.ops) and spec.kind == "encoder":
@@ -144,15 +147,19 @@ def _positioned(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
 def _virtual(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     """What prefixes and virtual tokens must satisfy together."""
     prefixes = {
-        op.layer: op
+        (op.stack, op.layer): op
         for op in delta.ops
         if isinstance(op, AttnPrefix) and op.merge != "separate" and type(op.layer) is int
     }
     prompts = [op for op in delta.ops if isinstance(op, VirtualTokens)]
     if prefixes and prompts:
         yield "it has both AttnPrefix and VirtualTokens; one set of virtual tokens is served."
-    if prefixes and (missing := set(range(spec.num_layers)) - prefixes.keys()):
-        yield f"AttnPrefix is missing in layers {', '.join(map(str, sorted(missing)))}; every layer needs one."
+    for stack in sorted({stack for stack, _ in prefixes} & set(spec.stacks)):
+        if missing := set(range(spec.layers_of(stack))) - {layer for at, layer in prefixes if at == stack}:
+            layers = ", ".join(
+                str(kv_site(stack, layer)) if stack else str(layer) for layer in sorted(missing)
+            )
+            yield f"AttnPrefix is missing in layers {layers}; every layer needs one."
     lengths = {tensor.shape[0] for op in prefixes.values() for tensor in (op.key,) if _has_rows(tensor)}
     lengths |= {op.embeddings.shape[0] for op in prompts if _has_rows(op.embeddings)}
     if len(lengths) > 1:
@@ -161,6 +168,8 @@ def _virtual(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     if (prefixes or prompts) and not 1 <= length < spec.max_positions:
         yield f"{length} virtual tokens, expected 1 to {spec.max_positions - 1} (the backbone's positions)."
     allowed = {0, length} if prefixes and spec.free_positions else {length}
+    if spec.kind == "encoder-decoder" and not any(stack == "dec" for stack, _ in prefixes):
+        allowed = {0}  # nothing stands before the decoder's tokens
     if delta.position_offset not in allowed:
         why = "" if spec.free_positions else f"; {spec.model_type} counts positions itself"
         yield f"position_offset: {delta.position_offset}, expected {' or '.join(map(str, sorted(allowed)))}{why}."
@@ -177,6 +186,10 @@ def _place(op: Op) -> str:
         case Affine() | LinearMap() | WeightDelta() | Rows() | Head():
             return shown(op.site)
         case AttnPrefix():
-            return f"layer {op.layer}" if type(op.layer) is int else "an unknown layer"
+            return (
+                f"layer {op.layer}{op.stack and f' of {op.stack}'}"
+                if type(op.layer) is int
+                else "an unknown layer"
+            )
         case _:
             return "embed"

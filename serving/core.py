@@ -342,7 +342,10 @@ Event = PromptEvent | TokenEvent | FailureEvent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneInfo:
-    """A backbone as the gateway knows it. `spec_json` is a `BackboneSpec`."""
+    """A backbone as the gateway knows it. `spec_json` is a `BackboneSpec`.
+
+    `reads_apart`: prompt and answer may have `max_model_len` tokens each, not together.
+    """
 
     name: str
     digest: str
@@ -351,6 +354,7 @@ class BackboneInfo:
     vocab_size: int
     has_chat_template: bool
     created: int
+    reads_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

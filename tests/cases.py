@@ -56,12 +56,18 @@ from peft import (
 )
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.site_maps import COMMON_NAMES, build_spec
-from tests.families import CONFIGS, ENCODERS, Encoder, Family
+from tests.families import CONFIGS, ENCODERS, SEQ2SEQ, AnyFamily, Encoder, Family
 
 # How far a served row may be from the reference (design.md 1.1): T1 same order of operations, T2 folded.
 Tolerance = Literal["T1", "T2"]
@@ -79,9 +85,16 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def tiny_backbone(family: Family | Encoder, seed: int = 0) -> PreTrainedModel:
+def tiny_backbone(family: AnyFamily, seed: int = 0) -> PreTrainedModel:
     """A random model in eval mode and eager attention; equal seeds give equal weights."""
-    return _random(AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM, family, seed)
+    return _random(model_class(family), family, seed)
+
+
+def model_class(family: AnyFamily) -> type[Any]:
+    """What loads the family with the head that it is served with."""
+    if family in SEQ2SEQ:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
 
 
 def tiny_body(family: Encoder, seed: int = 0) -> PreTrainedModel:
@@ -89,7 +102,7 @@ def tiny_body(family: Encoder, seed: int = 0) -> PreTrainedModel:
     return _random(AutoModel, family, seed)
 
 
-def _random(kind: type[Any], family: Family | Encoder, seed: int) -> PreTrainedModel:
+def _random(kind: type[Any], family: AnyFamily, seed: int) -> PreTrainedModel:
     """Biases and norms are redrawn too: the library starts them at 0 and 1, where a lost one does not show."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -98,7 +111,10 @@ def _random(kind: type[Any], family: Family | Encoder, seed: int) -> PreTrainedM
     for parameter in model.parameters():
         around = 1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0
         sigma = 0.2 if parameter.dim() == 1 else 0.15
-        parameter.data = around + sigma * torch.randn(parameter.shape, generator=generator)
+        if parameter.requires_grad:  # positions that are sines stay so
+            parameter.data = around + sigma * torch.randn(parameter.shape, generator=generator)
+    if (bias := getattr(model, "final_logits_bias", None)) is not None:
+        bias.copy_(torch.randn(bias.shape, generator=generator))
     model.tie_weights()
     return model.eval()
 
@@ -143,7 +159,7 @@ class Case:
     """
 
     name: str
-    family: Family | Encoder
+    family: AnyFamily
     config: Callable[[], PeftConfig]
     tolerance: Tolerance = "T1"
     seed: int = 1
@@ -173,7 +189,7 @@ class GoldenCase:
     """One AdapterHub adapter with the library's own logits (golden/README.md)."""
 
     name: str
-    family: Family | Encoder
+    family: AnyFamily
     tolerance: Tolerance = "T1"
 
     @property
@@ -183,8 +199,11 @@ class GoldenCase:
 
     def backbone(self) -> PreTrainedModel:
         """The model that the adapter was made for."""
-        kind = AutoModelForMaskedLM if self.family in ENCODERS else AutoModelForCausalLM
-        return kind.from_pretrained(GOLDEN / self.family / "backbone", attn_implementation="eager").eval()
+        return (
+            model_class(self.family)
+            .from_pretrained(GOLDEN / self.family / "backbone", attn_implementation="eager")
+            .eval()
+        )
 
     def golden(self) -> list[dict[str, torch.Tensor]]:
         """Per sequence: `input_ids` [T], `logits` and `logits_float64` [T, vocab]."""

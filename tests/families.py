@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from transformers import (
+    BartConfig,
     BertConfig,
     BloomConfig,
     CodeGenConfig,
@@ -23,11 +24,15 @@ from transformers import (
     GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MarianConfig,
+    MBartConfig,
     MistralConfig,
     MixtralConfig,
     ModernBertConfig,
     MptConfig,
+    MT5Config,
     OPTConfig,
+    PegasusConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -35,6 +40,7 @@ from transformers import (
     Qwen3MoeConfig,
     RobertaConfig,
     Starcoder2Config,
+    T5Config,
 )
 
 Family = Literal[
@@ -64,6 +70,11 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 
 Encoder = Literal["bert", "roberta", "electra", "distilbert", "modernbert"]
 ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
+
+Seq2Seq = Literal["bart", "mbart", "marian", "pegasus", "t5", "mt5"]
+SEQ2SEQ: tuple[Seq2Seq, ...] = get_args(Seq2Seq)
+
+AnyFamily = Family | Encoder | Seq2Seq
 
 PADDED: frozenset[Family] = frozenset({"bloom", "falcon", "falcon_mq", "gptj", "gpt_neo", "codegen", "mpt"})
 """Families whose own code attends."""
@@ -100,7 +111,43 @@ _ENCODER: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 
-CONFIGS: dict[Family | Encoder, PreTrainedConfig] = {
+# stacks of different depth and width wherever the family allows it
+_BART: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}
+_T5: dict[str, Any] = {
+    "d_model": 32,
+    "d_ff": 64,
+    "num_layers": 3,
+    "num_heads": 4,
+    "vocab_size": 97,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+CONFIGS: dict[AnyFamily, PreTrainedConfig] = {
+    "bart": BartConfig(**_BART),
+    "mbart": MBartConfig(**{**_BART, "decoder_layers": 4}, scale_embedding=True),
+    "marian": MarianConfig(**_BART),
+    "pegasus": PegasusConfig(**{**_BART, "decoder_layers": 3}, scale_embedding=True),
+    "t5": T5Config(**_T5, d_kv=8),
+    "mt5": MT5Config(**_T5, d_kv=12, num_decoder_layers=2, feed_forward_proj="gated-gelu"),
     "bert": BertConfig(**_ENCODER),
     "roberta": RobertaConfig(**_ENCODER, pad_token_id=1),
     "electra": ElectraConfig(**_ENCODER, embedding_size=16),

@@ -55,7 +55,7 @@ from tests.contract.exactness import (
     worst,
 )
 from tests.contract.forced import Row, run
-from tests.families import ENCODERS, FAMILIES, Encoder, Family
+from tests.families import ENCODERS, FAMILIES, SEQ2SEQ, AnyFamily
 from tests.method_table import METHODS
 
 Status = Literal["inside", "outside", "impossible", "failed"]
@@ -63,7 +63,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCHES = ("alone", "mixed", "shuffled")
 PHASES = ("prefill", "decode", "chunked")
 COLUMNS = tuple((batch, phase) for batch in BATCHES for phase in PHASES)
-ALL_FAMILIES: tuple[Family | Encoder, ...] = (*FAMILIES, *ENCODERS)
+ALL_FAMILIES: tuple[AnyFamily, ...] = (*FAMILIES, *ENCODERS, *SEQ2SEQ)
 CHUNKS = {"whole": 1 << 30, "chunked": 4}
 BF16_EXPERTS = "rounded, a mixture of experts is not one function: a token near a tie goes to another expert"
 
@@ -96,21 +96,21 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0].strip()}"
 
 
-def columns_of(family: Family | Encoder) -> tuple[tuple[str, str], ...]:
+def columns_of(family: AnyFamily) -> tuple[tuple[str, str], ...]:
     """(batch, phase) of a family's cells: an encoder sees rows whole."""
     return tuple((b, p) for b, p in COLUMNS if p == PHASES[0] or family not in ENCODERS)
 
 
-def candidates(family: Family | Encoder, wanted: Sequence[str]) -> list[Case | Bottleneck]:
+def candidates(family: AnyFamily, wanted: Sequence[str]) -> list[Case | Bottleneck]:
     """All methods whose names contain one of `wanted`; all of them if it is empty."""
-    bottlenecks = () if family in ENCODERS else BOTTLENECKS  # their formula is that of decoders
+    bottlenecks = BOTTLENECKS if family in FAMILIES else ()  # their formula is that of decoders
     found: list[Case | Bottleneck] = [*(row.case(family) for row in METHODS), *bottlenecks]
     return [c for c in found if not wanted or any(part in c.name for part in wanted)]
 
 
 def prepare(
     source: Case | Bottleneck,
-    family: Family | Encoder,
+    family: AnyFamily,
     dtype: torch.dtype,
     backbone: Backbone,
     directory: Path,
@@ -135,7 +135,7 @@ def prepare(
 
 
 def read_or_convert(
-    directory: Path, family: Family | Encoder, dtype: torch.dtype, backbone: Backbone
+    directory: Path, family: AnyFamily, dtype: torch.dtype, backbone: Backbone
 ) -> PlacedDelta:
     """The delta as an upload, or as `deltamux convert` makes one of it. Raises InvalidDelta with both reasons."""
     try:
@@ -147,9 +147,9 @@ def read_or_convert(
             raise InvalidDelta([f"{refusal.problems[0]} Not convertible: {error.problems[0]}"]) from error
 
 
-def reference_of(method: Method, family: Family | Encoder, dtype: torch.dtype, rows: list[Row]) -> Expected:
+def reference_of(method: Method, family: AnyFamily, dtype: torch.dtype, rows: list[Row]) -> Expected:
     """What the rows must be. Raises Blocked where PEFT can't compute it, or the delta changes nothing."""
-    prompts = [row.tokens for row in rows]
+    prompts = [row.given for row in rows]
     try:
         target = expected(method, dtype, prompts)
     except Exception as error:
@@ -172,7 +172,7 @@ def relative_errors(rows: list[Row], target: Expected) -> tuple[float, float]:
 
 
 def measured_columns(
-    runner: Runner, family: Family | Encoder, methods: list[Method], targets: dict[str, Expected]
+    runner: Runner, family: AnyFamily, methods: list[Method], targets: dict[str, Expected]
 ) -> Iterator[tuple[str, str, str, float]]:
     """(method, batch, phase, relative error) of every method that has a target."""
     for batch in BATCHES:
@@ -193,7 +193,7 @@ def measured_columns(
                     yield mine[0].name, batch, "chunked", max(prefill, decode)
 
 
-def measure(family: Family | Encoder, label: str, wanted: Sequence[str], directory: Path) -> list[Cell]:
+def measure(family: AnyFamily, label: str, wanted: Sequence[str], directory: Path) -> list[Cell]:
     """All cells of one family in one dtype."""
     dtype, sources = DTYPES[label], candidates(family, wanted)
     blocked: dict[str, Blocked] = {}
@@ -230,7 +230,7 @@ def measure(family: Family | Encoder, label: str, wanted: Sequence[str], directo
     ]
 
 
-def measure_or_fail(task: tuple[Family | Encoder, str, tuple[str, ...]]) -> list[Cell]:
+def measure_or_fail(task: tuple[AnyFamily, str, tuple[str, ...]]) -> list[Cell]:
     """The cells of one family and dtype; if the engine breaks, all of them failed, and the matrix goes on."""
     family, label, wanted = task
     torch.set_num_threads(1)
@@ -286,9 +286,7 @@ def print_summary(cells: list[Cell]) -> None:
     )
 
 
-def measure_all(
-    tasks: Sequence[tuple[Family | Encoder, str, tuple[str, ...]]], jobs: int
-) -> Iterable[list[Cell]]:
+def measure_all(tasks: Sequence[tuple[AnyFamily, str, tuple[str, ...]]], jobs: int) -> Iterable[list[Cell]]:
     """The cells of each task in order, from `jobs` processes."""
     if min(jobs, len(tasks)) == 1:
         yield from map(measure_or_fail, tasks)

@@ -60,7 +60,7 @@ from peft import (
 )
 
 from tests.cases import Case, Tolerance
-from tests.families import ENCODERS, Encoder, Family
+from tests.families import ENCODERS, SEQ2SEQ, AnyFamily
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,13 @@ _GATED = Targets(("q_proj", "v_proj"), ("down_proj",), _TWO_NORMS)  # square, na
 _EXPERTS = Targets(("q_proj", "v_proj"), (), _TWO_NORMS)
 _SANDWICHED = Targets(("q_proj", "v_proj"), ("down_proj",), _FOUR_NORMS)
 
+# in the encoder, the decoder and the attention from one to the other
+_BART_NORMS = ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
+_BART = Targets(("q_proj", "v_proj"), ("fc2",), _BART_NORMS)
+_T5 = Targets(("k", "v"), ("wo",), ("layer_norm", "final_layer_norm"))  # those of PEFT's IA3
 _BERT = Targets(("query", "value"), ("output.dense",), ("attention.output.LayerNorm", "embeddings.LayerNorm"))
 
-TARGETS: Mapping[Family | Encoder, Targets] = {
+TARGETS: Mapping[AnyFamily, Targets] = {
     "bert": _BERT,
     "roberta": _BERT,
     "electra": _BERT,
@@ -101,6 +105,12 @@ TARGETS: Mapping[Family | Encoder, Targets] = {
         {"token_dim": 32, "num_layers": 3, "num_attention_heads": 4},
     ),
     "modernbert": Targets(("Wqkv",), ("mlp.Wo",), ("mlp_norm", "final_norm")),
+    "bart": _BART,
+    "mbart": Targets(_BART.attention, _BART.feedforward, _BART_NORMS, {"num_layers": 4}),
+    "marian": _BART,
+    "pegasus": _BART,
+    "t5": _T5,
+    "mt5": _T5,
     "llama": _GATED,
     "gpt2": Targets(("c_attn",), ("mlp.c_proj",), ("ln_1", "ln_2", "ln_f")),  # fused, and Conv1D
     "qwen2": _GATED,
@@ -141,13 +151,15 @@ class MethodRow:
     sigma: float = 0.4
     forward: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def case(self, family: Family | Encoder) -> Case:
+    def case(self, family: AnyFamily) -> Case:
         """This method on `family`; on an encoder it learns to make better states."""
 
         def config() -> PeftConfig:
             made = self.config(TARGETS[family])
             if family in ENCODERS:
                 made.task_type = TaskType.FEATURE_EXTRACTION
+            if family in SEQ2SEQ:
+                made.task_type = TaskType.SEQ_2_SEQ_LM
             return made
 
         return Case(
@@ -216,8 +228,8 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("lora", _linear(LoraConfig, r=4, lora_alpha=6)),
     MethodRow("dora", _linear(LoraConfig, r=4, lora_alpha=6, use_dora=True), "T2"),
     MethodRow("adalora", _linear(AdaLoraConfig, init_r=4, lora_alpha=6, total_step=9)),
-    MethodRow("lora_saved_head", _linear(LoraConfig, r=4, modules_to_save=["lm_head"])),
-    # larger weights make one position of phi3 so steep that PEFT's fp32 is 1.8e-5 away from its own fp64
+    # larger weights make one position of phi3, and of BART, so steep that PEFT's fp32 is far from its own fp64
+    MethodRow("lora_saved_head", _linear(LoraConfig, r=4, modules_to_save=["lm_head"]), sigma=0.25),
     MethodRow("alora", _linear(LoraConfig, r=4, alora_invocation_tokens=[91, 7]), sigma=0.25),
     MethodRow("adaption_prompt", _whole(AdaptionPromptConfig, adapter_len=5, adapter_layers=2), sigma=1.5),
     MethodRow("beft", _linear(BeftConfig)),

@@ -14,6 +14,7 @@ from adapters.tasks import Pooling, Task
 
 TASKS: Mapping[str, Task] = {
     "CAUSAL_LM": Task.CAUSAL_LM,
+    "SEQ_2_SEQ_LM": Task.CAUSAL_LM,
     "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
     "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
     "QUESTION_ANS": Task.QUESTION_ANSWERING,

@@ -46,7 +46,7 @@ from adapters.formats.peft_vblora import read_vblora
 from adapters.formats.peft_vera import read_pvera, read_vera
 from adapters.formats.peft_weight_delta import read_c3a, read_lokr, read_shira
 from adapters.formats.problems import Problems, name_or_kind
-from adapters.normal_form import Delta, Op
+from adapters.normal_form import Delta, Op, VirtualTokens
 
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], BackboneSpec, Problems], tuple[Op, ...]]
 
@@ -125,4 +125,6 @@ def read_peft(
         backbone_digest=spec.digest,
         lineage={"format": "peft", **lineage},
     )
+    if spec.kind == "encoder-decoder" and any(isinstance(op, VirtualTokens) for op in ops):
+        return delta  # they stand before the encoder's tokens; the decoder's are positioned from 0
     return replace(delta, position_offset=delta.num_virtual_tokens)

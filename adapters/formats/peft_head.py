@@ -37,15 +37,25 @@ def task_of(config: Mapping[str, Any], said: Task | None, backbone: BackboneSpec
     Where nobody says, a decoder generates and an encoder embeds.
     """
     stated = config.get("task_type")
+    if (reason := _other_kind(stated, backbone)) is not None:
+        problems.add(f"adapter_config.json: task_type: got {stated!r}: {reason}.", param="task_type")
+        return Task.CAUSAL_LM
     if stated is None:
         return said or (Task.EMBEDDING if backbone.kind == "encoder" else Task.CAUSAL_LM)
-    task = TASKS.get(stated, Task.CAUSAL_LM) if isinstance(stated, str) else Task.CAUSAL_LM
+    return TASKS.get(stated, Task.CAUSAL_LM) if isinstance(stated, str) else Task.CAUSAL_LM
+
+
+def _other_kind(stated: object, backbone: BackboneSpec) -> str | None:
+    """Why a stated task, if it is one, is none of backbones of this kind."""
+    if backbone.kind == "encoder-decoder":
+        if stated in (None, "SEQ_2_SEQ_LM") or stated not in TASKS:
+            return None
+        return f"{backbone.model_type} has an encoder and a decoder, and is served for SEQ_2_SEQ_LM"
+    if stated == "SEQ_2_SEQ_LM":
+        return f"it adapts a model with an encoder and a decoder, and {backbone.model_type} is none"
     if stated == "CAUSAL_LM" and backbone.kind == "encoder":
-        problems.add(
-            f"adapter_config.json: task_type: {backbone.model_type} is an encoder and does not generate.",
-            param="task_type",
-        )
-    return task
+        return f"{backbone.model_type} is an encoder and does not generate"
+    return None
 
 
 def split_head(

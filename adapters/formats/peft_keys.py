@@ -36,9 +36,9 @@ def under_body(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, T
     Adapters that were trained on the body alone leave its name out: `encoder.layer.0…` for `bert.encoder.layer.0…`.
     Prompts are saved with other keys, which name the body.
     """
-    if PROMPT in tensors:
+    body = spec.body
+    if PROMPT in tensors or not body:
         return dict(tensors)
-    body = spec.modules[0].path.partition(".")[0]
     inside = {module.path.split(".")[1] for module in spec.modules if module.path.startswith(f"{body}.")}
     tops = {module.path.partition(".")[0] for module in spec.modules}
     found = {}
@@ -127,7 +127,7 @@ def _why(key: str, spec: BackboneSpec) -> str:
         if part in key:
             return reason
     module = spec.by_path.get(key.removeprefix(PREFIX).removesuffix(".weight"))
-    if module is not None and module.writes[0].site.name in ("embed", "logits"):
+    if module is not None and module.writes[0].site.local in ("embed", "logits"):
         return (
             "modules_to_save does not name its module, so it is a copy of the base weight. Save with "
             "`save_pretrained(save_embedding_layers=False)`; a resized vocabulary is another backbone"

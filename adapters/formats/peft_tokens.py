@@ -2,7 +2,8 @@
 
 Format: PEFT 0.21.2, `<embedding>.trainable_tokens_delta` [n, d]: the new rows themselves, not differences, for the
 tokens `token_indices` of the config. Where the head is tied to the embedding, its rows are replaced too, and the file
-holds them twice. Beside LoRA the key is `<embedding>.token_adapter.trainable_tokens_delta`, there once.
+holds them twice. On encoder-decoders the table `shared` stands for both stacks' embeddings, and the file holds it, them
+and a tied head, all equal; the stacks' own `embed_tokens` have rows of their own. Beside LoRA the key is `<embedding>.token_adapter.trainable_tokens_delta`, there once.
 Source: PEFT `TrainableTokensLayer`, `TrainableTokensModel.inject_adapter`.
 """
 
@@ -32,19 +33,47 @@ def read_trainable_tokens(
 ) -> tuple[Op, ...]:
     """The ops of a trainable tokens adapter; what does not fit is added to `problems`."""
     config = check_config(raw, TRAINABLE_TOKENS, problems)
-    indices = config["token_indices"]
-    embedding = spec.writer[Site("embed")][0].path
+    indices, shared = config["token_indices"], _shared_table(spec)
+    named = config["target_modules"]
+    if shared is not None and (not isinstance(named, list) or matches(shared, named)):
+        return _of_shared(shared, indices, tensors, spec, problems)
+    embedding = spec.modules[0].path
     if not isinstance(config["target_modules"], list):  # null and patterns: there is one embedding to find
         config["target_modules"] = [embedding]
-    if spec.tied_embeddings:
+    if spec.tied_embeddings and shared is None:
         tensors = _without_tied_copy(tensors, spec, problems)
 
     def lower(module: ModuleSpec, found: Mapping[str, Placed]) -> list[Op]:
         if indices is None or not fits(found, {FIELD: (len(indices), module.shape.d_out)}, problems):
             return []
-        return _rows(indices, found[FIELD].tensor, spec)
+        return _rows(indices, found[FIELD].tensor, _sites(module.path, spec))
 
     return read_modules(LAYOUT, lower, config, tensors, spec, problems)
+
+
+def _of_shared(
+    shared: str,
+    indices: list[int] | None,
+    tensors: Mapping[str, Tensor],
+    spec: BackboneSpec,
+    problems: Problems,
+) -> tuple[Op, ...]:
+    """The Rows of a table that stands for every module tied to it."""
+    sites = _sites(shared, spec)
+    tied = {f"{PREFIX}{spec.writer[site][0].path}.{FIELD}" for site in sites}
+    key = f"{PREFIX}{shared}.{FIELD}"
+    for stray in sorted(tensors.keys() - tied - {key}):
+        problems.add(f"A tensor without a site: {quoted(stray)}: the config does not adapt it.")
+    if key not in tensors:
+        problems.add(f"A site without a tensor: the file has no {quoted(key)}.")
+        return ()
+    for copy in sorted(tied & tensors.keys()):
+        if not torch.equal(tensors[copy], tensors[key]):
+            problems.add(f"{quoted(copy)} differs from {quoted(key)}, to which it is tied.")
+    width = spec.modules[0].shape.d_out
+    if indices is None or not check_shape(Placed(key, tensors[key]), (len(indices), width), problems):
+        return ()
+    return tuple(_rows(indices, tensors[key], sites))
 
 
 def read_lora_tokens(
@@ -56,15 +85,15 @@ def read_lora_tokens(
     """The Rows of a LoRA adapter with `trainable_token_indices`, and the tensors that are left for LoRA."""
     if not indices:
         return [], tensors
-    module, _ = spec.writer[Site("embed")]
+    width, table = spec.modules[0].shape.d_out, _shared_table(spec) or spec.modules[0].path
     if isinstance(indices, Mapping):
         ((name, ids),) = indices.items()
     else:
-        name, ids = module.path, indices
-    key = f"{PREFIX}{module.path}.token_adapter.{FIELD}"
-    if not matches(module.path, [name]):
+        name, ids = table, indices
+    key = f"{PREFIX}{table}.token_adapter.{FIELD}"
+    if not matches(table, [name]):
         problems.add(
-            f"trainable_token_indices: {quoted(name)} is not the token embedding.",
+            f"trainable_token_indices: {quoted(name)} is not the token embedding, {quoted(table)}.",
             param="trainable_token_indices",
         )
     elif key not in tensors:
@@ -72,14 +101,29 @@ def read_lora_tokens(
             f"A site without a tensor: trainable_token_indices is set, but the file has no {quoted(key)}.",
             param="trainable_token_indices",
         )
-    elif check_shape(Placed(key, tensors[key]), (len(ids), module.shape.d_out), problems):
-        return _rows(ids, tensors[key], spec), {k: tensor for k, tensor in tensors.items() if k != key}
+    elif check_shape(Placed(key, tensors[key]), (len(ids), width), problems):
+        return _rows(ids, tensors[key], _sites(table, spec)), {k: tensor for k, tensor in tensors.items() if k != key}
     return [], {k: tensor for k, tensor in tensors.items() if k != key}
 
 
-def _rows(indices: list[int], rows: Tensor, spec: BackboneSpec) -> list[Op]:
+def _shared_table(spec: BackboneSpec) -> str | None:
+    """The module that holds the embedding of an encoder-decoder and, since both stacks have their own, never runs."""
+    if spec.kind != "encoder-decoder":
+        return None
+    return f"{spec.body}.shared" if spec.body else "shared"
+
+
+def _sites(table: str, spec: BackboneSpec) -> list[Site]:
+    """Where rows of `table` act under PEFT: wherever its weight is used, unless it is one stack's own."""
+    own = [part.site for module in spec.modules if module.path == table for part in module.writes]
+    tied = [Site("logits")] if spec.tied_embeddings else []
+    if spec.kind != "encoder-decoder":
+        return own + tied
+    return own or [Site("enc.embed"), Site("dec.embed"), *tied]
+
+
+def _rows(indices: list[int], rows: Tensor, sites: list[Site]) -> list[Op]:
     ids = torch.tensor(indices, dtype=torch.int32)
-    sites = [Site("embed"), *([Site("logits")] if spec.tied_embeddings else [])]
     return [Rows(site=site, ids=ids, rows=rows) for site in sites]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer
@@ -16,9 +17,10 @@ from serving.core import (
     TokenEvent,
     TokenLogprobs,
 )
-from serving.engine.beam import Beams, Hypothesis
+from serving.engine.beam import Beams, Demand, Hypothesis
 from serving.engine.detokenizer import TextStream
 from serving.engine.pooling import PoolState
+from serving.engine.rules import GenerationRules
 from serving.engine.sampler import Sampled, SamplerState, token_logprobs
 from serving.engine.sequence import Sequence
 
@@ -39,22 +41,31 @@ class RowState:
 class Answers:
     """Makes events of tokens. Without a tokenizer they have no text."""
 
-    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int], rules: GenerationRules | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._rules = rules
         self._eos_token_ids = eos_token_ids
 
     def begin(self, request: Request) -> Sequence:
         """A request that has said nothing yet: its first row."""
-        text = None
+        text, rules, begin = None, self._rules, request.prompt_token_ids
+        if rules is not None:
+            begin = rules.start_tokens
         if self._tokenizer is not None and request.pooling is None:
-            text = TextStream(self._tokenizer, request.prompt_token_ids, request.sampling.stop)
+            text = TextStream(self._tokenizer, begin, request.sampling.stop)
         params = request.sampling
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         pool = None if request.pooling is None else PoolState()
-        state = RowState(SamplerState(params, request.prompt_token_ids), text, ends, pool=pool)
-        seq = Sequence(request, list(request.prompt_token_ids), state)
+        state = RowState(SamplerState(params, begin), text, ends, pool=pool)
+        seq = Sequence(request, list(begin), state, source=() if rules is None else request.prompt_token_ids)
+        demand: Demand | None = None
+        if rules is not None and not rules.demands_nothing:
+            demand = lambda row, scores: rules.apply(row.tokens, scores, seq.max_len)  # noqa: E731
+            state.sampler.rules = partial(demand, seq)
         if params.beams is not None:
-            state.beams = Beams(seq, params.beams, ends)
+            state.beams = Beams(seq, params.beams, ends, demand)
         return seq
 
     def prompt(self, seq: Sequence) -> PromptEvent:
@@ -105,7 +116,7 @@ class Answers:
     def _hypothesis(self, seq: Sequence, hypothesis: Hypothesis) -> TokenEvent:
         text = ""
         if self._tokenizer is not None:
-            stream = TextStream(self._tokenizer, seq.request.prompt_token_ids, ())
+            stream = TextStream(self._tokenizer, seq.together[0].tokens[: seq.num_prompt], ())
             text = "".join(map(stream.push, hypothesis.tokens)) + stream.flush()
         reason = FinishReason.STOP if hypothesis.stopped else FinishReason.LENGTH
         return TokenEvent(token_ids=tuple(hypothesis.tokens), text=text, finish_reason=reason)

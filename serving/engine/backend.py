@@ -100,6 +100,7 @@ class LocalBackend:
             vocab_size=spec.vocab_size,
             has_chat_template=bool(getattr(tokenizer, "chat_template", None)),
             created=self._created,
+            reads_apart=spec.kind == "encoder-decoder",
         )
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[tuple[Event, ...], None]:

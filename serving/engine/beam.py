@@ -8,7 +8,7 @@ that differ. Legend: B beams, V vocabulary, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,10 @@ from serving.engine.sequence import Sequence
 
 NEVER = -1e9
 """Score of the beams but one before the first step, when all have the same tokens."""
+
+
+Demand = Callable[[Sequence, Tensor], Tensor]
+"""What the backbone demands of a row's next token: log-probabilities [V] -> [V], -inf where it is forbidden."""
 
 
 class Hypothesis(NamedTuple):
@@ -54,15 +58,23 @@ class Beams:
     `finished` are the best hypotheses so far, best first, at most B; `done` when no better ones are to come.
     """
 
-    def __init__(self, first: Sequence, params: BeamParams, ends: frozenset[int]) -> None:
-        others = (Sequence(first.request, list(first.tokens), first.state) for _ in range(params.width - 1))
+    def __init__(
+        self, first: Sequence, params: BeamParams, ends: frozenset[int], demand: Demand | None = None
+    ) -> None:
+        others = [
+            Sequence(first.request, list(first.tokens), first.state, source=first.source)
+            for _ in range(params.width - 1)
+        ]
         self.rows = (first, *others)
         for row in self.rows:
             row.together = self.rows
+        for row in others:
+            row.num_charged = len(first.source)  # which is read once
         self.params = params
         self.finished: list[Hypothesis] = []
         self.done = False
         self._ends = ends
+        self._demand = demand
         self._ranked = list(self.rows)  # best beam first
         self._scores = [0.0] + [NEVER] * (params.width - 1)
 
@@ -75,7 +87,13 @@ class Beams:
         if not bool(torch.isfinite(logits_BV.sum(dim=-1)).all()):
             return None
         scores = torch.tensor(self._scores, device=logits_BV.device)
-        sums = (torch.log_softmax(logits_BV, dim=-1) + scores[:, None]).view(-1)
+        logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
+        if self._demand is not None:
+            demand = self._demand
+            logprobs_BV = torch.stack(
+                [demand(row, found) for row, found in zip(self._ranked, logprobs_BV, strict=True)]
+            )
+        sums = (logprobs_BV + scores[:, None]).view(-1)
         width, vocabulary = logits_BV.shape
         scores_K, places_K = sums.topk(min(len(sums), max(2, 1 + len(self._ends)) * width))
         worths = self._worths(scores_K, self.rows[0].num_generated + 1).tolist()

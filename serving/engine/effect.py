@@ -33,7 +33,7 @@ class Prober:
         stands alone changes nothing: there it is how far its scores of the tokens are apart. Raises InvalidDelta for a
         delta that changes nothing or overflows.
         """
-        head, generates = placed.head, placed.head is None and self.backbone.spec.kind == "decoder"
+        head, generates = placed.head, placed.head is None and self.backbone.spec.kind != "encoder"
         what = "scores" if head is not None else "logits" if generates else "final hidden states"
         tokens = probe_tokens(self.backbone.spec.vocab_size)
         replaced = [w for ops in placed.modules.values() for w in ops.embeddings]
@@ -71,10 +71,10 @@ class Prober:
             found.append(inputs[0].reshape(-1, inputs[0].shape[-1]).float().mean(dim=0) > 0)
 
         spec, model = self.backbone.spec, self.backbone.model
-        modules = [m for m in spec.modules if m.read is not None and m.read.name == "ffn.a"]
+        modules = [m for m in spec.modules if m.read is not None and m.read.local == "ffn.a"]
         hooks = [model.get_submodule(m.path).register_forward_pre_hook(note) for m in modules]
         try:
-            self._run(placed, probe_tokens(spec.vocab_size), generates=spec.kind == "decoder")
+            self._run(placed, probe_tokens(spec.vocab_size), generates=spec.kind != "encoder")
         finally:
             for hook in hooks:
                 hook.remove()
@@ -91,7 +91,8 @@ class Prober:
     def _run(self, delta: PlacedDelta | None, tokens: Tensor, generates: bool) -> Tensor:
         """Logits, or final hidden states, of every token: [PROBE_TOKENS, n]."""
         prefix_len = 0 if delta is None else delta.prefix_len
-        runner = Runner(self.backbone, num_slots=1, max_len=prefix_len + PROBE_TOKENS)
+        num_read = 0 if delta is None else delta.cross_prefix_len + delta.num_inserted
+        runner = Runner(self.backbone, num_slots=1, max_len=max(prefix_len, num_read) + PROBE_TOKENS)
         request = Request(
             request_id="probe",
             prompt_token_ids=tuple(tokens.tolist()),
@@ -99,7 +100,9 @@ class Prober:
             pooling=None if generates else PoolingParams(task=Task.EMBEDDING),
             adapter_digest=None if delta is None else delta.digest,
         )
-        row = Sequence(request, tokens.tolist(), state=None)
+        reads = self.backbone.spec.kind == "encoder-decoder"
+        source = request.prompt_token_ids if reads else ()  # and its decoder is given the same
+        row = Sequence(request, tokens.tolist(), state=None, source=source)
         row.admit(0, delta)
         if delta is not None and (invocation := _invocation(delta)) is not None:
             row.cuts = (Cut(0, invocation),)

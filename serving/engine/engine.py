@@ -38,10 +38,11 @@ from serving.engine.merging import CONSUMER as MERGED
 from serving.engine.merging import HotMerge
 from serving.engine.pooling import advance
 from serving.engine.prefix_cache import PrefixKeys
+from serving.engine.rules import GenerationRules
 from serving.engine.runner import RowOutput, Runner
 from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.sequence import Sequence, max_total_len, refuse_unanswerable
+from serving.engine.sequence import Sequence, max_total_len, refuse_unanswerable, require_readable
 from serving.engine.waiting import FirstComeQueue, WaitingQueue
 from serving.memory.budget import AUTO_SHARE, MemoryBudget, auto_capacity
 from serving.memory.host_cache import HostCache
@@ -73,12 +74,15 @@ class Engine:
         self._publish = publish
         self._events: list[tuple[str, Event]] = []
         tokenizer: Tokenizer | None = getattr(backbone.tokenizer, "backend_tokenizer", None)
-        self._answers = Answers(tokenizer, backbone.eos_token_ids)
         self.budget = MemoryBudget(settings.memory_bytes or _auto_memory(backbone.device))
         self.runner = Runner(backbone, num_slots=settings.max_num_seqs, max_len=self.max_len)
         self.runner.merging = self.merging = HotMerge(
             backbone, self.budget, after_steps=settings.merge_after_steps, forget=self.runner.forget_programs
         )
+        self.rules: GenerationRules | None = None
+        if backbone.spec.kind == "encoder-decoder":
+            self.rules = GenerationRules(backbone.model, backbone.eos_token_ids)
+        self._answers = Answers(tokenizer, backbone.eos_token_ids, self.rules)
         self._wake = threading.Event()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         host = HostCache(load_delta, settings.host_cache_bytes)
@@ -92,7 +96,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def _make_scheduler(self, settings: EngineSettings) -> Scheduler:
-        cache, is_encoder = self.runner.cache, self.backbone.spec.kind == "encoder"
+        cache, kind = self.runner.cache, self.backbone.spec.kind
         kv = SlotKVManager(
             cache.num_slots, cache.max_len, entry_bytes=cache.entry_bytes, budget=self.budget, storage=cache
         )
@@ -111,9 +115,10 @@ class Engine:
             max_queue=settings.max_queue,
             max_wait_s=settings.max_wait_s,
             max_queue_s=settings.max_queue_s,
-            whole_rows=is_encoder,
+            whole_rows=kind != "decoder",
+            max_read=self.max_len,
         )
-        keys = PrefixKeys(self.backbone.spec.digest, "off" if is_encoder else settings.prefix_cache)
+        keys = PrefixKeys(self.backbone.spec.digest, settings.prefix_cache if kind == "decoder" else "off")
         pad = getattr(self.backbone.model.config, "pad_token_id", None)
         return Scheduler(kv, self.deltas, policy, keys, limits=limits, clock=time.monotonic, pad_token_id=pad)
 
@@ -213,7 +218,7 @@ class Engine:
             return
         state.announced = True
         self._events.append((seq.request.request_id, self._answers.prompt(seq)))
-        self.metrics.prompt_tokens.inc(seq.num_prompt)
+        self.metrics.prompt_tokens.inc(len(seq.request.prompt_token_ids))
         if seq.num_cached:
             self.metrics.prefix_hits.inc()
             self.metrics.prefix_tokens.inc(seq.num_cached)
@@ -256,7 +261,11 @@ class Engine:
         if not 0 < request.weight < math.inf:
             raise InvalidRequest(f"weight: got {request.weight}, expected a share above 0.", param="weight")
         refuse_unanswerable(request, self.backbone.spec)
-        max_total_len(len(request.prompt_token_ids), request.max_tokens, self.max_len)
+        if self.rules is None:
+            max_total_len(len(request.prompt_token_ids), request.max_tokens, self.max_len)
+        else:
+            require_readable(len(request.prompt_token_ids), self.max_len)
+            max_total_len(len(self.rules.start_tokens), request.max_tokens, self.max_len, begins=True)
         self._refuse_too_wide(request)
         self._post(lambda: self._enqueue(request))
 

@@ -51,8 +51,11 @@ class Opened(NamedTuple):
 class KVManager(Protocol):
     """Room for keys and values."""
 
-    def max_entries(self, beside_bytes: int, num_slots: int = 1) -> int:
-        """The longest that each of so many slots can become, virtual tokens included, beside a delta of that size."""
+    def max_entries(self, beside_bytes: int, num_slots: int = 1, num_read: int = 0) -> int:
+        """The longest that each of so many slots can become, virtual tokens included, beside a delta of that size.
+
+        `num_read` entries of each, those of an encoder-decoder's prompt, take memory beside it.
+        """
         ...
 
     @property
@@ -130,12 +133,12 @@ class SlotKVManager:
         self._retained: OrderedDict[int, None] = OrderedDict()  # those with published blocks, last used last
         budget.register(CONSUMER, self)
 
-    def max_entries(self, beside_bytes: int, num_slots: int = 1) -> int:
+    def max_entries(self, beside_bytes: int, num_slots: int = 1, num_read: int = 0) -> int:
         """See `KVManager`."""
         room = self.budget.capacity_bytes - beside_bytes
         if not self.block_bytes:  # nothing is kept of an encoder's rows
             return self.max_len if room >= 0 else 0
-        return min(self.max_len, room // (self.block_bytes * num_slots) * BLOCK_TOKENS)
+        return min(self.max_len, room // (self.block_bytes * num_slots) * BLOCK_TOKENS - num_read)
 
     @property
     def num_free_slots(self) -> int:

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from serving.engine.encoding import encode
 from serving.engine.merging import HotMerge
 from serving.engine.sequence import ScheduledRow, Sequence
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
+from serving.model.cross_cache import CrossCache
 from serving.model.kv_cache import RowSpan
 from serving.model.programs import NOTHING_MERGED, DeltaSegment, PlacedDelta, Program, compile_programs
 
@@ -79,6 +81,8 @@ class Runner:
         for seq, _ in rows:
             if seq.num_computed == 0 and isinstance(seq.delta, PlacedDelta) and seq.delta.prefix is not None:
                 self.cache.write_prefix(seq.slot, seq.delta.prefix)
+        if isinstance(self.cache, CrossCache) and (unread := [seq for seq, _ in rows if seq.num_to_encode]):
+            encode(self.backbone, self.cache, unread)
         groups = self.backbone.layout.groups([row.num_tokens for row in rows])
         return [output for group in groups for output in self._forward([rows[index] for index in group])]
 
@@ -86,6 +90,8 @@ class Runner:
         batch = build_batch(rows)
         device = self.backbone.device
         context = ForwardContext(self._compile(batch), self.cache.plan(batch.spans), inserted=batch.inserted)
+        if isinstance(self.cache, CrossCache):
+            context.cross = self.cache.plan_cross(batch.spans)
         if batch.hidden_rows:
             context.hidden_rows = torch.tensor(batch.hidden_rows, device=device)
         if any(batch.token_types):
@@ -199,8 +205,8 @@ def _first_pooled(seq: Sequence, start: int) -> int:
 
 
 def _inserted(seq: Sequence) -> Tensor | None:
-    """The virtual tokens [l, d] that run with the row."""
-    return seq.delta.virtual_tokens if isinstance(seq.delta, PlacedDelta) else None
+    """The virtual tokens [l, d] that run with the row; those of an encoder-decoder run with what its encoder reads."""
+    return seq.delta.virtual_tokens if isinstance(seq.delta, PlacedDelta) and not seq.source else None
 
 
 def _extend(segments: list[DeltaSegment], at: int, first: int, stop: int, seq: Sequence) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,12 +20,16 @@ from serving.core import Alternative, SamplingParams, TokenLogprobs
 
 @dataclass(slots=True)
 class SamplerState:
-    """One request's parameters, random stream and token counts (counted only where a penalty needs them)."""
+    """One request's parameters, random stream and token counts (counted only where a penalty needs them).
+
+    `rules` reshapes logits [V] as the backbone demands, after what the request asks for.
+    """
 
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     generator: torch.Generator | None = None
     generated: Counter[int] = field(default_factory=Counter)
+    rules: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.params.temperature > 0:
@@ -37,7 +41,7 @@ class SamplerState:
         """True when the logits are changed before a token is chosen."""
         p = self.params
         penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-        return bool(penalised or p.logit_bias)
+        return bool(penalised or p.logit_bias or self.rules is not None)
 
 
 class Sampled(NamedTuple):
@@ -111,4 +115,6 @@ def _reshape(logits_V: Tensor, state: SamplerState) -> Tensor:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias.keys()), device=device)
         logits_V[ids] += torch.tensor(list(params.logit_bias.values()), dtype=logits_V.dtype, device=device)
+    if state.rules is not None:
+        logits_V = state.rules(logits_V)
     return logits_V

@@ -25,7 +25,7 @@ from adapters.errors import DeltamuxError, Overloaded
 from serving.engine.fair_queue import CLASS_RANK
 from serving.engine.kv_manager import KVManager
 from serving.engine.prefix_cache import HashChain, PrefixKeys
-from serving.engine.sequence import LeasedDelta, ScheduledRow, Sequence, max_total_len
+from serving.engine.sequence import LeasedDelta, ScheduledRow, Sequence, max_total_len, require_readable
 from serving.engine.waiting import AdmissionRate, WaitingQueue
 
 OUTPUT_COST = 2.0
@@ -70,7 +70,8 @@ class Failed(NamedTuple):
 class SchedulerLimits:
     """Tokens of one step, length of the queue, the age from which a request goes first, and at which it is refused.
 
-    `whole_rows`: prompts are not computed in pieces; a step's last one may go beyond its tokens.
+    `whole_rows`: prompts are not computed in pieces; a step's last one may go beyond its tokens. `max_read`: entries
+    of an encoder-decoder's longest prompt.
     """
 
     max_num_batched_tokens: int
@@ -78,6 +79,7 @@ class SchedulerLimits:
     max_wait_s: float
     max_queue_s: float
     whole_rows: bool = False
+    max_read: int = 0
 
 
 @dataclass(slots=True)
@@ -102,11 +104,13 @@ class _Step:
 
     def _take(self, row: Sequence, num_tokens: int) -> None:
         self.rows[row] = num_tokens
-        self.budget -= num_tokens
+        self.budget -= num_tokens + _num_to_encode(row)
 
     def drop(self, seq: Sequence) -> None:
         """Leave a request out after all."""
-        self.budget += sum(self.rows.pop(row, 0) for row in seq.rows)
+        for row in seq.rows:
+            if row in self.rows:
+                self.budget += self.rows.pop(row) + _num_to_encode(row)
 
 
 class _Outcome(Enum):
@@ -186,7 +190,7 @@ class Scheduler:
                 step.run(seq)
 
     def _grow(self, seq: Sequence) -> bool:
-        return all(self.kv.grow(row.slot, row.prefix_len + len(row.tokens)) for row in seq.rows)
+        return all(self.kv.grow(row.slot, row.num_beside + len(row.tokens)) for row in seq.rows)
 
     def _admit_waiting(self, step: _Step, failed: list[Failed], now_s: float) -> None:
         """Admit while there is room.
@@ -252,9 +256,14 @@ class Scheduler:
         """Give `seq` a slot for each row, the first with whatever of its prompt is known already."""
         request = seq.request
         prefix_len = 0 if delta is None else delta.prefix_len
-        room = self.kv.max_entries(0 if delta is None else delta.device_bytes, len(seq.rows)) - prefix_len
-        room -= 0 if delta is None else delta.num_inserted
-        seq.max_len = max_total_len(seq.num_prompt, request.max_tokens, room)
+        num_read = seq.num_read(delta)
+        room = self.kv.max_entries(0 if delta is None else delta.device_bytes, len(seq.rows), num_read)
+        room -= prefix_len
+        if seq.source:
+            require_readable(len(seq.source), self.limits.max_read - num_read + len(seq.source))
+        elif delta is not None:
+            room -= delta.num_inserted
+        seq.max_len = max_total_len(seq.num_prompt, request.max_tokens, room, begins=bool(seq.source))
         seq.pool_for(delta, self._pad_token_id)
         if seq.chain is None and self._keys.enabled:
             root = self._keys.root(
@@ -269,7 +278,11 @@ class Scheduler:
         if reused and not overdue and 2 * self.kv.will_be_cached(reused, seq.tokens) >= len(seq.tokens):
             return _Outcome.LATER
         opened = self.kv.open(
-            reused, seq.tokens, prefix_len, headroom=len(self.running), num_beside=len(seq.rows) - 1
+            reused,
+            seq.tokens,
+            prefix_len + num_read,
+            headroom=len(self.running),
+            num_beside=len(seq.rows) - 1,
         )
         if opened is None:
             return _Outcome.FULL
@@ -320,7 +333,7 @@ class Scheduler:
         step.drop(seq)
         self._release(seq, sound=seq.is_sound)
         for each in seq.rows:
-            each.num_computed = 0
+            each.num_computed, each.is_encoded = 0, False
         self.queue.put_back(seq)
         self._awaited[seq.request.adapter_digest] += 1
         self.num_preemptions += 1
@@ -344,7 +357,7 @@ class Scheduler:
         for row in seq.together[1:] if seq.leads and seq.num_pending == 1 else ():
             if not row.num_computed and (known := seq.num_common(row)):
                 self.kv.copy(seq.slot, row.slot, 0, row.prefix_len + known)
-                row.num_computed = known
+                row.num_computed, row.is_encoded = known, seq.is_encoded
 
     def _leave_queue(self, seq: Sequence) -> None:
         self.queue.remove(seq)
@@ -379,8 +392,9 @@ class Scheduler:
         """Charge the tenant for tokens that are computed; those that are computed again are free."""
         if num_tokens == 0:
             return
-        reached = min(seq.num_computed + num_tokens, seq.num_prompt)
-        fresh = max(0, reached - max(seq.num_charged, seq.num_computed))
+        reached = len(seq.source) + min(seq.num_computed + num_tokens, seq.num_prompt)
+        known = len(seq.source) - seq.num_to_encode + seq.num_computed
+        fresh = max(0, reached - max(seq.num_charged, known))
         seq.num_charged = max(seq.num_charged, reached)
         generates = seq.request.pooling is None and num_tokens == seq.num_pending
         self.queue.charge(seq, fresh + (OUTPUT_COST if generates else 0.0))
@@ -397,3 +411,8 @@ class Scheduler:
 def _priority(seq: Sequence) -> tuple[int, int]:
     """Lower is served first and preempted last: class, then arrival."""
     return CLASS_RANK[seq.request.service_class], seq.order
+
+
+def _num_to_encode(row: Sequence) -> int:
+    """Tokens that the encoder reads for a row: those of a search have one prompt."""
+    return row.num_to_encode if row.leads else 0

@@ -24,6 +24,9 @@ class LeasedDelta(Protocol):
     def position_offset(self) -> int: ...
 
     @property
+    def cross_prefix_len(self) -> int: ...
+
+    @property
     def num_inserted(self) -> int: ...
 
     @property
@@ -43,6 +46,8 @@ class LeasedDelta(Protocol):
 class Sequence:
     """One request in flight. `tokens` are prompt and generated ones; the first `num_computed` are in the KV cache.
 
+    On an encoder-decoder the request's prompt is `source`, which the encoder reads whole before the first step of the
+    decoder (`is_encoded`); `tokens` are the decoder's, of which the first `num_prompt` were given.
     `arrival_s` and `order`, the place among all arrivals, are set on arrival. `slot`, `delta`, `max_len` are set on
     admission, and `slot` is -1 outside the batch. `num_charged` tokens were charged to the tenant; `num_cached` is
     what the admission that led to the first token found in the prefix cache. `state` belongs to the engine (sampler,
@@ -68,9 +73,13 @@ class Sequence:
     pooled_tokens: range = range(0)
     answered: bool = False
     together: tuple[Sequence, ...] = ()
+    source: tuple[int, ...] = ()
+    is_encoded: bool = False
+    num_prompt: int = field(init=False)
     wants_prompt_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens) if self.source else len(self.request.prompt_token_ids)
         self.wants_prompt_logits = self.request.sampling.prompt_logprobs is not None
 
     def admit(self, slot: int, delta: LeasedDelta | None) -> None:
@@ -112,9 +121,19 @@ class Sequence:
         return UNCUT if delta is None else cuts(delta.positions, self.request.prompt_token_ids)
 
     @property
-    def num_prompt(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_token_ids)
+    def num_to_encode(self) -> int:
+        """Tokens that the encoder has yet to read."""
+        return 0 if self.is_encoded else len(self.source)
+
+    def num_read(self, delta: LeasedDelta | None) -> int:
+        """Entries that cross-attention would see under `delta`, whose own are among them."""
+        own = 0 if delta is None else delta.cross_prefix_len + delta.num_inserted
+        return len(self.source) + own if self.source else 0
+
+    @property
+    def num_beside(self) -> int:
+        """Entries of the KV slot beside those of `tokens`."""
+        return self.prefix_len + self.num_read(self.delta)
 
     @property
     def num_generated(self) -> int:
@@ -219,13 +238,16 @@ def require_task(request: Request, delta: LeasedDelta | None) -> None:
 
 def refuse_unanswerable(request: Request, spec: BackboneSpec) -> None:
     """Raises InvalidRequest for what the backbone, whatever the delta, does not do or can't do exactly."""
-    if request.task is Task.FILL_MASK and (spec.kind == "decoder" or Site("logits") not in spec.writer):
+    if request.task is Task.FILL_MASK and (spec.kind != "encoder" or Site("logits") not in spec.writer):
         raise InvalidRequest(
             f"{spec.name} has no masked language model head.",
             param="model",
             remedy="Serve an encoder whose checkpoint has one.",
         )
     if spec.kind == "decoder":
+        return
+    if spec.kind == "encoder-decoder":
+        _refuse_unread(request, spec)
         return
     if request.pooling is None:
         raise InvalidRequest(
@@ -241,12 +263,45 @@ def refuse_unanswerable(request: Request, spec: BackboneSpec) -> None:
         )
 
 
-def max_total_len(num_prompt: int, max_tokens: int | None, room: int) -> int:
+def _refuse_unread(request: Request, spec: BackboneSpec) -> None:
+    """Raises InvalidRequest for what asks an encoder-decoder for anything but what follows a prompt."""
+    if request.pooling is not None:
+        raise InvalidRequest(
+            f"{spec.name} is an encoder-decoder, of which no hidden states are served.",
+            param="model",
+            remedy="Use /v1/completions.",
+        )
+    if request.sampling.prompt_logprobs is not None:
+        raise InvalidRequest(
+            f"{spec.name} is an encoder-decoder: its prompt is read by the encoder and has no log-probabilities.",
+            param="prompt_logprobs",
+            remedy="Leave it out.",
+        )
+
+
+def require_readable(num_prompt: int, room: int) -> None:
+    """Raises ContextLengthExceeded for a prompt that an encoder-decoder's encoder can't read whole."""
+    if num_prompt > room:
+        raise ContextLengthExceeded(
+            f"The prompt has {num_prompt} tokens; {room} fit the encoder (virtual tokens of the delta deducted).",
+            param="prompt",
+            remedy="Shorten the prompt.",
+        )
+
+
+def max_total_len(num_prompt: int, max_tokens: int | None, room: int, *, begins: bool = False) -> int:
     """Prompt and generated tokens that a request may reach. Raises ContextLengthExceeded when they do not fit.
 
-    `max_tokens` 0: nothing is generated, the prompt alone has to fit.
+    `max_tokens` 0: nothing is generated, the prompt alone has to fit. `begins`: the prompt is what a decoder begins
+    with, and not the request's.
     """
     wanted = num_prompt + (1 if max_tokens is None else max_tokens)
+    if wanted > room and begins:
+        raise ContextLengthExceeded(
+            f"max_tokens is {max_tokens or 1}; {max(0, room - num_prompt)} fit the decoder.",
+            param="max_tokens",
+            remedy="Lower max_tokens.",
+        )
     if wanted > room:
         generated = "" if max_tokens == 0 else f" and max_tokens is {max_tokens or 1}"
         raise ContextLengthExceeded(

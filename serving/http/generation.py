@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from adapters.errors import InvalidRequest
-from serving.core import ChatMessage, GenerateCall
+from serving.core import BackboneInfo, ChatMessage, GenerateCall
 from serving.http.access import Infer
 from serving.http.counting import Usage
 from serving.http.edge import set_adapter_digest
@@ -123,9 +123,7 @@ def generation_router(services: Services) -> APIRouter:
             id=job_id,
             model=body.model,
             calls=tuple(calls),
-            usage=planned_usage(
-                prompts, body.num_calls, body.num_rows, samplings[0].max_tokens, info.max_model_len
-            ),
+            usage=planned_usage(prompts, body.num_calls, body.num_rows, samplings[0].max_tokens, info),
             include_usage=body.include_usage,
             patience=Patience(limits.request_timeout_s, limits.first_token_timeout_s),
         )
@@ -147,7 +145,7 @@ def _within_limits(body: GenerateBody, num_prompts: int, max_n: int, max_choices
 
 
 def planned_usage(
-    prompts: Sequence[_Prompt], num_calls: int, num_rows: int, max_tokens: int | None, max_model_len: int
+    prompts: Sequence[_Prompt], num_calls: int, num_rows: int, max_tokens: int | None, info: BackboneInfo
 ) -> Usage:
     """What a request of so many calls and rows per prompt can come to at most.
 
@@ -155,9 +153,11 @@ def planned_usage(
 
     A prompt whose template or normalisation makes more of it than that is charged for the rest at its end.
     """
-    bounds = [min(_max_prompt_tokens(prompt), max_model_len) for prompt in prompts]
-    output = max_model_len if max_tokens is None else min(max_tokens, max_model_len)
-    reserved = sum(min(bound + output, max_model_len) + (num_rows - 1) * output for bound in bounds)
+    longest = info.max_model_len
+    bounds = [min(_max_prompt_tokens(prompt), longest) for prompt in prompts]
+    output = longest if max_tokens is None else min(max_tokens, longest)
+    together = 2 * longest if info.reads_apart else longest
+    reserved = sum(min(bound + output, together) + (num_rows - 1) * output for bound in bounds)
     return Usage(num_calls, bounds, reserved)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     Conv1D,
     PreTrainedModel,
@@ -24,15 +25,19 @@ from adapters.backbone_spec import BackboneSpec, ModuleShape
 from adapters.errors import BackboneRefused
 from adapters.site_maps import COMMON_NAMES, build_spec
 from adapters.site_maps_encoders import ENCODER_MAPS
+from adapters.site_maps_seq2seq import SEQ2SEQ_MAPS
 from serving.kernels.ops import Kernels
 from serving.kernels.select import Choice, select_kernels
 from serving.model.context import ForwardContext
+from serving.model.cross_cache import CrossCache
 from serving.model.encoder import BareEncoder, RowStore, install_replay, load_encoder, masked_logits, pooled
 from serving.model.encoder_parity import prove_encoder, stock_rows
 from serving.model.kv_cache import KVShape, SlotKVCache
 from serving.model.layout import Flattened, Layout, takes
 from serving.model.packed import pack_linears
 from serving.model.parity import choose_layout, stock_probe
+from serving.model.seq2seq import EncoderDecoder, SourceRow
+from serving.model.seq2seq_parity import prove_seq2seq, stock_pairs
 from serving.model.sites import install_sites
 
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation")
@@ -63,12 +68,13 @@ class Backbone:
             i for i, m in enumerate(self.spec.modules) if m.writes[0].site.name in ("logits", "pooled")
         )
 
-    def new_cache(self, num_slots: int, max_len: int) -> SlotKVCache | RowStore:
+    def new_cache(self, num_slots: int, max_len: int) -> SlotKVCache | CrossCache | RowStore:
         """A KV cache that fits this backbone; what an encoder has instead."""
         spec = self.spec
         if spec.kind == "encoder":
             return RowStore(num_slots, max_len)
-        return SlotKVCache(
+        kind = CrossCache if spec.kind == "encoder-decoder" else SlotKVCache
+        return kind(
             KVShape(spec.num_layers, spec.num_kv_heads, spec.num_heads, spec.head_dim),
             num_slots=num_slots,
             max_len=max_len,
@@ -96,6 +102,19 @@ class Backbone:
             )
         return logits if logits_rows is not None else logits[:0]
 
+    @torch.inference_mode()
+    def encode(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        context: ForwardContext,
+        cache: CrossCache,
+        rows: Sequence[SourceRow],
+    ) -> None:
+        """One pass of an encoder-decoder's encoder; see `EncoderDecoder.encode`."""
+        assert isinstance(self.layout, EncoderDecoder), "only encoder-decoders read before they generate"
+        self.layout.encode(self.model, tokens, positions, context, cache, rows)
+
     @property
     def takes_token_types(self) -> bool:
         """True for an encoder that tells the two texts of a prompt apart by a type of its tokens."""
@@ -121,7 +140,7 @@ def load_backbone(
     dtype: str = "auto",
     kernels: Choice = "auto",
 ) -> Backbone:
-    """Load a transformers causal LM or encoder from a directory or hub id.
+    """Load a transformers causal LM, encoder or encoder-decoder from a directory or hub id.
 
     `dtype` auto: bfloat16 on CUDA, float32 on CPU; `kernels`: see `select_kernels`. Raises BackboneRefused.
     """
@@ -129,15 +148,23 @@ def load_backbone(
         config = AutoConfig.from_pretrained(source)
         if config.model_type in ENCODER_MAPS:
             model = load_encoder(source, config)
+        elif config.model_type in SEQ2SEQ_MAPS:
+            model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype="auto", attn_implementation="eager")
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise BackboneRefused(
             f"The backbone can't be loaded: {str(error).splitlines()[0]}",
             param="backbone",
             remedy="Give a directory or hub id that transformers' auto classes and AutoTokenizer load.",
         ) from error
+    if config.model_type not in ENCODER_MAPS and getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise BackboneRefused(
+            f"{type(tokenizer).__name__} runs in Python and can't turn tokens into text as they come.",
+            param="backbone",
+            remedy="Convert it: the checkpoint needs a tokenizer.json and a tokenizer_class that reads it.",
+        )
     label = name or Path(source).name
     names = tuple(dict.fromkeys((label, source, Path(source).name, config.name_or_path or label)))
     return adopt_backbone(
@@ -204,6 +231,9 @@ def _prover(model: PreTrainedModel | BareEncoder, spec: BackboneSpec) -> Callabl
         rows = stock_rows(model, spec)
         install_replay(model)
         return lambda backbone: prove_encoder(backbone, rows)
+    if spec.kind == "encoder-decoder":
+        pairs = stock_pairs(model, spec)
+        return lambda backbone: prove_seq2seq(backbone, pairs)
     logits = stock_probe(model, spec)
     return lambda backbone: choose_layout(backbone, logits)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from adapters.normal_form import Site
 
 if TYPE_CHECKING:
+    from serving.model.distance_bias import DistanceBias
     from serving.model.kv_cache import RowSpan
     from serving.model.padded import Padding
     from serving.model.programs import Program
@@ -42,11 +43,13 @@ class AttentionPlan(Protocol):
         scaling: float,
         window: int | None = None,
         softcap: float | None = None,
+        bias: DistanceBias | None = None,
     ) -> Tensor:
         """Append key and value to the cache and attend.
 
         Shapes: query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D].
-        `window`: a token sees the last `window` entries, itself included. `softcap` bounds scores by its tanh.
+        `window`: a token sees the last `window` entries, itself included. `softcap` bounds scores by its tanh. `bias`
+        is added to the scores by distance in entries.
         """
         ...
 
@@ -59,6 +62,16 @@ class AttentionPlan(Protocol):
         ...
 
 
+class CrossPlan(Protocol):
+    """Attention of a decoder's tokens over what the encoder made of their rows. `attended` lists the layers' calls."""
+
+    attended: list[int]
+
+    def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """Shapes: query [1, heads, T, D] -> [1, T, heads, D]."""
+        ...
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """One batch's view. `programs[i]` is what module i does beside its base forward, None for nothing.
@@ -68,7 +81,9 @@ class ForwardContext:
     says which of the rows that modules see are tokens, None where all are. `hidden_rows` [R] are the tokens whose
     final hidden states are wanted, which are then in `hidden` [R, d] fp32. Encoders only: `token_types` [T] where a
     row has two parts, `inserted` the virtual tokens [l, d] that stand at a token index, `replayed` [R, d] the states
-    that the model's head runs on alone.
+    that the model's head runs on alone. Encoder-decoders only: `positions` [T] of the tokens, `cross` the attention of
+    the decoder's tokens over the encoder's, None in a pass of the encoder, `logits_rows` [R] the tokens that the head
+    runs on.
     """
 
     programs: Sequence[Program | None]
@@ -82,6 +97,9 @@ class ForwardContext:
     token_types: Tensor | None = None
     inserted: Sequence[tuple[int, Tensor]] = ()
     replayed: Tensor | None = None
+    positions: Tensor | None = None
+    cross: CrossPlan | None = None
+    logits_rows: Tensor | None = None
 
     def keep_hidden(self, states: Tensor) -> None:
         """Take the wanted rows of the final hidden states [..., d], which the model hands over."""

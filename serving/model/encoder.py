@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from adapters.errors import BackboneRefused
 from serving.model.attention import ATTENTION_NAME
 from serving.model.context import ForwardContext, active_context, forward_context
+from serving.model.distance_bias import DistanceBias
 from serving.model.kv_cache import RowSpan
 from serving.model.layout import as_input, require_positions, takes
 
@@ -96,6 +97,7 @@ class RowAttention:
         scaling: float,
         window: int | None = None,
         softcap: float | None = None,
+        bias: DistanceBias | None = None,
     ) -> Tensor:
         """See `AttentionPlan.attend`; a token sees those less than `window` away. Raises BackboneRefused."""
         if softcap is not None:
@@ -112,7 +114,9 @@ class RowAttention:
                 query_THD[places].transpose(1, 2),
                 keys,
                 values,
-                attn_mask=_near(places.shape[1], keys.shape[2], window, query),
+                attn_mask=_near(places.shape[1], keys.shape[2], window, query)
+                if bias is None
+                else bias.between(places.shape[1], keys.shape[2]).to(query.dtype),
                 scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],
             )

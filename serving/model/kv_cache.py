@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels.ops import DecodeAttention, ScoreRule, TokenHeads
+from serving.model.distance_bias import DistanceBias
 
 DENSE_SHARE = 0.5
 """Batched decode reads every slot from the lowest used one to the highest; below this share of useful cells, go row by
@@ -232,8 +233,11 @@ class SlotAttention:
         scaling: float,
         window: int | None = None,
         softcap: float | None = None,
+        bias: DistanceBias | None = None,
     ) -> Tensor:
         """See `AttentionPlan.attend`. The result does not depend on the other rows beyond rounding."""
+        if bias is not None:
+            return bias.attend(self, layer, query, key, value, scaling)
         cache = self.cache
         self.attended.append((layer, window))
         view = self.view(window)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from adapters.backbone_spec import ModuleSpec
 from serving.kernels.ops import PlacedModule
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
@@ -22,7 +23,8 @@ from serving.model.programs import DeltaSegment, PlacedDelta, compile_programs
 def mergeable_modules(delta: PlacedDelta, backbone: Backbone) -> list[int]:
     """Indices of the linear modules where all that `delta` does is affine in the module's own input.
 
-    None of a delta that acts on some tokens only: its rows are not alike.
+    None of a delta that acts on some tokens only: its rows are not alike. Of an encoder-decoder those of the decoder's
+    passes; the encoder's are one per request.
     """
     if delta.forms:
         return []
@@ -32,6 +34,7 @@ def mergeable_modules(delta: PlacedDelta, backbone: Backbone) -> list[int]:
         if backbone.spec.modules[index].shape.kind in {"linear", "conv1d"}
         and index not in backbone.logit_modules
         and index not in delta.taps.values()
+        and not _reads_prompts(backbone.spec.modules[index])
         and _is_affine(ops)
     ]
 
@@ -66,6 +69,12 @@ def merge(delta: PlacedDelta, backbone: Backbone) -> Mapping[int, Forward]:
         bias = out[0].clone()
         merged[index] = packed_linear((out[1:] - bias).t().contiguous(), bias)
     return merged
+
+
+def _reads_prompts(module: ModuleSpec) -> bool:
+    return module.writes[0].site.stack == "enc" or (
+        module.read is not None and module.read.name == "enc.final"
+    )
 
 
 def _is_affine(ops: PlacedModule) -> bool:

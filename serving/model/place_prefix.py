@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adapters.backbone_spec import ModuleSpec
-from adapters.normal_form import AttnPrefix, Delta, Site, VirtualTokens
+from adapters.normal_form import AttnPrefix, Delta, Site, Stack, VirtualTokens
 from serving.kernels.ops import PromptWeights
 from serving.model.backbone import Backbone
 from serving.model.context import ForwardContext
@@ -46,14 +46,23 @@ def _projected(rows: Tensor, site: str, op: AttnPrefix, backbone: Backbone) -> T
 
 def place_prefix(delta: Delta, placed: PlacedDelta, backbone: Backbone) -> list[tuple[Tensor, Tensor]] | None:
     """The keys and values that the delta owns, per layer, or None. Virtual tokens of an encoder own none."""
-    layers = {op.layer: op for op in delta.ops if isinstance(op, AttnPrefix) and op.merge == "joint"}
     virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
     if virtual is not None and backbone.spec.kind == "decoder":
         return _run_virtual_tokens(virtual, placed.forms.get(None, placed), backbone)
+    return stack_prefix(delta, "", backbone)
+
+
+def stack_prefix(delta: Delta, stack: Stack, backbone: Backbone) -> list[tuple[Tensor, Tensor]] | None:
+    """The keys and values that the delta owns in one of the backbone's attentions, per layer, or None."""
+    layers = {
+        op.layer: op
+        for op in delta.ops
+        if isinstance(op, AttnPrefix) and op.merge == "joint" and op.stack == stack
+    }
     if not layers:
         return None
     device, dtype = backbone.device, backbone.dtype
-    ordered = [layers[layer] for layer in range(backbone.spec.num_layers)]
+    ordered = [layers[layer] for layer in range(backbone.spec.layers_of(stack))]
     return [(op.key.to(device, dtype), op.value.to(device, dtype)) for op in ordered]
 
 

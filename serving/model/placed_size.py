@@ -20,9 +20,19 @@ from serving.model.weight_block import padded_bytes, whole_pages
 def max_device_bytes(delta: Delta, backbone: Backbone) -> int:
     """The most that `placement.place` takes: fp32 weights, and keys and values in the backbone's dtype."""
     spec, entries = backbone.spec, 0
+    if spec.kind == "encoder-decoder":
+        return whole_pages(weight_bytes(delta, backbone)) + _beside_prompts(delta, backbone)
     if any(isinstance(op, VirtualTokens) or _is_joint(op) for op in delta.ops):
         entries = delta.num_virtual_tokens * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim
     return whole_pages(weight_bytes(delta, backbone)) + entries * backbone.dtype.itemsize
+
+
+def _beside_prompts(delta: Delta, backbone: Backbone) -> int:
+    """Bytes of an encoder-decoder's prefixes, each of the stacks with its own, and of its encoder's virtual tokens."""
+    joint = [op for op in delta.ops if isinstance(op, AttnPrefix) and _is_joint(op)]
+    virtual = [op for op in delta.ops if isinstance(op, VirtualTokens)]
+    entries = sum(op.key.numel() + op.value.numel() for op in joint) * backbone.dtype.itemsize
+    return entries + sum(4 * op.embeddings.numel() for op in virtual)
 
 
 def weight_bytes(delta: Delta, backbone: Backbone) -> int:

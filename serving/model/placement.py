@@ -40,7 +40,7 @@ from serving.model.place_matrices import (
     place_rows,
     place_weight_delta,
 )
-from serving.model.place_prefix import base_parameter, place_prefix, place_prompt
+from serving.model.place_prefix import base_parameter, place_prefix, place_prompt, stack_prefix
 from serving.model.placed_size import weight_bytes
 from serving.model.programs import PlacedDelta
 from serving.model.weight_block import WeightBlock
@@ -81,12 +81,17 @@ def place(delta: Delta, digest: str, backbone: Backbone) -> PlacedDelta:
         if delta.positions
     }
     virtual = next((op for op in delta.ops if isinstance(op, VirtualTokens)), None)
-    if virtual is not None and backbone.spec.kind == "encoder":
+    if virtual is not None and backbone.spec.kind != "decoder":
         placed.virtual_tokens = virtual.embeddings.to(backbone.device, torch.float32, copy=True)
         placed.device_bytes += placed.virtual_tokens.nbytes
     if (prefix := place_prefix(delta, placed, backbone)) is not None:
         placed.prefix = prefix
-        placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in prefix)
+    if backbone.spec.kind == "encoder-decoder":
+        placed.prefix = stack_prefix(delta, "dec", backbone)
+        placed.encoder_prefix = stack_prefix(delta, "enc", backbone)
+        placed.cross_prefix = stack_prefix(delta, "dec.cross", backbone)
+    for found in (placed.prefix, placed.encoder_prefix, placed.cross_prefix):
+        placed.device_bytes += sum(key.nbytes + value.nbytes for key, value in found or ())
     return placed
 
 

@@ -47,8 +47,10 @@ class PlacedDelta:
     `prefix`: per layer (key, value), each [l, kv_heads, D], in the KV cache's dtype; None without virtual tokens.
     `encoded`: the modules that are not in `general_modules`, in the form of the fused kernels.
     `forms`: for a delta of which parts act on some tokens only, what acts there, and under None what acts on the
-    others; empty where all of it acts on every token. `head`: what reads the final hidden states, None for a delta that
-    generates. `virtual_tokens` [l, d]: on an encoder they are tokens of every row, since they see what follows.
+    others; empty where all of it acts on every token. `encoder_prefix`, `cross_prefix`: on an encoder-decoder what its
+    encoder and its cross-attention attend to beside the prompt; there `prefix` is the decoder's own. `head`: what
+    reads the final hidden states, None for a delta that generates. `virtual_tokens` [l, d]: on an encoder they are
+    tokens of every row, since they see what follows.
     """
 
     digest: str
@@ -62,6 +64,8 @@ class PlacedDelta:
     forms: Mapping[Positions | None, PlacedDelta] = field(default_factory=dict)
     head: PlacedHead | None = None
     virtual_tokens: Tensor | None = None
+    encoder_prefix: list[tuple[Tensor, Tensor]] | None = None
+    cross_prefix: list[tuple[Tensor, Tensor]] | None = None
 
     @property
     def task(self) -> Task:
@@ -77,6 +81,11 @@ class PlacedDelta:
     def prefix_len(self) -> int:
         """Key-value entries in front of every request of this delta."""
         return 0 if self.prefix is None else int(self.prefix[0][0].shape[0])
+
+    @property
+    def cross_prefix_len(self) -> int:
+        """Key-value entries in front of what the encoder read."""
+        return 0 if self.cross_prefix is None else int(self.cross_prefix[0][0].shape[0])
 
     @property
     def positions(self) -> frozenset[Positions]:

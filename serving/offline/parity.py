@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters.canonical import from_canonical, to_canonical
-from adapters.errors import InvalidRequest
+from adapters.errors import BackboneRefused, InvalidRequest
 from adapters.formats import read_directory
 from adapters.normal_form import Delta, Rows
 from adapters.parity import MAX_PROBES, ParityProbe, ParityRecord
@@ -59,8 +59,15 @@ class Comparison:
 
 
 def load(backbone: str) -> Backbone:
-    """The backbone as the engine runs it, on the CPU and in fp32, as the reference does."""
-    return load_backbone(backbone, device="cpu", dtype="float32")
+    """The backbone as the engine runs it, on the CPU and in fp32, as the reference does. Raises BackboneRefused."""
+    loaded = load_backbone(backbone, device="cpu", dtype="float32")
+    if loaded.spec.kind == "encoder-decoder":
+        raise BackboneRefused(
+            f"{loaded.spec.name} is an encoder-decoder: its adapters are not converted or verified yet.",
+            param="backbone",
+            remedy="Upload the adapter as it is: the server's reader and admission probe check it.",
+        )
+    return loaded
 
 
 def verify(

@@ -10,13 +10,14 @@ positions, and the largest error may be three times PEFT's largest.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora.variants import calculate_alora_offsets
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,8 +32,8 @@ from serving.offline.lowering import to_delta
 from serving.offline.peft_source import changes_of, load_adapter, method_of
 from tests.cases import Case, quiet, tiny_backbone
 from tests.contract.bottleneck import Bottleneck
-from tests.contract.forced import Row, errors
-from tests.families import CONFIGS, ENCODERS, Encoder, Family
+from tests.contract.forced import Given, Row, errors
+from tests.families import CONFIGS, ENCODERS, SEQ2SEQ, AnyFamily, Family
 
 BOTTLENECKS = (
     Bottleneck("seq_bn", "relu", 8),
@@ -50,7 +51,7 @@ EFFECT = 0.05  # a delta that moves no logit by this much does nothing, and woul
 UNROUNDED = ("mixtral", "qwen3_moe")
 
 
-Prompts = Sequence[list[int]]
+Prompts = Sequence[Given]
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Expected:
     own_rms: float | None
 
 
-def base_model(family: Family | Encoder, dtype: torch.dtype) -> PreTrainedModel:
+def base_model(family: AnyFamily, dtype: torch.dtype) -> PreTrainedModel:
     """The tiny backbone with weights that `dtype` holds exactly, in `dtype`."""
     return tiny_backbone(family).to(torch.bfloat16 if dtype == torch.bfloat16 else dtype)
 
@@ -87,26 +88,45 @@ def peft_outputs(
         model = PeftModel.from_pretrained(base, str(directory)).eval()
         found = []
         for prompt in prompts:
-            with _invoked(model, torch.tensor([prompt])):
+            with _invoked(model, torch.tensor([prompt.tokens])):
                 found.append(outputs_of(model, body, case.family, prompt, **case.forward))
         return found
 
 
 @torch.no_grad()
 def outputs_of(
-    model: nn.Module, body: nn.Module, family: Family | Encoder, prompt: list[int], **arguments: Tensor
+    model: nn.Module, body: nn.Module, family: AnyFamily, prompt: Given, **arguments: Tensor
 ) -> Tensor:
     """Logits [T, V] of the prompt's tokens; on an encoder the final hidden states [T, d] that `body` computes."""
+    tokens = torch.tensor([prompt.tokens])
+    if family in SEQ2SEQ:
+        adapted, read = read_by_encoder(model, torch.tensor([prompt.source]), arguments)
+        return adapted(decoder_input_ids=tokens, use_cache=False, **read).logits[0]
     if family not in ENCODERS:
-        out = model(input_ids=torch.tensor([prompt]), use_cache=False, **arguments)
-        return out.logits[0, -len(prompt) :]
+        out = model(input_ids=tokens, use_cache=False, **arguments)
+        return out.logits[0, -len(prompt.tokens) :]
     states: list[Tensor] = []
     handle = body.register_forward_hook(lambda _module, _args, out: states.append(out.last_hidden_state[0]))
     try:
-        model(input_ids=torch.tensor([prompt]), **arguments)
+        model(input_ids=tokens, **arguments)
     finally:
         handle.remove()
-    return states[-1][-len(prompt) :]
+    return states[-1][-len(prompt.tokens) :]
+
+
+def read_by_encoder(
+    model: nn.Module, source: Tensor, arguments: Mapping[str, Tensor]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder-decoder to call, and how it reads `source`: under a multitask prompt as PEFT's `generate` has it.
+
+    PEFT's `forward` also puts rows before the decoder's tokens there, which its `generate` does not.
+    """
+    config = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    if config is None or config.peft_type != PeftType.MULTITASK_PROMPT_TUNING:
+        return model, {"input_ids": source, **arguments}
+    prompt = model.get_prompt(batch_size=1, **arguments)[:, : config.num_virtual_tokens]
+    embedded = torch.cat([prompt, model.word_embeddings(source)], dim=1)
+    return model.get_base_model(), {"inputs_embeds": embedded}
 
 
 def _invoked(model: PeftModel, ids: Tensor) -> AbstractContextManager[None]:
@@ -130,11 +150,11 @@ def bottleneck_logits(
     """Logits [T, V] per prompt of a bottleneck by formula; fp32 is computed in float64."""
     model = base_model(family, weights).to(torch.float64 if dtype == torch.float32 else dtype)
     model.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
-    return [adapter.logits(directory, family, model, prompt) for prompt in prompts]
+    return [adapter.logits(directory, family, model, prompt.tokens) for prompt in prompts]
 
 
 def bare_outputs(
-    family: Family | Encoder, weights: torch.dtype, dtype: torch.dtype, prompts: Prompts
+    family: AnyFamily, weights: torch.dtype, dtype: torch.dtype, prompts: Prompts
 ) -> list[Tensor]:
     """What `outputs_of` says of the stock model without a delta."""
     model = base_model(family, weights).to(dtype)
@@ -147,9 +167,7 @@ def served(directory: Path, backbone: Backbone) -> PlacedDelta:
     return place(from_canonical(stored.manifest, stored.tensors), stored.digest, backbone)
 
 
-def converted(
-    directory: Path, family: Family | Encoder, dtype: torch.dtype, backbone: Backbone
-) -> PlacedDelta:
+def converted(directory: Path, family: AnyFamily, dtype: torch.dtype, backbone: Backbone) -> PlacedDelta:
     """As `served`, for what only `deltamux convert` makes an upload of: each module probed under PEFT."""
     with quiet():
         adapted, _ = load_adapter(base_model(family, dtype).float(), directory)
@@ -170,7 +188,7 @@ def expected(method: Method, dtype: torch.dtype, prompts: Prompts) -> Expected:
 
 
 def rows_for(
-    found: Sequence[Method], chunk: int = 1 << 30, *, family: Family | Encoder = "llama"
+    found: Sequence[Method], chunk: int = 1 << 30, *, family: AnyFamily = "llama"
 ) -> list[list[Row]]:
     """Per method, rows of different lengths; the same tokens whatever the order in which they run.
 
@@ -183,13 +201,14 @@ def rows_for(
         for _ in range(PROMPTS):
             prefill, decode = draw.randint(3, 17), draw.randint(4, 7)
             tokens = [draw.randrange(97) for _ in range(prefill + decode)]
+            source = tuple(draw.randrange(97) for _ in range(draw.randint(1, 17) * (family in SEQ2SEQ)))
             if family in ENCODERS:
                 prefill, tokens = len(tokens), [2 if token == SKIPPED else token for token in tokens]
             if method.delta is not None:
                 for positions in method.delta.positions:
                     if isinstance(positions, FromInvocation):
                         _invoke(tokens, positions.tokens, len(mine))
-            mine.append(Row(method.name, tokens, prefill, method.delta, chunk))
+            mine.append(Row(method.name, tokens, prefill, method.delta, chunk, source=source))
         rows.append(mine)
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,19 @@ from serving.engine.sequence import Sequence as EngineSequence
 from serving.model.programs import PlacedDelta
 
 
+class Given(NamedTuple):
+    """What a model is given: tokens, and on an encoder-decoder, whose decoder's they are, what its encoder reads."""
+
+    tokens: list[int]
+    source: tuple[int, ...] = ()
+
+
 @dataclass(eq=False)
 class Row:
-    """`tokens` of one request; the first `num_prefill` run at once, in chunks of `chunk`, the others one by one."""
+    """`tokens` of one request; the first `num_prefill` run at once, in chunks of `chunk`, the others one by one.
+
+    `source`: what an encoder-decoder's encoder reads; `tokens` are its decoder's then.
+    """
 
     name: str
     tokens: list[int]
@@ -26,6 +37,11 @@ class Row:
     delta: PlacedDelta | None
     chunk: int = 1 << 30
     logits: list[Tensor] = field(default_factory=list)
+    source: tuple[int, ...] = ()
+
+    @property
+    def given(self) -> Given:
+        return Given(self.tokens, self.source)
 
     def counts(self) -> list[int]:
         chunks = [min(self.chunk, self.num_prefill - at) for at in range(0, self.num_prefill, self.chunk)]
@@ -37,17 +53,17 @@ def run(runner: Runner, rows: Sequence[Row]) -> None:
 
     On an encoder, their final hidden states.
     """
-    generates = runner.backbone.spec.kind == "decoder"
+    generates = runner.backbone.spec.kind != "encoder"
     sequences, plans = [], []
     for slot, row in enumerate(rows):
         request = Request(
             request_id=str(slot),
-            prompt_token_ids=tuple(row.tokens),
+            prompt_token_ids=row.source or tuple(row.tokens),
             sampling=SamplingParams(prompt_logprobs=0 if generates else None),  # 0: logits of every token
             pooling=None if generates else PoolingParams(task=Task.EMBEDDING),
             adapter_digest=None if row.delta is None else row.delta.digest,
         )
-        sequence = EngineSequence(request, list(row.tokens), state=row)
+        sequence = EngineSequence(request, list(row.tokens), state=row, source=row.source)
         sequence.admit(slot, row.delta)
         sequence.max_len = len(row.tokens)
         sequence.pooled_tokens = range(0 if generates else len(row.tokens))

@@ -99,7 +99,7 @@ def test_mixed_batch_equals_reference(
     )  # fmt: skip
     print(f"{'method':24}" + "".join(f"{column:>15}" for column in columns))
     for index, method in enumerate(found):
-        prompts = [row.tokens for row in alone[index]]
+        prompts = [row.given for row in alone[index]]
         target = expected(method, dtype, prompts)
         references, limit = target.logits, target.limit
         measured = [*worst(alone[index], references), *worst(together[index], references)]

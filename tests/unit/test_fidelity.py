@@ -10,7 +10,7 @@ import pytest
 
 from tests import fidelity
 from tests.cases import Case
-from tests.families import ENCODERS, FAMILIES
+from tests.families import ENCODERS, FAMILIES, SEQ2SEQ
 from tests.method_table import METHODS, TARGETS
 
 
@@ -59,5 +59,5 @@ def test_delta_that_changes_nothing_is_failed(tmp_path: Path, monkeypatch: pytes
 
 
 def test_table_has_every_family_and_no_name_twice() -> None:
-    assert set(TARGETS) == {*FAMILIES, *ENCODERS}
+    assert set(TARGETS) == {*FAMILIES, *ENCODERS, *SEQ2SEQ}
     assert max(Counter(row.name for row in METHODS).values()) == 1

@@ -29,6 +29,7 @@ class FakeDelta:
     device_bytes: int = 0
     prefix_len: int = 0
     num_inserted: int = 0
+    cross_prefix_len: int = 0
     position_offset: int = 0
     positions: frozenset[Positions] = frozenset()
     task: Task = Task.CAUSAL_LM
