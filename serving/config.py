@@ -180,9 +180,9 @@ class Limits(_Group):
     max_body_bytes: int = Field(default=8 * MIB, ge=1)
     """Largest JSON body; a byte more is answered 413."""
     max_n: int = Field(default=16, ge=1)
-    """Largest `n` of a request."""
+    """Largest `n`, and largest `num_beams`, of a request."""
     max_choices: int = Field(default=128, ge=1)
-    """Most choices of one request: its prompts times `n`; and most inputs of one to a task head."""
+    """Most choices of one request: its prompts times `n` or `num_beams`; most inputs of a task head's."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Longest duration of one request, from its first byte to its last."""
     first_token_timeout_s: float | None = Field(default=None, gt=0)

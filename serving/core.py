@@ -10,7 +10,7 @@ from array import array
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from adapters.errors import ErrorInfo, InvalidRequest
 from adapters.tasks import ProblemType, Task
@@ -37,8 +37,29 @@ class ServiceClass(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BeamParams:
+    """Beam search as transformers' `generate` does it: `width` beams, and the best `num_returned` hypotheses.
+
+    A hypothesis is worth its log-probability divided by its length ** `length_penalty`. The search ends with
+    `early_stopping` True once `width` of them are finished; False: once the best beam is not worth more, at the length
+    it has, than the worst of these; "never": at no length that it may reach. Raises InvalidRequest naming the field
+    that is out of range.
+    """
+
+    width: int
+    num_returned: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        _within("num_beams", self.width, 2, 16)
+        _within("n", self.num_returned, 1, self.width)
+        _within("length_penalty", self.length_penalty, -5.0, 5.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """How tokens are drawn, or with `beams` searched for.
 
     `max_tokens` None: as many as the context holds. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
 
@@ -61,6 +82,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    beams: BeamParams | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -85,6 +107,30 @@ class SamplingParams:
                 param="stop",
                 remedy="Send at most 16 strings of 1 to 256 characters.",
             )
+        if self.beams is not None:
+            self._refuse_beside_beams()
+
+    def _refuse_beside_beams(self) -> None:
+        """A search compares whole hypotheses by the model's own probabilities; it does not draw."""
+        idle = SamplingParams(temperature=0.0)
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "stop",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "logit_bias",
+            "logprobs",
+        ):
+            if getattr(self, name) != getattr(idle, name):
+                raise InvalidRequest(
+                    f"{name}: not supported with beam search.",
+                    param=name,
+                    remedy=f"Leave out {name} or num_beams.",
+                )
 
 
 ROUTES: Mapping[Task, str] = {
@@ -276,7 +322,8 @@ class TokenEvent:
     """New tokens of one request. `finish_reason` is set on the last event and only there.
 
     `text` is what became printable with these tokens; it can be empty while a character is incomplete. `pooled` is the
-    whole answer to a request with `pooling`, in its only event of this kind.
+    whole answer to a request with `pooling`, in its only event of this kind. With beam search, `num_searched` tokens
+    were computed, and the last event has the `hypotheses`, best first, each like the only event of a request.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -285,6 +332,8 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: ErrorInfo | None = None
     pooled: Pooled | None = None
+    num_searched: int = 0
+    hypotheses: tuple[TokenEvent, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ class GatewayMetrics:
         )
         self.time_to_first_token_seconds = Histogram(
             "deltamux_time_to_first_token_seconds",
-            "Time from a call's start to its first generated token, per choice.",
+            "Time from a call's start to its first generated token, per choice, beam searches aside.",
             buckets=_FIRST_TOKEN_S,
             registry=registry,
         )

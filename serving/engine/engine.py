@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Tokenizer
@@ -24,26 +23,24 @@ from adapters.normal_form import Delta
 from serving.config import Engine as EngineSettings
 from serving.core import (
     AdmissionProof,
-    Alternative,
     Event,
     FinishReason,
     Pooled,
-    PromptEvent,
     Request,
     TokenEvent,
-    TokenLogprobs,
 )
+from serving.engine.answers import Answers, RowState
+from serving.engine.beam import Beams, Candidate, search
 from serving.engine.deltas import DeltaManager
-from serving.engine.detokenizer import TextStream
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
 from serving.engine.merging import CONSUMER as MERGED
 from serving.engine.merging import HotMerge
-from serving.engine.pooling import PoolState, advance
+from serving.engine.pooling import advance
 from serving.engine.prefix_cache import PrefixKeys
 from serving.engine.rules import GenerationRules
 from serving.engine.runner import RowOutput, Runner
-from serving.engine.sampler import Sampled, SamplerState, sample, token_logprobs
+from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.sequence import Sequence, max_total_len, refuse_unanswerable, require_readable
 from serving.engine.waiting import FirstComeQueue, WaitingQueue
@@ -57,17 +54,6 @@ log = logging.getLogger(__name__)
 Publish = Callable[[Seq[tuple[str, Event]]], None]
 
 INTERNAL_ERROR = ErrorInfo("DeltamuxError", "The engine failed on this request.", None, "Send it again.")
-
-
-@dataclass(slots=True)
-class RowState:
-    """What the engine keeps of one request beside its tokens."""
-
-    sampler: SamplerState
-    text: TextStream | None
-    prompt_logprobs: list[TokenLogprobs | None]
-    announced: bool = False
-    pool: PoolState | None = None
 
 
 class Engine:
@@ -87,7 +73,7 @@ class Engine:
         self.metrics = metrics
         self._publish = publish
         self._events: list[tuple[str, Event]] = []
-        self._tokenizer: Tokenizer | None = getattr(backbone.tokenizer, "backend_tokenizer", None)
+        tokenizer: Tokenizer | None = getattr(backbone.tokenizer, "backend_tokenizer", None)
         self.budget = MemoryBudget(settings.memory_bytes or _auto_memory(backbone.device))
         self.runner = Runner(backbone, num_slots=settings.max_num_seqs, max_len=self.max_len)
         self.runner.merging = self.merging = HotMerge(
@@ -96,6 +82,7 @@ class Engine:
         self.rules: GenerationRules | None = None
         if backbone.spec.kind == "encoder-decoder":
             self.rules = GenerationRules(backbone.model, backbone.eos_token_ids)
+        self._answers = Answers(tokenizer, backbone.eos_token_ids, self.rules)
         self._wake = threading.Event()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         host = HostCache(load_delta, settings.host_cache_bytes)
@@ -149,7 +136,7 @@ class Engine:
             try:
                 outputs = self.runner.run(rows)
                 sampled = self._sample(outputs)
-                answers = advance(outputs)
+                answers, found = advance(outputs), search(outputs)
             except Exception:  # whatever a kernel raises ends the requests of this batch, never the engine
                 log.exception("a step of %d rows failed", len(rows))
                 for seq, _ in rows:
@@ -158,13 +145,15 @@ class Engine:
                 self._advance(outputs, sampled)
                 for seq, answer in answers.items():
                     self._answer(seq, answer)
+                for seq, candidates in found.items():
+                    self._branch(seq, candidates)
                 self.metrics.step_seconds.observe(time.perf_counter() - started)
         self._finish_releases()
         self._flush()
         return bool(rows)
 
     def _sample(self, outputs: Seq[RowOutput]) -> dict[Sequence, Sampled]:
-        ready = [(row.seq, logits) for row, logits, _ in outputs if row.samples]
+        ready = [(row.seq, logits) for row, logits, _ in outputs if row.samples and not row.seq.together]
         if not ready:
             return {}
         last_RV = torch.cat([logits[-1:] for _, logits in ready])
@@ -173,7 +162,7 @@ class Engine:
 
     def _advance(self, outputs: Seq[RowOutput], sampled: dict[Sequence, Sampled]) -> None:
         for (seq, count), logits, _ in outputs:
-            self._collect_prompt_logprobs(seq, count, logits)
+            self._answers.note_prompt(seq, count, logits)
             seq.num_computed += count
             if seq in sampled:
                 self._append(seq, sampled[seq])
@@ -183,33 +172,33 @@ class Engine:
         if drawn.token_id < 0:
             self._fail(seq)
             return
-        state: RowState = seq.state
-        if not state.announced:
-            self._announce(seq)
+        self._announce(seq)
         seq.tokens.append(drawn.token_id)
         self.metrics.generated_tokens.inc()
-        text = state.text.push(drawn.token_id) if state.text else ""
-        params = seq.request.sampling
-        ends = drawn.token_id in params.stop_token_ids or (
-            drawn.token_id in self.backbone.eos_token_ids and not params.ignore_eos
-        )
-        reason = None
-        if ends or (state.text and state.text.stopped):
-            reason = FinishReason.STOP
-        elif len(seq.tokens) >= seq.max_len:
-            reason = FinishReason.LENGTH
-        if reason is not None and state.text:
-            text += state.text.flush()
-        event = TokenEvent(
-            token_ids=(drawn.token_id,),
-            text=text,
-            logprobs=() if drawn.logprobs is None else (self._with_text(drawn.logprobs),),
-            finish_reason=reason,
-        )
-        if reason is None:
+        event = self._answers.token(seq, drawn)
+        if event.finish_reason is None:
             self._events.append((seq.request.request_id, event))
         else:
-            self._end(seq, reason, event=event)
+            self._end(seq, event.finish_reason, event=event)
+
+    def _branch(self, seq: Sequence, candidates: list[Candidate] | None) -> None:
+        """Take one step of a search: its rows go on as the best beams, or it ends with the best hypotheses."""
+        beams: Beams = seq.state.beams
+        if candidates is None:
+            self._fail(seq)
+            return
+        seq.answered = True
+        self._announce(seq)
+        for copy in beams.advance(candidates):
+            self.scheduler.kv.copy(*copy)
+        width = len(seq.rows)
+        self.metrics.generated_tokens.inc(width)
+        if not beams.done:
+            self._events.append((seq.request.request_id, TokenEvent(num_searched=width)))
+            return
+        event = self._answers.found(seq, beams.finished[: beams.params.num_returned], width)
+        assert event.finish_reason is not None
+        self._end(seq, event.finish_reason, event=event)
 
     def _answer(self, seq: Sequence, answer: Pooled | InvalidRequest | None) -> None:
         """End a request that its delta's head has answered."""
@@ -223,39 +212,16 @@ class Engine:
         self._announce(seq)
         self._end(seq, FinishReason.STOP, event=TokenEvent(pooled=answer, finish_reason=FinishReason.STOP))
 
-    # -- what a request's first and last events carry -----------------------------------------------------------
-
     def _announce(self, seq: Sequence) -> None:
         state: RowState = seq.state
+        if state.announced:
+            return
         state.announced = True
-        logprobs = tuple(state.prompt_logprobs) if seq.wants_prompt_logits else None
-        event = PromptEvent(
-            prompt_token_ids=seq.request.prompt_token_ids, logprobs=logprobs, num_cached_tokens=seq.num_cached
-        )
-        self._events.append((seq.request.request_id, event))
+        self._events.append((seq.request.request_id, self._answers.prompt(seq)))
         self.metrics.prompt_tokens.inc(len(seq.request.prompt_token_ids))
         if seq.num_cached:
             self.metrics.prefix_hits.inc()
             self.metrics.prefix_tokens.inc(seq.num_cached)
-
-    def _collect_prompt_logprobs(self, seq: Sequence, count: int, logits: torch.Tensor) -> None:
-        """Token i + 1 is scored by the logits of token i; the first token has no score."""
-        wanted = seq.request.sampling.prompt_logprobs
-        if wanted is None or seq.num_computed >= seq.num_prompt:
-            return
-        known: list[TokenLogprobs | None] = seq.state.prompt_logprobs
-        for offset in range(count):
-            position = seq.num_computed + offset + 1
-            if len(known) <= position < seq.num_prompt:  # after a preemption they come a second time
-                known.append(self._with_text(token_logprobs(logits[offset], seq.tokens[position], wanted)))
-
-    def _with_text(self, found: TokenLogprobs) -> TokenLogprobs:
-        return TokenLogprobs(self._decoded(found.chosen), tuple(self._decoded(item) for item in found.top))
-
-    def _decoded(self, item: Alternative) -> Alternative:
-        if self._tokenizer is None:
-            return item
-        return replace(item, text=self._tokenizer.decode([item.token_id], skip_special_tokens=False))
 
     def _end(
         self,
@@ -281,7 +247,7 @@ class Engine:
         if self._events:
             events, self._events = self._events, []
             self._publish(events)
-        self.metrics.requests_running.set(len(self.scheduler.running))
+        self.metrics.requests_running.set(sum(seq.leads for seq in self.scheduler.running))
         self.metrics.requests_waiting.set(len(self.scheduler.queue))
         self.metrics.merged_bytes.set(self.budget.used_by(MERGED))
         self.metrics.kv_usage.set(self.scheduler.kv.usage)
@@ -300,7 +266,18 @@ class Engine:
         else:
             require_readable(len(request.prompt_token_ids), self.max_len)
             max_total_len(len(self.rules.start_tokens), request.max_tokens, self.max_len, begins=True)
+        self._refuse_too_wide(request)
         self._post(lambda: self._enqueue(request))
+
+    def _refuse_too_wide(self, request: Request) -> None:
+        beams, limits = request.sampling.beams, self.scheduler.limits
+        room = min(self.runner.cache.num_slots, limits.max_num_batched_tokens)
+        if beams is not None and beams.width > room:
+            raise InvalidRequest(
+                f"num_beams: got {beams.width}, the server has room for {room}.",
+                param="num_beams",
+                remedy="Ask for fewer beams.",
+            )
 
     def cancel(self, request_id: str) -> None:
         """End a request within one step. Unknown and ended ones are left alone."""
@@ -365,17 +342,7 @@ class Engine:
             self._inbox.get()()
 
     def _enqueue(self, request: Request) -> None:
-        text, rules, begin = None, self.rules, request.prompt_token_ids
-        if rules is not None:
-            begin = rules.start_tokens
-        if self._tokenizer is not None and request.pooling is None:
-            text = TextStream(self._tokenizer, begin, request.sampling.stop)
-        state = RowState(SamplerState(request.sampling, begin), text, [None])
-        if request.pooling is not None:
-            state.pool = PoolState()
-        seq = Sequence(request, list(begin), state, source=() if rules is None else request.prompt_token_ids)
-        if rules is not None and not rules.demands_nothing:
-            state.sampler.rules = lambda logits: rules.apply(seq.tokens, logits, seq.max_len)
+        seq = self._answers.begin(request)
         self._live[request.request_id] = seq
         try:
             self.scheduler.add(seq)

@@ -28,8 +28,8 @@ EMPTY_WORTH = 0.0
 class KVStorage(Protocol):
     """The tensors behind the accounting."""
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` entries of one slot to another."""
+    def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        """Copy entries [start, stop) of one slot to the same places of another."""
         ...
 
     def clear(self, slot: int) -> None:
@@ -38,19 +38,23 @@ class KVStorage(Protocol):
 
 
 class Opened(NamedTuple):
-    """A slot for a request; its first `num_cached` tokens, and the virtual ones before them, are there already."""
+    """A slot for a request; its first `num_cached` tokens, and the virtual ones before them, are there already.
+
+    `beside`: slots with as much room and nothing in them.
+    """
 
     slot: int
     num_cached: int
+    beside: tuple[int, ...] = ()
 
 
 class KVManager(Protocol):
     """Room for keys and values."""
 
-    def max_entries(self, beside_bytes: int, num_read: int = 0) -> int:
-        """The longest that one request can become, virtual tokens included, when it needs a delta of that size.
+    def max_entries(self, beside_bytes: int, num_slots: int = 1, num_read: int = 0) -> int:
+        """The longest that each of so many slots can become, virtual tokens included, beside a delta of that size.
 
-        `num_read` entries, those of an encoder-decoder's prompt, take memory beside it.
+        `num_read` entries of each, those of an encoder-decoder's prompt, take memory beside it.
         """
         ...
 
@@ -60,12 +64,23 @@ class KVManager(Protocol):
         ...
 
     def open(
-        self, chain: HashChain | None, tokens: list[int], prefix_len: int, *, headroom: int
+        self,
+        chain: HashChain | None,
+        tokens: list[int],
+        prefix_len: int,
+        *,
+        headroom: int,
+        num_beside: int = 0,
     ) -> Opened | None:
         """Room for a request's `tokens` so far; None while there is none. A chain means: reuse what is there.
 
-        `headroom`: blocks that must stay obtainable, so that running requests can grow.
+        `headroom`: blocks that must stay obtainable, so that running requests can grow. `num_beside`: how many more
+        slots the request needs.
         """
+        ...
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Copy entries [start, stop) between two slots of a request; `target` has room for them."""
         ...
 
     def will_be_cached(self, chain: HashChain, tokens: list[int]) -> int:
@@ -118,12 +133,12 @@ class SlotKVManager:
         self._retained: OrderedDict[int, None] = OrderedDict()  # those with published blocks, last used last
         budget.register(CONSUMER, self)
 
-    def max_entries(self, beside_bytes: int, num_read: int = 0) -> int:
+    def max_entries(self, beside_bytes: int, num_slots: int = 1, num_read: int = 0) -> int:
         """See `KVManager`."""
         room = self.budget.capacity_bytes - beside_bytes
         if not self.block_bytes:  # nothing is kept of an encoder's rows
             return self.max_len if room >= 0 else 0
-        return min(self.max_len, room // self.block_bytes * BLOCK_TOKENS - num_read)
+        return min(self.max_len, room // (self.block_bytes * num_slots) * BLOCK_TOKENS - num_read)
 
     @property
     def num_free_slots(self) -> int:
@@ -139,10 +154,16 @@ class SlotKVManager:
     # -- a request comes, grows and goes ------------------------------------------------------------------------
 
     def open(
-        self, chain: HashChain | None, tokens: list[int], prefix_len: int, *, headroom: int
+        self,
+        chain: HashChain | None,
+        tokens: list[int],
+        prefix_len: int,
+        *,
+        headroom: int,
+        num_beside: int = 0,
     ) -> Opened | None:
         """See `KVManager`."""
-        if not self.num_free_slots:
+        if self.num_free_slots <= num_beside:
             return None
         blocks: int = 0
         holders: list[int] = []
@@ -151,6 +172,7 @@ class SlotKVManager:
         target = self._choose(blocks, holders)
         source = target if target in holders else next(iter(holders), None)
         needed = _num_blocks(prefix_len + len(tokens))
+        headroom += num_beside * needed
         if not self._claim(target, source, needed, headroom):
             # a retained slot can't both stay and be copied: continue in it
             if source is None or source in self._live or not self._claim(source, source, needed, headroom):
@@ -169,7 +191,26 @@ class SlotKVManager:
             hashes = chain.blocks(tokens, len(tokens) // BLOCK_TOKENS)
             self.index.publish(target, hashes[:blocks])
             self.index.expect(target, hashes[blocks:])
-        return Opened(target, blocks * BLOCK_TOKENS)
+        beside = tuple(self._open_beside(needed) for _ in range(num_beside))
+        return Opened(target, blocks * BLOCK_TOKENS, beside)
+
+    def _open_beside(self, blocks: int) -> int:
+        """A slot for as many blocks, for which there is room: it takes no more than these."""
+        slot = self._choose(0, [])
+        self._take(slot)
+        if self._slots[slot].committed > blocks:
+            self._wipe(slot)
+            self._empty.remove(slot)
+        self.index.truncate(slot, 0)
+        self._slots[slot].hits = 0
+        reserved = self._commit(slot, blocks)
+        assert reserved, "room that was promised is gone"
+        self._live.add(slot)
+        return slot
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """See `KVManager`."""
+        self._storage.copy(source, target, stop, start)
 
     def will_be_cached(self, chain: HashChain, tokens: list[int]) -> int:
         """See `KVManager`."""

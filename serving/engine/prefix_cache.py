@@ -62,16 +62,22 @@ class PrefixKeys:
 
 
 class HashChain:
-    """The hashes of one sequence's full blocks, made as they are asked for."""
+    """The hashes of one sequence's full blocks, made as they are asked for.
 
-    __slots__ = ("_hashes", "_root")
+    `num_fixed`: how many tokens there can be hashes of, None for all; those that follow may change.
+    """
 
-    def __init__(self, root: bytes) -> None:
+    __slots__ = ("_hashes", "_max_blocks", "_root")
+
+    def __init__(self, root: bytes, num_fixed: int | None = None) -> None:
         self._root = root
+        self._max_blocks = None if num_fixed is None else num_fixed // BLOCK_TOKENS
         self._hashes: list[bytes] = []
 
     def blocks(self, tokens: Sequence[int], count: int) -> list[bytes]:
-        """The hashes of the first `count` blocks of `tokens`, which only ever grow."""
+        """The hashes of the first `count` blocks of `tokens`, which only ever grow, or of as many as there can be."""
+        if self._max_blocks is not None:
+            count = min(count, self._max_blocks)
         for index in range(len(self._hashes), count):
             parent = self._hashes[-1] if self._hashes else self._root
             block = tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]

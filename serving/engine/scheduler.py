@@ -4,6 +4,9 @@ Continuous batching with chunked prefill, within one token budget a step: first 
 each where they decode, then waiting ones are admitted in the queue's order. A request whose delta is still loading is
 passed over, so a cold delta delays nobody else; so is one whose prompt a running request is about to compute.
 
+The rows of a search (`Sequence.together`) come, run and go as one: the first computes what they have in common, the
+others get a copy of it, and from then on their last tokens run in the same step or not at all.
+
 Nothing is reserved for tokens that are not there yet. Where a running request finds no room to grow, the lowest and
 youngest one is preempted: slot and lease are freed, its tokens are kept and computed again later.
 """
@@ -88,14 +91,26 @@ class _Step:
     rows: dict[Sequence, int] = field(default_factory=dict)
 
     def run(self, seq: Sequence) -> None:
-        """Compute as much of `seq` as the budget allows, or all of it."""
-        self.rows[seq] = seq.num_pending if self.whole_rows else min(seq.num_pending, self.budget)
-        self.budget -= self.rows[seq] + seq.num_to_encode
+        """Compute as much of a request as the budget allows, or all of it."""
+        if not seq.together:
+            self._take(seq, seq.num_pending if self.whole_rows else min(seq.num_pending, self.budget))
+        elif behind := [row for row in seq.together if row.num_pending > 1]:
+            for row in behind[:1] if behind[0].leads else behind:  # the others begin with a copy of the first
+                if self.budget > 0:
+                    self._take(row, min(row.num_pending - 1, self.budget))
+        elif self.budget >= len(seq.together):
+            for row in seq.together:
+                self._take(row, 1)
+
+    def _take(self, row: Sequence, num_tokens: int) -> None:
+        self.rows[row] = num_tokens
+        self.budget -= num_tokens + _num_to_encode(row)
 
     def drop(self, seq: Sequence) -> None:
-        """Leave `seq` out after all."""
-        if seq in self.rows:
-            self.budget += self.rows.pop(seq) + seq.num_to_encode
+        """Leave a request out after all."""
+        for row in seq.rows:
+            if row in self.rows:
+                self.budget += self.rows.pop(row) + _num_to_encode(row)
 
 
 class _Outcome(Enum):
@@ -151,6 +166,7 @@ class Scheduler:
         failed = self._refuse_expired(now_s)
         for seq in self.running:
             self._publish(seq)
+            self._share(seq)
         step = _Step(self.limits.max_num_batched_tokens, self.limits.whole_rows)
         self._continue_running(step)
         carried = list(step.rows)
@@ -164,11 +180,17 @@ class Scheduler:
     def _continue_running(self, step: _Step) -> None:
         # Decodes first: a running stream is never starved by somebody's long prompt. Then the highest class and the
         # oldest, so that whoever is preempted for room comes later in this loop.
-        for seq in sorted(self.running, key=lambda seq: (seq.num_pending > 1, *_priority(seq))):
-            while seq.slot >= 0 and not self.kv.grow(seq.slot, seq.num_beside + len(seq.tokens)):
+        requests = [seq for seq in self.running if seq.leads]
+        for seq in sorted(
+            requests, key=lambda seq: (any(row.num_pending > 1 for row in seq.rows), *_priority(seq))
+        ):
+            while seq.slot >= 0 and not self._grow(seq):
                 self._preempt(max(self.running, key=_priority), step)
             if seq.slot >= 0 and step.budget > 0:
                 step.run(seq)
+
+    def _grow(self, seq: Sequence) -> bool:
+        return all(self.kv.grow(row.slot, row.num_beside + len(row.tokens)) for row in seq.rows)
 
     def _admit_waiting(self, step: _Step, failed: list[Failed], now_s: float) -> None:
         """Admit while there is room.
@@ -190,8 +212,10 @@ class Scheduler:
                 failed.append(Failed(seq, error))
                 continue
             if outcome is _Outcome.ADMITTED:
+                self._share(seq)
                 step.run(seq)
-                self._charge(seq, step.rows[seq])
+                for row in seq.rows:
+                    self._charge(row, step.rows.get(row, 0))
             elif outcome is _Outcome.CROWDED and not crowded and self._is_overdue(seq, now_s):
                 crowded, closed = True, self._delta_with_fewest_rows()
                 if closed is None:  # no delta to drain: what runs must end first
@@ -202,7 +226,8 @@ class Scheduler:
     def _admit(self, seq: Sequence, step: _Step, now_s: float) -> _Outcome:
         """Try to admit `seq`, in the place of running requests that should yield to it if need be."""
         while True:
-            outcome = self._try_admit(seq, now_s) if self.kv.num_free_slots else _Outcome.FULL
+            fits = self.kv.num_free_slots >= len(seq.rows)
+            outcome = self._try_admit(seq, now_s) if fits else _Outcome.FULL
             if outcome is not _Outcome.FULL:
                 return outcome
             yielding = [
@@ -228,11 +253,12 @@ class Scheduler:
         return outcome
 
     def _open(self, seq: Sequence, delta: LeasedDelta | None, *, overdue: bool) -> _Outcome:
-        """Give `seq` its slot, with whatever of its prompt is known already."""
+        """Give `seq` a slot for each row, the first with whatever of its prompt is known already."""
         request = seq.request
         prefix_len = 0 if delta is None else delta.prefix_len
         num_read = seq.num_read(delta)
-        room = self.kv.max_entries(0 if delta is None else delta.device_bytes, num_read) - prefix_len
+        room = self.kv.max_entries(0 if delta is None else delta.device_bytes, len(seq.rows), num_read)
+        room -= prefix_len
         if seq.source:
             require_readable(len(seq.source), self.limits.max_read - num_read + len(seq.source))
         elif delta is not None:
@@ -247,19 +273,26 @@ class Scheduler:
                 position_offset=0 if delta is None else delta.position_offset,
                 cuts=seq.cuts_of(delta),
             )
-            seq.chain = HashChain(root)
+            seq.chain = HashChain(root, num_fixed=seq.num_prompt if seq.together else None)
         reused = None if seq.needs_whole_prompt else seq.chain
         if reused and not overdue and 2 * self.kv.will_be_cached(reused, seq.tokens) >= len(seq.tokens):
             return _Outcome.LATER
-        opened = self.kv.open(reused, seq.tokens, prefix_len + num_read, headroom=len(self.running))
+        opened = self.kv.open(
+            reused,
+            seq.tokens,
+            prefix_len + num_read,
+            headroom=len(self.running),
+            num_beside=len(seq.rows) - 1,
+        )
         if opened is None:
             return _Outcome.FULL
-        seq.admit(opened.slot, delta)
+        for row, slot in zip(seq.rows, (opened.slot, *opened.beside), strict=True):
+            row.admit(slot, delta)
+            self.running.append(row)
         seq.num_computed = opened.num_cached
         if seq.num_generated == 0:
             seq.num_cached = opened.num_cached
         self._leave_queue(seq)
-        self.running.append(seq)
         self._num_admitted += 1
         return _Outcome.ADMITTED
 
@@ -272,7 +305,9 @@ class Scheduler:
                 f"{len(self.queue)} requests are waiting, which is the limit.", remedy="Try again later."
             )
         self._refuse_in_vain(seq)
-        seq.arrival_s, seq.order = self._clock(), next(self._arrivals)
+        now_s, order = self._clock(), next(self._arrivals)
+        for row in seq.rows:
+            row.arrival_s, row.order = now_s, order
         self.queue.add(seq)
         digest = seq.request.adapter_digest
         self._awaited[digest] += 1
@@ -280,9 +315,9 @@ class Scheduler:
             self.leases.prefetch(digest)
 
     def finish(self, seq: Sequence, *, failed: bool = False) -> None:
-        """Free the slot and the lease of a running request, or drop a waiting one.
+        """Free the slots and the lease of a running request, of which `seq` is any row, or drop a waiting one.
 
-        `failed`: its numbers went wrong, so nothing of its slot may be seen by anyone again.
+        `failed`: its numbers went wrong, so nothing of its slots may be seen by anyone again.
         """
         if seq.slot >= 0:
             self._release(seq, sound=seq.is_sound and not failed)
@@ -293,26 +328,36 @@ class Scheduler:
         """True while a waiting request needs the delta."""
         return self._awaited[digest] > 0
 
-    def _preempt(self, seq: Sequence, step: _Step) -> None:
+    def _preempt(self, row: Sequence, step: _Step) -> None:
+        seq = row.rows[0]
         step.drop(seq)
         self._release(seq, sound=seq.is_sound)
-        seq.num_computed, seq.is_encoded = 0, False
+        for each in seq.rows:
+            each.num_computed, each.is_encoded = 0, False
         self.queue.put_back(seq)
         self._awaited[seq.request.adapter_digest] += 1
         self.num_preemptions += 1
 
     def _release(self, seq: Sequence, *, sound: bool) -> None:
-        if sound:
-            self._publish(seq)
-        self.running.remove(seq)
-        self.kv.close(seq.slot, sound=sound)
+        for row in seq.rows:
+            if sound:
+                self._publish(row)
+            self.running.remove(row)
+            self.kv.close(row.slot, sound=sound)
+            row.slot, row.delta = -1, None
         if seq.request.adapter_digest is not None:
             self.leases.end_lease(seq.request.adapter_digest)
-        seq.slot, seq.delta = -1, None
 
     def _publish(self, seq: Sequence) -> None:
         if seq.chain is not None and seq.is_sound:
             self.kv.publish(seq.slot, seq.chain, seq.tokens, seq.num_computed)
+
+    def _share(self, seq: Sequence) -> None:
+        """When the first row of a search is computed but for its last token, the others get what they have of it."""
+        for row in seq.together[1:] if seq.leads and seq.num_pending == 1 else ():
+            if not row.num_computed and (known := seq.num_common(row)):
+                self.kv.copy(seq.slot, row.slot, 0, row.prefix_len + known)
+                row.num_computed, row.is_encoded = known, seq.is_encoded
 
     def _leave_queue(self, seq: Sequence) -> None:
         self.queue.remove(seq)
@@ -366,3 +411,8 @@ class Scheduler:
 def _priority(seq: Sequence) -> tuple[int, int]:
     """Lower is served first and preempted last: class, then arrival."""
     return CLASS_RANK[seq.request.service_class], seq.order
+
+
+def _num_to_encode(row: Sequence) -> int:
+    """Tokens that the encoder reads for a row: those of a search have one prompt."""
+    return row.num_to_encode if row.leads else 0

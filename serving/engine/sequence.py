@@ -52,7 +52,9 @@ class Sequence:
     admission, and `slot` is -1 outside the batch. `num_charged` tokens were charged to the tenant; `num_cached` is
     what the admission that led to the first token found in the prefix cache. `state` belongs to the engine (sampler,
     detokenizer). `cuts`: where the tokens begin on which other parts of the delta act. `pooled_tokens`: those of the
-    prompt whose final hidden states a task head reads; `answered` when it has.
+    prompt whose final hidden states a task head reads; `answered` when it has, or when all rows of a search had a
+    step. `together`: the rows of one search, which run their last tokens in the same step; the first one stands for
+    the request: it alone is queued, and shares its prompt.
     """
 
     request: Request
@@ -70,6 +72,7 @@ class Sequence:
     cuts: tuple[Cut, ...] = UNCUT
     pooled_tokens: range = range(0)
     answered: bool = False
+    together: tuple[Sequence, ...] = ()
     source: tuple[int, ...] = ()
     is_encoded: bool = False
     num_prompt: int = field(init=False)
@@ -81,7 +84,7 @@ class Sequence:
 
     def admit(self, slot: int, delta: LeasedDelta | None) -> None:
         """Take a slot and a leased delta."""
-        self.slot, self.delta = slot, delta
+        self.slot, self.delta, self.answered = slot, delta, False
         self.cuts = self.cuts_of(delta)
 
     def pool_for(self, delta: LeasedDelta | None, pad_token_id: int | None) -> None:
@@ -149,7 +152,25 @@ class Sequence:
 
         Until then the slot may hold numbers that are not finite, which nobody else may ever read.
         """
+        if self.together:
+            return self.together[0].answered
         return self.answered or (self.num_generated > 0 and self.num_pending == 1)
+
+    @property
+    def rows(self) -> tuple[Sequence, ...]:
+        """All rows of the request."""
+        return self.together or (self,)
+
+    @property
+    def leads(self) -> bool:
+        """True for the row that stands for the request."""
+        return not self.together or self.together[0] is self
+
+    def num_common(self, other: Sequence) -> int:
+        """How many of the computed tokens the other row of the search begins with, too."""
+        known = min(self.num_computed, len(other.tokens) - 1)
+        start = min(self.num_prompt, known)
+        return next((i for i in range(start, known) if self.tokens[i] != other.tokens[i]), known)
 
     @property
     def prefix_len(self) -> int:

@@ -12,14 +12,14 @@ from serving.tenancy.ledger import Tokens
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of one request; a prompt counts once, however many choices it has.
+    """Tokens of one request; a prompt counts once, however many choices it has, and of a beam search every beam's.
 
     `prompt_bounds`: tokens that each prompt can come to at most. `reserved_tokens`: those of prompts and choices.
     `on_surplus` is told, once all prompts are known, how many tokens less they came to than their bounds; negative
     where a bound was too low.
     """
 
-    num_samples: int
+    num_calls: int
     prompt_bounds: list[int]
     reserved_tokens: int
     on_surplus: Callable[[int], object] = lambda _surplus: None
@@ -30,9 +30,9 @@ class Usage:
     def add(self, index: int, event: PromptEvent | TokenEvent) -> None:
         """Count one event of call `index`."""
         if isinstance(event, TokenEvent):
-            self.completion_tokens += len(event.token_ids)
+            self.completion_tokens += len(event.token_ids) + event.num_searched
             return
-        place = index // self.num_samples
+        place = index // self.num_calls
         self.prompt_tokens[place] = len(event.prompt_token_ids)
         # the choices of a prompt share its count, so they share the least that was cached for one of them
         known = self.cached_tokens.get(place, event.num_cached_tokens)

@@ -38,7 +38,7 @@ class Style(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One HTTP request as calls. Calls i * num_samples .. are those of prompt i; a call's place is its `index`.
+    """One HTTP request as calls. Calls i * num_calls .. are those of prompt i; a call's place is its `index`.
 
     `usage` counts while the job runs.
     """
@@ -69,7 +69,12 @@ async def reply(backend: Backend, job: Job, style: Style, metrics: GatewayMetric
                     prompts[index] = event
                 else:
                     outputs[index].append(event)
-    choices = [style.whole(index, prompts[index], _merged(outputs[index])) for index in range(len(job.calls))]
+    answers = [
+        (prompts[index], answer)
+        for index in range(len(job.calls))
+        for answer in outputs[index][-1].hypotheses or (_merged(outputs[index]),)
+    ]
+    choices = [style.whole(place, *answer) for place, answer in enumerate(answers)]
     return {**job.head(style.object_name), "choices": choices, "usage": usage.body()}
 
 

@@ -98,17 +98,17 @@ def generation_router(services: Services) -> APIRouter:
     async def plan(
         request: Request, caller: Principal, body: GenerateBody, prompts: Sequence[_Prompt], id_prefix: str
     ) -> Job:
-        _within_limits(body.num_samples, len(prompts), limits.max_n, limits.max_choices)
+        _within_limits(body, len(prompts), limits.max_n, limits.max_choices)
         info = await services.backbone()
         unit = unit_of(caller, user=body.user, request_id=request.state.request_id)
         target = await resolve(services, caller, body.model, unit=unit)
         set_adapter_digest(request, target.digest)
         # not the x-request-id: callers choose that, and two may choose the same
         job_id = f"{id_prefix}-{uuid.uuid4().hex}"
-        samplings = [body.sampling(sample) for sample in range(body.num_samples)]
+        samplings = [body.sampling(sample) for sample in range(body.num_calls)]
         calls = [
             GenerateCall(
-                request_id=f"{job_id}-{place * body.num_samples + sample}",
+                request_id=f"{job_id}-{place * body.num_calls + sample}",
                 prompt=prompt,
                 sampling=sampling,
                 adapter_digest=target.digest,
@@ -125,7 +125,7 @@ def generation_router(services: Services) -> APIRouter:
             id=job_id,
             model=body.model,
             calls=tuple(calls),
-            usage=planned_usage(prompts, body.num_samples, samplings[0].max_tokens, info),
+            usage=planned_usage(prompts, body.num_calls, body.num_rows, samplings[0].max_tokens, info),
             include_usage=body.include_usage,
             patience=Patience(limits.request_timeout_s, limits.first_token_timeout_s),
         )
@@ -133,21 +133,25 @@ def generation_router(services: Services) -> APIRouter:
     return router
 
 
-def _within_limits(num_samples: int, num_prompts: int, max_n: int, max_choices: int) -> None:
-    if num_samples > max_n:
-        raise InvalidRequest(f"n: got {num_samples}, expected 1 to {max_n}.", param="n")
-    if num_samples * num_prompts > max_choices:
+def _within_limits(body: GenerateBody, num_prompts: int, max_n: int, max_choices: int) -> None:
+    num_rows = body.num_rows
+    if num_rows > max_n:
+        name = "num_beams" if body.searches else "n"
+        raise InvalidRequest(f"{name}: got {num_rows}, expected 1 to {max_n}.", param=name)
+    if num_rows * num_prompts > max_choices:
         raise InvalidRequest(
-            f"prompt: got {num_prompts} prompts times {num_samples}, expected at most {max_choices} choices.",
+            f"prompt: got {num_prompts} prompts times {num_rows}, expected at most {max_choices} choices.",
             param="prompt",
             remedy="Split the request.",
         )
 
 
 def planned_usage(
-    prompts: Sequence[_Prompt], num_samples: int, max_tokens: int | None, info: BackboneInfo
+    prompts: Sequence[_Prompt], num_calls: int, num_rows: int, max_tokens: int | None, info: BackboneInfo
 ) -> Usage:
-    """What a request can come to at most. Text is only tokenised by the backend: here a byte counts as a token.
+    """What a request of so many calls and rows per prompt can come to at most.
+
+    Text is only tokenised by the backend: here a byte counts as a token.
 
     A prompt whose template or normalisation makes more of it than that is charged for the rest at its end.
     """
@@ -155,8 +159,8 @@ def planned_usage(
     bounds = [min(_max_prompt_tokens(prompt), longest) for prompt in prompts]
     output = longest if max_tokens is None else min(max_tokens, longest)
     together = 2 * longest if info.reads_apart else longest
-    reserved = sum(min(bound + output, together) + (num_samples - 1) * output for bound in bounds)
-    return Usage(num_samples, bounds, reserved)
+    reserved = sum(min(bound + output, together) + (num_rows - 1) * output for bound in bounds)
+    return Usage(num_calls, bounds, reserved)
 
 
 def _max_prompt_tokens(prompt: _Prompt) -> int:

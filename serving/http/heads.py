@@ -82,7 +82,7 @@ class Heads:
             id=job_id,
             model=body.model,
             calls=tuple(calls),
-            usage=planned_usage([asked.longest for asked in inputs], 1, 0, info),
+            usage=planned_usage([asked.longest for asked in inputs], 1, 1, 0, info),
             include_usage=False,
             patience=Patience(limits.request_timeout_s, limits.first_token_timeout_s),
         )

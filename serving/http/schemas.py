@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from adapters.errors import InvalidRequest
-from serving.core import ChatMessage, SamplingParams
+from serving.core import BeamParams, ChatMessage, SamplingParams
 
 MAX_REFERENCE_CHARS = 300
 
@@ -97,12 +97,30 @@ class GenerateBody(RequestBody, ABC):
     prompt_logprobs: Count = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    num_beams: Annotated[int | None, Field(ge=1, le=16)] = None
+    length_penalty: float | None = None
+    early_stopping: Annotated[bool | Literal["never"] | None, shaped('true, false or "never"')] = None
     user: str | None = None
 
     @property
     def num_samples(self) -> int:
         """Choices per prompt."""
         return self.n or 1
+
+    @property
+    def searches(self) -> bool:
+        """Whether the choices of a prompt are the best hypotheses of a beam search, which is one call."""
+        return (self.num_beams or 1) > 1
+
+    @property
+    def num_calls(self) -> int:
+        """Calls per prompt."""
+        return 1 if self.searches else self.num_samples
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a batch per prompt."""
+        return (self.num_beams or 1) if self.searches else self.num_samples
 
     @property
     def include_usage(self) -> bool:
@@ -131,6 +149,9 @@ class GenerateBody(RequestBody, ABC):
             "frequency_penalty": self.frequency_penalty,
             "repetition_penalty": self.repetition_penalty,
         }
+        beams = self._beams()
+        if beams is not None and self.temperature is None:
+            given["temperature"] = 0.0
         return SamplingParams(
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
             max_tokens=self._max_tokens(),
@@ -141,6 +162,30 @@ class GenerateBody(RequestBody, ABC):
             logprobs=self._num_logprobs(),
             prompt_logprobs=self.prompt_logprobs,
             ignore_eos=bool(self.ignore_eos),
+            beams=beams,
+        )
+
+    def _beams(self) -> BeamParams | None:
+        if not self.searches:
+            for name in ("length_penalty", "early_stopping"):
+                if getattr(self, name) is not None:
+                    raise InvalidRequest(
+                        f"{name}: got it without beam search.",
+                        param=name,
+                        remedy="Send num_beams of 2 or more as well.",
+                    )
+            return None
+        if self.stream:
+            raise InvalidRequest(
+                "stream: a beam search has nothing to say before its end.",
+                param="stream",
+                remedy="Leave out stream or num_beams.",
+            )
+        return BeamParams(
+            width=self.num_rows,
+            num_returned=self.num_samples,
+            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+            early_stopping=False if self.early_stopping is None else self.early_stopping,
         )
 
     @abstractmethod

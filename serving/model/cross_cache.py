@@ -73,9 +73,9 @@ class CrossCache:
         self.cross.clear(slot)
         self._lengths[slot], self._identities[slot] = 0, object()
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` entries, and what the encoder made unless `target` has the same."""
-        self.own.copy(source, target, length)
+    def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        """Copy entries [start, stop), and what the encoder made unless `target` has the same."""
+        self.own.copy(source, target, stop, start)
         if self._identities[source] is not self._identities[target]:
             self.cross.copy(source, target, self._lengths[source])
             self._lengths[target] = self._lengths[source]

@@ -182,7 +182,7 @@ class RowStore:
         """Forget the row in `slot`."""
         self._prefixes.pop(slot, None)
 
-    def copy(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
         """Nothing is kept that could be copied."""
         raise NotImplementedError("encoders have no cache")
 

@@ -114,10 +114,10 @@ class SlotKVCache:
             pages[begin:first] = bytes(first - begin)
             pages[last:end] = bytes(end - last)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` entries of slot `source` to the front of slot `target`."""
+    def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        """Copy entries [start, stop) of slot `source` to the same places of slot `target`."""
         for pool in (*self.keys, *self.values):
-            pool[target, :, :length] = pool[source, :, :length]
+            pool[target, :, start:stop] = pool[source, :, start:stop]
 
     def read(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """Copies of the first `length` entries of `slot`, [length, K, D] per layer."""

@@ -8,12 +8,13 @@ from typing import Any
 from adapters.errors import DeltamuxError
 from adapters.positions import Positions
 from adapters.tasks import HeadSpec, Task
-from serving.core import Request, SamplingParams
+from serving.core import BeamParams, Request, SamplingParams
+from serving.engine.beam import Beams, Candidate
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
 from serving.engine.prefix_cache import BLOCK_TOKENS, PrefixKeys, Sharing
 from serving.engine.scheduler import Failed, NotYet, Scheduler, SchedulerLimits
-from serving.engine.sequence import ScheduledRow, Sequence
+from serving.engine.sequence import Sequence
 from serving.engine.waiting import FirstComeQueue, WaitingQueue
 from serving.memory.budget import MemoryBudget
 from serving.memory.residency import Residency
@@ -86,10 +87,11 @@ class FakeStorage:
     slots: dict[int, list[tuple[str, int]]] = field(default_factory=dict)
     copies: int = 0
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        assert length <= len(self.slots[source]), "copied what was never written"
+    def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        assert stop <= len(self.slots[source]), "copied what was never written"
+        assert start <= len(self.slots.get(target, ())), "left a gap"
         self.copies += 1
-        self.slots[target] = self.slots[source][:length]
+        self.slots[target] = self.slots.get(target, [])[:start] + self.slots[source][start:stop]
 
     def clear(self, slot: int) -> None:
         self.slots.pop(slot, None)
@@ -154,11 +156,15 @@ class World:
         self._note(failed)
         for seq, count in rows:
             self._compute(seq, count)
+        sampled = [row.seq for row in rows if row.samples]
         for row in rows:
-            samples = row.samples
             row.seq.num_computed += row.num_tokens
-            if samples:
-                self._sample(row)
+        for seq in sampled:
+            assert set(seq.together) <= set(sampled), "a search ran in parts"
+            if seq.together:
+                self._branch(seq)
+            else:
+                self._sample(seq)
         self.now_s += seconds
         return [(row.seq.request.request_id, row.num_tokens) for row in rows]
 
@@ -183,8 +189,23 @@ class World:
         name = seq.request.request_id
         self.computed[name] = self.computed.get(name, 0) + count
 
-    def _sample(self, row: ScheduledRow) -> None:
-        seq = row.seq
+    def _branch(self, seq: Sequence) -> None:
+        """Half of the beams die in each step, and the others have two children."""
+        if not seq.leads:
+            return
+        beams: Beams = seq.state
+        seq.answered = True
+        found = [
+            Candidate(-place, -place, place // 2, 100 * len(seq.tokens) + place)
+            for place in range(2 * len(seq.rows))
+        ]
+        for copy in beams.advance(found):
+            self.kv.copy(*copy)
+        if beams.done:
+            assert all(len(each.tokens) == seq.max_len - seq.num_prompt for each in beams.finished)
+            self.scheduler.finish(seq)
+
+    def _sample(self, seq: Sequence) -> None:
         seq.tokens.append(len(seq.tokens))
         name = seq.request.request_id
         self.generated[name] = self.generated.get(name, 0) + 1
@@ -193,13 +214,18 @@ class World:
 
     def running(self) -> list[str]:
         """Names of the running requests, sorted."""
-        return sorted(seq.request.request_id for seq in self.scheduler.running)
+        return sorted(seq.request.request_id for seq in self.scheduler.running if seq.leads)
 
 
-def sequence(name: str, prompt: int | list[int], *, max_tokens: int | None = 4, **request: Any) -> Sequence:
+def sequence(
+    name: str, prompt: int | list[int], *, max_tokens: int | None = 4, num_beams: int = 1, **request: Any
+) -> Sequence:
     """A sequence whose prompt shares no token with others', unless its tokens are given."""
     start = sum(map(ord, name)) * 1000
     tokens = list(range(start, start + prompt)) if isinstance(prompt, int) else prompt
     sampling = request.pop("sampling", SamplingParams(max_tokens=max_tokens))
     made = Request(request_id=name, prompt_token_ids=tuple(tokens), sampling=sampling, **request)
-    return Sequence(made, list(tokens), state=None)
+    first = Sequence(made, list(tokens), state=None)
+    if num_beams > 1:
+        first.state = Beams(first, BeamParams(width=num_beams), frozenset())
+    return first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from serving.engine.kv_manager import SlotKVManager
+from serving.engine.kv_manager import Opened, SlotKVManager
 from serving.engine.prefix_cache import BLOCK_TOKENS, HashChain
 from serving.memory.budget import MemoryBudget
 
@@ -17,8 +17,9 @@ class FakeStorage:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     cleared: list[int] = field(default_factory=list)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        self.copies.append((source, target, length))
+    def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
+        assert start == 0
+        self.copies.append((source, target, stop))
 
     def clear(self, slot: int) -> None:
         self.cleared.append(slot)
@@ -35,7 +36,8 @@ class Slots:
     def open(
         self, tokens: list[int], *, prefix_len: int = 0, headroom: int = 0, root: bytes = b"root"
     ) -> tuple[int, int] | None:
-        return self.kv.open(HashChain(root), tokens, prefix_len, headroom=headroom)
+        opened = self.kv.open(HashChain(root), tokens, prefix_len, headroom=headroom)
+        return None if opened is None else (opened.slot, opened.num_cached)
 
     def run(self, tokens: list[int], root: bytes = b"root") -> int:
         """Compute `tokens` and end the request; its slot is retained."""
@@ -71,7 +73,7 @@ def test_a_prompt_that_shares_a_beginning_gets_a_copy_and_the_original_stays() -
     slots = Slots()
     slots.run(prompt(4))
     branch = prompt(2) + prompt(1, start=500)
-    assert slots.kv.open(HashChain(b"root"), branch, 7, headroom=0) == (1, 2 * BLOCK_TOKENS)
+    assert slots.open(branch, prefix_len=7) == (1, 2 * BLOCK_TOKENS)
     assert slots.storage.copies == [(0, 1, 7 + 2 * BLOCK_TOKENS)]  # virtual tokens in front come along
     assert slots.open(prompt(4, extra=9)) == (0, 4 * BLOCK_TOKENS)
 
@@ -189,3 +191,37 @@ def test_usage_counts_slots_or_bytes_whichever_is_scarcer() -> None:
     slots.kv.close(0, sound=True)
     slots.kv.close(1, sound=True)
     assert slots.kv.usage == 0.0
+
+
+def test_slots_beside_a_request_come_with_it_or_not_at_all() -> None:
+    slots = Slots(4, blocks=9)
+    kept = slots.run(prompt(2, extra=0))
+    long = slots.run(prompt(6, extra=0, start=500))
+    asked = prompt(2)  # three blocks, of which two are kept
+
+    def open_with(num_beside: int, headroom: int = 0) -> Opened | None:
+        return slots.kv.open(HashChain(b"root"), asked, 0, headroom=headroom, num_beside=num_beside)
+
+    assert open_with(num_beside=4) is None, "there are four slots"
+    assert open_with(num_beside=3) is None, "there is room for nine blocks"
+    assert open_with(num_beside=2, headroom=1) is None
+    assert slots.kv.num_free_slots == 4
+    opened = open_with(num_beside=2)
+    assert opened is not None
+    assert (opened.slot, opened.num_cached) == (kept, 2 * BLOCK_TOKENS)
+    assert len({opened.slot, *opened.beside}) == 3
+    assert slots.budget.used_bytes == 9 * BLOCK
+    assert slots.kv.idle_bytes == 0, "the long prompt had to go"
+    assert long in slots.storage.cleared
+    for slot in (opened.slot, *opened.beside):
+        assert slots.kv.grow(slot, 3 * BLOCK_TOKENS)
+        assert not slots.kv.grow(slot, 3 * BLOCK_TOKENS + 1)
+
+
+def test_a_chain_ends_where_tokens_may_change() -> None:
+    slots = Slots(2)
+    chain, tokens = HashChain(b"root", num_fixed=2 * BLOCK_TOKENS + 3), prompt(4)
+    opened = slots.kv.open(chain, tokens, 0, headroom=0)
+    assert opened is not None
+    slots.kv.publish(opened.slot, chain, tokens, len(tokens))
+    assert slots.open(tokens) == (1, 2 * BLOCK_TOKENS)

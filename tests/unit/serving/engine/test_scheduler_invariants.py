@@ -25,6 +25,7 @@ arrivals = st.fixed_dictionaries(
         "adapter_digest": st.sampled_from([None, "a", "b", "c"]),
         "prompt": st.tuples(st.sampled_from(PROMPTS), st.integers(1, 40)).map(lambda p: p[0][: p[1]]),
         "max_tokens": st.integers(1, 40),
+        "num_beams": st.sampled_from([1, 1, 2, 3]),
     }
 )
 actions = st.one_of(
@@ -48,7 +49,10 @@ class Checked:
 
     def add(self, requests: list[dict[str, Any]]) -> None:
         for request in requests[: 12 - len(self.world.scheduler.queue)]:
-            self.live.append(self.world.add(next(self.names), **request))
+            beams = min(
+                request["num_beams"], self.world.kv.num_slots
+            )  # more are refused before they get here
+            self.live.append(self.world.add(next(self.names), **request | {"num_beams": beams}))
 
     def end(self, index: int, *, failed: bool) -> None:
         """Cancel any request, or fail a running one, as the engine does."""
@@ -56,7 +60,7 @@ class Checked:
         if index < len(chosen):
             seq = chosen[index]
             self.world.scheduler.finish(seq, failed=failed)
-            self._terminal(seq)
+            self._terminal(seq.rows[0])
 
     def turn(self, steps: int) -> None:
         for _ in range(steps):
@@ -83,7 +87,6 @@ class Checked:
 
     def _check_order_and_work(self, before: set[Sequence], rows: dict[Sequence, int]) -> None:
         world, scheduler = self.world, self.world.scheduler
-        assert len(rows) == len({seq.request.request_id for seq in rows})
         assert sum(rows.values()) <= scheduler.limits.max_num_batched_tokens
         assert all(seq in scheduler.running and 0 < n <= seq.num_pending for seq, n in rows.items())
         waiting = [seq for seq in self.live if seq in scheduler.queue]
@@ -97,7 +100,8 @@ class Checked:
         if not scheduler.running and not world.leases.ready_at:  # loads under way hold room of their own
             idle = [seq for seq in waiting if seq.request.adapter_digest is None]
             assert not any(
-                world.budget.fits((len(seq.tokens) // BLOCK_TOKENS + 1) * BLOCK) for seq in idle
+                world.budget.fits(len(seq.rows) * (len(seq.tokens) // BLOCK_TOKENS + 1) * BLOCK)
+                for seq in idle
             ), "an idle engine left a request waiting"
 
     def check(self) -> None:
@@ -106,9 +110,11 @@ class Checked:
         assert len({seq.slot for seq in running}) == len(running)
         assert world.kv._live == {seq.slot for seq in running}
         assert not any(seq in scheduler.queue for seq in running)
-        assert len(self.live) == len(running) + len(scheduler.queue)
+        assert all(set(seq.rows) <= set(running) for seq in running), "a search runs in parts"
+        requests = [seq for seq in running if seq.leads]
+        assert len(self.live) == len(requests) + len(scheduler.queue)
         assert world.budget.used_bytes <= world.budget.capacity_bytes
-        leases = Counter(seq.request.adapter_digest for seq in running)
+        leases = Counter(seq.request.adapter_digest for seq in requests)
         for delta in DELTAS:
             assert world.leases.residency.leases(delta.digest) == leases[delta.digest]
         kv = world.kv
