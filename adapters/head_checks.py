@@ -10,7 +10,7 @@ from typing import get_args
 
 from torch import Tensor
 
-from adapters.backbone_spec import MASKED_HEAD_SITES
+from adapters.backbone_spec import MASKED_HEAD_SITES, BackboneSpec
 from adapters.cloze import Cloze, cloze_problems
 from adapters.normal_form import Affine, Delta, Head, LinearMap, LowRank, Op, Rows, Site, WeightDelta
 from adapters.op_checks import ACTIVATIONS, OpChecker
@@ -47,10 +47,21 @@ def check_task(delta: Delta, checker: OpChecker) -> None:
         checker.add(
             f"the language model head is never run for {task.value}, so replacing it changes nothing."
         )
+    if delta.head.base_head is True and _changes_own_head(delta, checker.spec):
+        checker.add(
+            "base_head: the adapter also changes the backbone's own head, which is not served beside a head of its "
+            "own. Train with modules_to_save naming the head."
+        )
     check_stages = _check_stages if delta.head.cloze is None else _check_statistics_alone
     width = check_stages(stages, checker)
     checker.where = "head"
     _check_meaning(task, delta.head, stages, width, checker)
+
+
+def _changes_own_head(delta: Delta, spec: BackboneSpec) -> bool:
+    """True where an op acts in the dense layer that `base_head` takes as the backbone has it."""
+    sites = {getattr(op, "write", getattr(op, "site", None)) for op in delta.ops}
+    return any(site in sites and m.path.startswith("head.") for site, (m, _) in spec.writer.items())
 
 
 def _changes_language_model(op: Op) -> bool:

@@ -96,8 +96,8 @@ class ForwardContext:
     final hidden states are wanted, which are then in `hidden` [R, d] fp32. Encoders only: `token_types` [T] where a
     row has two parts, `inserted` the virtual tokens [l, d] that stand at a token index, `replayed` [R, d] the states
     that the model's head runs on alone, `shared` the rows of the batch by what they see of shared rows, empty where all
-    see the base model's, `prefix_gates` what prefixes are multiplied by in the coming attention, keys and values [2], by
-    the first token of their row. Encoder-decoders only: `positions` [T] of the tokens, `cross` the attention of the
+    see the base model's, `prefix_gates` what prefixes are multiplied by in the coming attention, keys and values [2],
+    by the first token of their row. Encoder-decoders only: `positions` [T] of the tokens, `cross` the attention of the
     decoder's tokens over the encoder's, None in a pass of the encoder, `logits_rows` [R] the tokens that the head runs
     on.
     """

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, ones
 
-from adapters.backbone_spec import BackboneSpec, HeadStyle
+from adapters.backbone_spec import BackboneSpec, HeadStyle, ModuleShape, ModuleSpec, Slice
 from adapters.canonical import from_canonical, to_canonical
 from adapters.errors import InvalidDelta
 from adapters.formats import read_upload
@@ -296,6 +296,17 @@ def test_heads_of_encoders_that_can_not_be_as_trained_are_refused(
     with pytest.raises(InvalidDelta) as caught:
         read_upload({"adapter_config.json": config.encode(), "adapter_model.safetensors": tensors}, spec)
     assert named in str(caught.value)
+
+
+def test_a_delta_in_the_head_that_the_backbone_lends_is_refused() -> None:
+    spec = encoder_spec("modernbert")
+    place, shape = Slice(Site("dense.out"), 0, 32), ModuleShape("linear", 32, 32, has_bias=False)
+    spec = replace(spec, modules=(*spec.modules, ModuleSpec("head.dense", Site("dense.x"), (place,), shape)))
+    lora = LowRank(read=Site("dense.x"), write=Site("dense.out"), A=ones(2, 32), B=ones(32, 2))
+    for own, wanted in ((True, True), (False, False)):
+        delta = classifier(pooling="cls", base_head=own)
+        found = check(replace(delta, ops=(*delta.ops, lora)), spec)
+        assert any("changes the backbone's own head" in text for text in found) == wanted
 
 
 def test_a_spec_with_head_and_shared_rows_comes_back_from_json() -> None:
