@@ -119,9 +119,6 @@ SEQ2SEQ_MAPS: Mapping[str, SiteMap] = {
     "mt5": _t5,
 }
 
-SEES_DISTANCE = frozenset({"t5", "mt5"})
-"""Architectures without position ids: attention sees how many cache entries lie between query and key."""
-
 SEQ2SEQ_REQUIRED: Mapping[str, Mapping[str, Required]] = {
     "marian": {"share_encoder_decoder_embeddings": Required(True, "its stacks then know different tokens")}
 }

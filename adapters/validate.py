@@ -30,7 +30,6 @@ from adapters.normal_form import (
 )
 from adapters.op_checks import OpChecker, shown
 from adapters.positions import FirstTokens, FromInvocation, LastTokens
-from adapters.site_maps_seq2seq import SEES_DISTANCE
 
 _CHECKS: Mapping[type[Op], Callable[[OpChecker, Any], None]] = {
     LowRank: OpChecker.low_rank,
@@ -168,12 +167,11 @@ def _virtual(delta: Delta, spec: BackboneSpec) -> Iterator[str]:
     length = max(lengths, default=0)
     if (prefixes or prompts) and not 1 <= length < spec.max_positions:
         yield f"{length} virtual tokens, expected 1 to {spec.max_positions - 1} (the backbone's positions)."
-    free = spec.free_positions and spec.model_type not in SEES_DISTANCE
-    allowed = {0, length} if prefixes and free else {length}
+    allowed = {0, length} if prefixes and spec.free_positions else {length}
     if spec.kind == "encoder-decoder" and not any(stack == "dec" for stack, _ in prefixes):
         allowed = {0}  # nothing stands before the decoder's tokens
     if delta.position_offset not in allowed:
-        why = "" if free else f"; {spec.model_type} counts positions itself"
+        why = "" if spec.free_positions else f"; {spec.model_type} counts positions itself"
         yield f"position_offset: {delta.position_offset}, expected {' or '.join(map(str, sorted(allowed)))}{why}."
 
 

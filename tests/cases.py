@@ -700,12 +700,12 @@ ENCODER_GOLDEN_CASES: tuple[GoldenCase, ...] = tuple(
 
 
 # Of encoder-decoders: the decoder's logits. T5's Pfeiffer adapters behind cross-attention read a sum that no module
-# computes, its prefixes change how far apart tokens stand, and its files have no shared rule: refused.
+# computes, and its files have no shared rule: refused.
 SEQ2SEQ_GOLDEN_CASES: tuple[GoldenCase, ...] = tuple(
     GoldenCase(name, family, "T2" if name == "adapter_plus" or name.startswith("compacter") else "T1")
     for family, names in {
         "bart": ("seq_bn", "compacter", "prefix_tuning", "prefix_tuning_flat", "mam"),
-        "t5": (),
+        "t5": ("prefix_tuning", "prefix_tuning_flat", "mam"),
     }.items()
     for name in (
         *names,

@@ -5,8 +5,9 @@ vector [l·2L·H·D], or `wte.weight` [l, d], `control_trans.0.*` [b, d] and `co
 is that vector: per token and layer first the key, then the value, [H, D] each. The library keeps the whole under every
 layer (`<attention>.prefix_tuning.pool.prefix_tunings.{n}.`) once more, so it can't save it as safetensors itself; a
 copy may be absent. Encoder-decoders have such a group for each attention, `encoder_prefix.`, `self_prefix.` and
-`cross_prefix.`, under every attention of the model. Keys are used as they are, after rotary, and
-real tokens are positioned from 0: unlike PEFT's.
+`cross_prefix.`, under every attention of the model. Keys are used as they are, after rotary, and real tokens are
+positioned from 0: unlike PEFT's. T5's keys are nevertheless counted from the prefix on, so that every two tokens are
+further apart than in the backbone.
 Source: `PrefixTuning`, `FlatPrefixTuning`, `PrefixTuningLayer` there; Li and Liang "Prefix-Tuning".
 """
 
@@ -24,7 +25,6 @@ from adapters.formats.adapterhub_config import ACTIVATIONS, PREFIX_TUNING
 from adapters.formats.adapterhub_stored import Part, Stored
 from adapters.formats.schema import check_config
 from adapters.normal_form import AttnPrefix, Stack
-from adapters.site_maps_seq2seq import SEES_DISTANCE
 
 GROUP = "self_prefix."
 GROUPS: Mapping[str, str] = {"distilbert": "self."}
@@ -38,14 +38,6 @@ def read_prefix(raw: Mapping[str, Any], path: str, stored: Stored) -> Part | Non
     if any(value is None for value in config.values()) or raw.get("use_gating"):
         return None
     spec = stored.spec
-    if spec.model_type in SEES_DISTANCE:
-        stored.problems.add(
-            f"adapter_config.json: {path}architecture: AdapterHub counts a prefix in the places of {spec.model_type}'s "
-            "keys and not in those of its queries, so that every two tokens stand further apart than in the backbone. "
-            "That is not served; train prefix tuning with PEFT.",
-            param="architecture",
-        )
-        return None
     if any(layer < spec.num_layers + spec.num_encoder_layers for layer in config["leave_out"]):
         stored.problems.add(
             f"adapter_config.json: {path}leave_out: a prefix is served in all layers or in none, since they share its "

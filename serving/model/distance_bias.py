@@ -13,23 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from serving.model.context import active_context
+
 if TYPE_CHECKING:
     from serving.model.context import AttentionPlan
 
 
 class DistanceBias:
-    """The bias that one table gives for one step. Distances count entries, a delta's prefix included, as T5 does."""
+    """The bias that one table gives for one step: by how far a token's position is from the place of an entry.
 
-    def __init__(self, owner: Any) -> None:
+    A delta's prefix counts among the entries, as in T5 with past keys. Whether it counts in the positions of tokens too
+    is the delta's (`Delta.position_offset`): it does under PEFT; under AdapterHub tokens are positioned as without it,
+    and so are further from one another than in the backbone. An encoder's tokens never count it.
+    """
+
+    def __init__(self, owner: Any, positions: Tensor) -> None:
         self._owner = owner
+        self._positions = positions
         self._singles: tuple[Tensor, Tensor] | None = None
 
-    def between(self, count: int, length: int) -> Tensor:
-        """[H, count, length]: of the last `count` of `length` entries to each of them."""
+    def between(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """What tokens [n] of the batch see at `places`, [L] or each at its own, [n, L] -> [H, n, L]."""
         owner = self._owner
-        places = torch.arange(length, device=owner.relative_attention_bias.weight.device)
         buckets = owner._relative_position_bucket(
-            places[None] - places[length - count :, None],
+            places - self._positions[tokens][:, None],
             bidirectional=not owner.is_decoder,
             num_buckets=owner.relative_attention_num_buckets,
             max_distance=owner.relative_attention_max_distance,
@@ -47,7 +54,7 @@ class DistanceBias:
         singles = [i for i, row in enumerate(plan.rows) if row.stop - row.start == 1]
         if singles:
             if self._singles is None:
-                self._singles = self._of_singles(plan, singles, query.device)
+                self._singles = self._of_singles(plan, singles)
             mask, tokens = self._singles
             chosen = slice(None) if len(singles) == len(plan.rows) else singles
             attended = F.scaled_dot_product_attention(
@@ -63,29 +70,25 @@ class DistanceBias:
             if count == 1:
                 continue
             later = torch.full((count, length), -torch.inf, device=query.device).triu(length - count + 1)
+            tokens, places = (torch.arange(*ends, device=query.device) for ends in (row[:2], (length,)))
             attended = F.scaled_dot_product_attention(
                 query_THD[row.start : row.stop].transpose(0, 1),
                 keys[index, :, -length:],
                 values[index, :, -length:],
-                attn_mask=(self.between(count, length) + later).to(query.dtype),
+                attn_mask=(self.between(tokens, places) + later).to(query.dtype),
                 scale=scaling,
             )
             out[row.start : row.stop] = attended.transpose(0, 1)
         return out[None]
 
-    def _of_singles(
-        self, plan: AttentionPlan, singles: list[int], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """The mask [B, H, 1, L] of the rows of one token, and these tokens [B].
-
-        Rows are aligned to the right, so a column is equally far from every row's token.
-        """
-        rows = [plan.rows[index] for index in singles]
+    def _of_singles(self, plan: AttentionPlan, singles: list[int]) -> tuple[Tensor, Tensor]:
+        """The mask [B, H, 1, L] of the rows of one token, which are aligned to the right, and these tokens [B]."""
+        device, rows = self._positions.device, [plan.rows[index] for index in singles]
         starts = torch.tensor([plan.longest - row.past - 1 for row in rows], device=device)
-        hidden = torch.arange(plan.longest, device=device)[None] < starts[:, None]
-        bias = self.between(1, plan.longest)[None].expand(len(rows), -1, -1, -1)
         tokens = torch.tensor([row.start for row in rows], device=device)
-        return bias.masked_fill(hidden[:, None, None], -torch.inf), tokens
+        places = torch.arange(plan.longest, device=device)[None] - starts[:, None]
+        mask = self.between(tokens, places).masked_fill(places < 0, -torch.inf)
+        return mask.transpose(0, 1)[:, :, None], tokens
 
 
 def give_rules(model: nn.Module) -> None:
@@ -96,4 +99,10 @@ def give_rules(model: nn.Module) -> None:
 
 
 def _give_rule(owner: Any) -> None:
-    owner.compute_bias = lambda *_args, **_kwargs: DistanceBias(owner)
+    def compute_bias(*_args: Any, **_kwargs: Any) -> DistanceBias:
+        context = active_context()
+        assert context is not None, "a forward pass outside the engine"
+        assert context.positions is not None, "a layout that gives no positions"
+        return DistanceBias(owner, context.positions)
+
+    owner.compute_bias = compute_bias

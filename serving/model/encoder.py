@@ -116,7 +116,7 @@ class RowAttention:
                 values,
                 attn_mask=_near(places.shape[1], keys.shape[2], window, query)
                 if bias is None
-                else bias.between(places.shape[1], keys.shape[2]).to(query.dtype),
+                else bias.between(places[0], torch.arange(keys.shape[2], device=keys.device)).to(query.dtype),
                 scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],
             )

@@ -60,9 +60,6 @@ REFUSED = {
     ("llama", "seq_bn_mh"): "mh_adapter",
     ("llama", "seq_bn_residual_after_add"): "original_ln_after",
     ("t5", "compacter"): "phm_rule",
-    ("t5", "mam"): "architecture",
-    ("t5", "prefix_tuning"): "architecture",
-    ("t5", "prefix_tuning_flat"): "architecture",
     ("t5", "seq_bn"): "cross_adapter",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import LogitsProcessorList
 from adapters.errors import InvalidDelta
 from adapters.formats import read_directory
 from adapters.normal_form import AttnPrefix, Rows, VirtualTokens
-from adapters.validate import check
 from tests.cases import Case, quiet, spec_of, tiny_backbone
 from tests.contract.exactness import outputs_of
 from tests.contract.forced import Given
@@ -123,12 +121,3 @@ def test_what_cannot_be_served_as_peft_does_is_refused(
     with pytest.raises(InvalidDelta) as caught:
         read_directory(tmp_path, spec_of(tiny_backbone(family)))
     assert any(named in problem for problem in caught.value.problems), caught.value.problems
-
-
-def test_t5_counts_a_prefix_of_its_decoder_into_every_distance(tmp_path: Path) -> None:
-    case_of("t5", "prefix_tuning").save(tmp_path)
-    spec = spec_of(tiny_backbone("t5"))
-    delta = read_directory(tmp_path, spec)
-    assert check(delta, spec) == []
-    (problem,) = check(replace(delta, position_offset=0), spec)
-    assert "position_offset: 0, expected 5; t5 counts positions itself" in problem

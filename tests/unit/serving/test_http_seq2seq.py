@@ -13,7 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from adapters.store import LocalBlobStore
 from serving.config import Engine as EngineSettings
+from serving.core import BackboneInfo
 from serving.engine.backend import LocalBackend
+from serving.http.generation import planned_usage
 from serving.model.backbone import Backbone, load_backbone
 from tests.cases import quiet, randomise
 from tests.unit.serving.engine.seq2seq_support import generated, one_character_a_token, tiny_model
@@ -110,3 +112,18 @@ async def test_what_an_encoder_decoder_can_not_answer_is_said(
     answer = await world.http.post(f"/v1/{route}", json={"model": "tiny", **body})
     assert answer.status_code == 400, answer.text
     assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("reads_apart", "reserved"), [(False, 64), (True, 110)])
+def test_limits_reserve_prompt_and_answer_apart(reads_apart: bool, reserved: int) -> None:
+    info = BackboneInfo(
+        name="tiny",
+        digest="",
+        spec_json="",
+        max_model_len=64,
+        vocab_size=97,
+        has_chat_template=False,
+        created=0,
+        reads_apart=reads_apart,
+    )
+    assert planned_usage([(5,) * 60], 1, 50, info).reserved_tokens == reserved

@@ -137,6 +137,8 @@ def test_rules_that_are_not_executed_are_refused(name: str, changes: dict[str, A
 
 
 def test_a_wrong_forward_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DistanceBias, "between", lambda self, count, length: torch.zeros(4, count, length))
+    monkeypatch.setattr(
+        DistanceBias, "between", lambda self, tokens, places: torch.zeros(4, len(tokens), places.shape[-1])
+    )
     with pytest.raises(BackboneRefused, match="differs from the stock one"):
         tiny_seq2seq("t5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,63 @@ def test_prefixes_of_each_attention_equal_it_written_out(stacks: tuple[str, ...]
         assert max(errors(row, reference)) < TOLERANCE * float(reference.abs().max())
     changed = forced(model, rows[1].source, rows[1].tokens) - forced(bare, rows[1].source, rows[1].tokens)
     assert float(changed.abs().max()) > 0.1, "they do nothing"
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_prefix_moves_t5_by_its_places_and_its_tokens_by_their_positions(offset: int) -> None:
+    backbone = tiny_seq2seq("t5")
+    delta = replace(prefixes(backbone, ("dec",) if offset else ("enc", "dec"), 4), position_offset=offset)
+    placed = place(delta, "p", backbone)
+    rows = [
+        Row(str(i), [0, *prompt[:7]], 1 + i, placed if i % 2 else None, source=tuple(prompt))
+        for i, prompt in enumerate(prompts(5)[1:])
+    ]
+    run(Runner(backbone, num_slots=4, max_len=40), rows)
+    bare, model = tiny_model("t5"), written_out_t5(tiny_model("t5"), delta)
+    for row in rows:
+        reference = forced(model if row.delta else bare, row.source, row.tokens)
+        assert max(errors(row, reference)) < TOLERANCE * float(reference.abs().max())
+
+
+def written_out_t5(model: PreTrainedModel, delta: Delta) -> PreTrainedModel:
+    """`model` with the delta's keys and values first, their places counted, and tokens from its offset on."""
+    found = {(op.stack, op.layer): op for op in delta.ops if isinstance(op, AttnPrefix)}
+
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        **given: Any,
+    ) -> tuple[Tensor, None]:
+        op = found.get(module.prefix_of) if hasattr(module, "prefix_of") else None
+        bias = given["position_bias"]
+        causal = torch.zeros(query.shape[2], key.shape[2])
+        if op is not None:
+            count, length = query.shape[2], len(op.key)
+            key, value = (
+                torch.cat([x.transpose(0, 1)[None], y], dim=2) for x, y in ((op.key, key), (op.value, value))
+            )
+            places, start = torch.arange(length + count), delta.position_offset if op.stack == "dec" else 0
+            buckets = module._relative_position_bucket(
+                places[None] - (torch.arange(count) + start)[:, None], op.stack == "enc", 8, 20
+            )
+            bias = module.table(buckets).permute(2, 0, 1)
+            causal = torch.zeros(count, length + count)
+        if getattr(module, "prefix_of", ("",))[0] == "dec":
+            causal = torch.full_like(causal, -torch.inf).triu(causal.shape[1] - causal.shape[0] + 1)
+        weights = torch.softmax(query @ key.transpose(2, 3) + bias + causal, dim=-1)
+        return (weights @ value).transpose(1, 2), None
+
+    for stack, layers in (("enc", model.get_encoder().block), ("dec", model.get_decoder().block)):
+        for index, block in enumerate(layers):
+            block.layer[0].SelfAttention.prefix_of = (stack, index)
+            block.layer[0].SelfAttention.table = layers[0].layer[0].SelfAttention.relative_attention_bias
+    AttentionInterface.register("written_out_t5", attend)
+    model.set_attn_implementation("written_out_t5")
+    return model
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
