@@ -149,7 +149,7 @@ def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored
         rank = _width(config["reduction_factor"], layer.counted, spec.hidden_size)
         if rank is None:
             problems.add(
-                f"adapter_config.json: {path}reduction_factor: the map has neither layer {layer.counted} nor 'default'.",
+                f"adapter_config.json: {path}reduction_factor: the map has no layer {layer.counted} and no 'default'.",
                 param="reduction_factor",
             )
         for place, sites in places:

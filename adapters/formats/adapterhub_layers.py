@@ -13,7 +13,7 @@ from adapters.normal_form import Site
 
 
 class Layer(NamedTuple):
-    """One layer. `counted`: its number in the library; `stack`: how its sites' names begin; `number`: its place there."""
+    """One layer. `counted`: its number in the library; `stack`: how its sites begin; `number`: its place there."""
 
     counted: int
     stack: str
