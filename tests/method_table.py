@@ -260,7 +260,7 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("road", _linear(RoadConfig, variant="road_2", group_size=8)),
     MethodRow("shira", _linear(ShiraConfig, r=3)),
     MethodRow("trainable_tokens", _whole(TrainableTokensConfig, token_indices=list(range(40, 0, -2)))),
-    MethodRow("unilora", _linear(UniLoraConfig, r=3, theta_d_length=60, save_indices=True), "T2"),
+    MethodRow("unilora", _linear(UniLoraConfig, r=3, theta_d_length=60, save_indices=True), "T2", sigma=1.0),
     MethodRow("vblora", _linear(VBLoRAConfig, r=3, num_vectors=12, vector_length=8, topk=3), "T2"),
     MethodRow("vera", _linear(VeraConfig, r=6), "T2"),
     *(MethodRow(name, config, "T2") for name, config in _WITHOUT_READER.items()),
