@@ -114,14 +114,22 @@ def found(bench: Bench, name: str) -> list[list[int]]:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hypotheses_are_those_of_transformers(family: Family, early_stopping: bool | str) -> None:
     model, bench = peaked(family), Bench(served(family), {})
-    settings = [(penalty, ends) for penalty in (-1.0, 0.0, 1.0, 2.5) for ends in ((), (42, 33), ENDS)]
+    settings = [(penalty, ends) for penalty in (-1.0, 0.0, 1.0, 2.5) for ends in ((), ENDS)]
     calls = {
         f"{penalty} {ends} {place}": (prompt, penalty, ends)
-        for place, prompt in enumerate(ragged(2, 3))
+        for place, prompt in enumerate(ragged(6, 3)[4:])  # of which every setting finds something else
         for penalty, ends in settings
     }
     for name, (prompt, penalty, ends) in calls.items():
-        ask(bench, name, prompt, ends=ends, length_penalty=penalty, early_stopping=early_stopping)
+        ask(
+            bench,
+            name,
+            prompt,
+            ends=ends,
+            max_tokens=20,
+            length_penalty=penalty,
+            early_stopping=early_stopping,
+        )
     bench.run()
     lengths = set()
     for name, (prompt, penalty, ends) in calls.items():
@@ -133,7 +141,7 @@ def test_hypotheses_are_those_of_transformers(family: Family, early_stopping: bo
             num_return_sequences=4,
             length_penalty=penalty,
             early_stopping=early_stopping,
-            max_new_tokens=12,
+            max_new_tokens=20,
         )
         assert found(bench, name) == expected, name
         for hypothesis in bench.terminal(name).hypotheses:
