@@ -41,6 +41,7 @@ class EncoderDecoder:
     name = "flattened stacks"
     sees_queries = True
     free_positions = True
+    attends_by_plan = True
 
     def __init__(self, spec: BackboneSpec) -> None:
         self._spec = spec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import LogitsProcessorList
 from adapters.errors import InvalidDelta
 from adapters.formats import read_directory
 from adapters.normal_form import AttnPrefix, Rows, VirtualTokens
+from adapters.validate import check
 from tests.cases import Case, quiet, spec_of, tiny_backbone
 from tests.contract.exactness import outputs_of
 from tests.contract.forced import Given
