@@ -125,6 +125,11 @@ class BackboneSpec:
         return tops.pop() if len(tops) == 1 else ""
 
     @property
+    def embedding_width(self) -> int:
+        """Of a token's row in the embedding, which is the first module; some models widen it afterwards."""
+        return self.modules[0].shape.d_out
+
+    @property
     def stacks(self) -> tuple[Stack, ...]:
         """The attentions that an AttnPrefix may belong to."""
         return ("enc", "dec", "dec.cross") if self.kind == "encoder-decoder" else ("",)

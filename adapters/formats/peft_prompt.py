@@ -31,7 +31,7 @@ from adapters.formats.peft_modules import fits
 from adapters.formats.peft_saved import take_saved
 from adapters.formats.problems import Problems, quoted
 from adapters.formats.schema import Rule, check_config
-from adapters.normal_form import AttnPrefix, Op, Rows, Site, VirtualTokens
+from adapters.normal_form import AttnPrefix, Op, Rows, VirtualTokens
 
 IGNORES_PREFIX = frozenset({"distilbert", "modernbert", "albert", "deberta-v2"})
 """Encoders whose forward takes no past keys and values: under PEFT a prefix changes nothing there."""
@@ -124,7 +124,7 @@ def _read_prompt(
     """The virtual tokens; what does not fit is added to `problems`."""
     config = _prompt_config(raw, rules, spec, problems)
     saved, tensors = _take_saved_beside_tokens(config, tensors, spec, problems)
-    length, width = config["num_virtual_tokens"], spec.site_width[Site("embed")]
+    length, width = config["num_virtual_tokens"], spec.embedding_width
     stored = _embeddings(tensors, _stored(length, spec), width, problems)
     return () if stored is None else (*saved, VirtualTokens(embeddings=stored[:length]))
 
@@ -159,7 +159,7 @@ def read_multitask_prompt_tuning(
     """The virtual tokens of the only task; what does not fit is added to `problems`."""
     config = _prompt_config(raw, MULTITASK_PROMPT_TUNING, spec, problems)
     saved, tensors = _take_saved_beside_tokens(config, tensors, spec, problems)
-    width = spec.site_width[Site("embed")]
+    width = spec.embedding_width
     ranks, length = config["num_ranks"], config["num_virtual_tokens"]
     rows_stored = _stored(length, spec)
     task = {name: Placed(name, tensors[name]) for name in (TASK_COLUMNS, TASK_ROWS) if name in tensors}
@@ -213,7 +213,7 @@ def _prompt_config(
         {
             "num_layers": layers,
             "num_attention_heads": spec.num_heads,
-            "token_dim": spec.site_width[Site("embed")],
+            "token_dim": spec.embedding_width,
         },
         problems,
     )
