@@ -13,7 +13,7 @@ from adapters.normal_form import Site
 
 
 class Layer(NamedTuple):
-    """One layer. `counted`: the library's count. `stack`: how the names of its sites begin; `number`: its place there."""
+    """One layer. `counted`: the library's count. `stack`: how the names of its sites begin; `number`: its place."""
 
     counted: int
     stack: str
