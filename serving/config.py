@@ -179,6 +179,8 @@ class Limits(_Group):
     """Seconds for which an answer is kept for requests that repeat its `Idempotency-Key`."""
     max_body_bytes: int = Field(default=8 * MIB, ge=1)
     """Largest JSON body; a byte more is answered 413."""
+    max_body_values: int = Field(default=200_000, ge=1)
+    """Most values of a JSON body (its commas are counted); more are answered 413. They are parsed in one go."""
     max_n: int = Field(default=16, ge=1)
     """Largest `n`, and largest `num_beams`, of a request."""
     max_choices: int = Field(default=128, ge=1)

@@ -81,7 +81,7 @@ def create_app(
 def create_admin_app(*, tenancy: Tenancy, settings: Settings, metrics: GatewayMetrics) -> FastAPI:
     """The routes of administrators alone, for a port of their own. Runs on one event loop."""
     app = _application(metrics)
-    route_class = json_route(settings.limits.max_body_bytes, Access(tenancy).gate)
+    route_class = json_route(settings.limits, Access(tenancy).gate)
     app.include_router(admin_router(tenancy, route_class))
     require_declared(app)
     return app

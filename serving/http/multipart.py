@@ -61,7 +61,7 @@ async def receive_parts(request: Request, max_bytes: int) -> Parts:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         receive = bounded_receive(request, min(max_bytes, MAX_JSON_BYTES))
-        return _parts({}, await _json_fields(JsonRequest(request.scope, receive)))
+        return _parts({}, await _json_fields(JsonRequest(request.scope, receive, max_values=MAX_JSON_BYTES)))
     if kind != "multipart/form-data":
         raise InvalidRequest(
             "content-type: expected multipart/form-data, or application/json with file_ids.",

@@ -49,8 +49,8 @@ class Services:
         )
         self.slots = UploadSlots(limits.max_open_uploads, metrics.uploads_open)
         self.idempotency = Idempotency(registry.idempotency, settings)
-        self.route_class = json_route(limits.max_body_bytes, gate)
-        self.mutation_class = json_route(limits.max_body_bytes, gate, around=self.idempotency.around)
+        self.route_class = json_route(limits, gate)
+        self.mutation_class = json_route(limits, gate, around=self.idempotency.around)
         self.settings = settings
         self.metrics = metrics
         self._backbone: BackboneInfo | None = None

@@ -385,6 +385,15 @@ async def test_a_json_body_over_its_limit(tmp_path: Path, chunked: bool) -> None
         assert reply.json()["error"]["code"] == "payload_too_large"
 
 
+async def test_a_json_body_of_more_values_than_may_be_parsed_in_one_go(tmp_path: Path) -> None:
+    async with gateway(tmp_path, max_body_values=100) as g:
+        fits, too_many = ({"model": BACKBONE, "prompt": [1] * count, "max_tokens": 1} for count in (98, 99))
+        assert (await post_raw(g, json.dumps(fits).encode())).status_code != 413
+        reply = await post_raw(g, json.dumps(too_many).encode())
+        assert_envelope(reply, 413)
+        assert "100 values" in reply.json()["error"]["message"]
+
+
 async def test_reading_stops_at_the_first_excess_byte(tmp_path: Path) -> None:
     async with gateway(tmp_path, max_body_bytes=1000) as g:
         num_read = await read_of_endless_body(
