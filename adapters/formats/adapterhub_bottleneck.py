@@ -52,6 +52,10 @@ class Place:
     summed: str  # D + R, where a norm follows
     normed: str  # LN(D + R)
 
+    def is_in(self, layer: Layer, spec: BackboneSpec) -> bool:
+        """Whether the layer has it: cross-attention a decoder's alone; what experts write is no site, but a place."""
+        return self.switch != "cross_adapter" or layer.site(self.block) in spec.writer
+
     def stem(self, layer: Layer, stored: Stored) -> str:
         """How the keys of its tensors begin."""
         spec = stored.spec
@@ -139,16 +143,16 @@ def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored
             "place that the backbone has: it changes nothing."
         )
     for layer in layers(spec):
-        if layer.counted in config["leave_out"]:
+        if layer.nth in config["leave_out"]:
             continue
-        rank = _width(config["reduction_factor"], layer.counted, spec.hidden_size)
+        rank = _width(config["reduction_factor"], layer.nth, spec.hidden_size)
         if rank is None:
             problems.add(
-                f"adapter_config.json: {path}reduction_factor: the map has neither layer {layer.counted} nor 'default'.",
+                f"adapter_config.json: {path}reduction_factor: the map has neither layer {layer.nth} nor 'default'.",
                 param="reduction_factor",
             )
         for place, sites in places:
-            if layer.site(place.block) not in spec.writer:  # an encoder's layer has no cross-attention
+            if not place.is_in(layer, spec):
                 continue
             found = _projections(place.stem(layer, stored), rank or 1, config, phm, stored)
             if found is not None and sites is not None and rank is not None:
@@ -158,10 +162,7 @@ def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored
 
 def _stack_of(place: Place, spec: BackboneSpec) -> str | None:
     """How the names of sites begin in the first stack that has the place; None where none has."""
-    return next(
-        (layer.stack for layer in layers(spec) if layer.site(place.block) in spec.writer),
-        None,
-    )
+    return next((layer.stack for layer in layers(spec) if place.is_in(layer, spec)), None)
 
 
 def _projections(

@@ -13,9 +13,9 @@ from adapters.normal_form import Site
 
 
 class Layer(NamedTuple):
-    """One layer. `counted`: the library's count. `stack`: how the names of its sites begin; `number`: its place."""
+    """One layer. `nth`: the library's count. `stack`: how the names of its sites begin; `number`: its place."""
 
-    counted: int
+    nth: int
     stack: str
     number: int
 
