@@ -143,12 +143,13 @@ def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored
             "place that the backbone has: it changes nothing."
         )
     for layer in layers(spec):
-        if layer.nth in config["leave_out"]:
+        if layer.counted in config["leave_out"]:
             continue
-        rank = _width(config["reduction_factor"], layer.nth, spec.hidden_size)
+        rank = _width(config["reduction_factor"], layer.counted, spec.hidden_size)
         if rank is None:
             problems.add(
-                f"adapter_config.json: {path}reduction_factor: the map has neither layer {layer.nth} nor 'default'.",
+                f"adapter_config.json: {path}reduction_factor: the map has neither layer {layer.counted} nor "
+                "'default'.",
                 param="reduction_factor",
             )
         for place, sites in places:

@@ -13,9 +13,9 @@ from adapters.normal_form import Site
 
 
 class Layer(NamedTuple):
-    """One layer. `nth`: the library's count. `stack`: how the names of its sites begin; `number`: its place."""
+    """One layer. `counted`: its number in the library, `number`: its place in the stack whose site names begin so."""
 
-    nth: int
+    counted: int
     stack: str
     number: int
 
