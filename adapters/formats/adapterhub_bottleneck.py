@@ -53,6 +53,10 @@ class Place:
     summed: str  # D + R, where a norm follows
     normed: str  # LN(D + R)
 
+    def is_in(self, layer: Layer, spec: BackboneSpec) -> bool:
+        """Whether the layer has it: cross-attention a decoder's alone; what experts write is no site, but a place."""
+        return self.switch != "cross_adapter" or layer.site(self.block) in spec.writer
+
     def stem(self, layer: Layer, stored: Stored) -> str:
         """How the keys of its tensors begin."""
         spec = stored.spec
@@ -153,7 +157,7 @@ def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored
                 param="reduction_factor",
             )
         for place, sites in places:
-            if layer.site(place.block) not in spec.writer:  # an encoder's layer has no cross-attention
+            if not place.is_in(layer, spec):
                 continue
             found = _projections(place.stem(layer, stored), rank or 1, config, phm, stored)
             if found is not None and sites is not None and rank is not None:
@@ -163,10 +167,7 @@ def _lower(config: Mapping[str, Any], path: str, phm: Phm | None, stored: Stored
 
 def _stack_of(place: Place, spec: BackboneSpec) -> str | None:
     """How the names of sites begin in the first stack that has the place; None where none has."""
-    return next(
-        (layer.stack for layer in layers(spec) if layer.site(place.block) in spec.writer),
-        None,
-    )
+    return next((layer.stack for layer in layers(spec) if place.is_in(layer, spec)), None)
 
 
 def _projections(

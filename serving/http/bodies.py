@@ -52,7 +52,9 @@ class JsonRequest(Request):
         """The parsed body. NaN and Infinity pass here, so that the field's own check can name the field."""
         body = await self.body()
         if body.count(b",") >= self._max_values:
-            raise HTTPException(413, f"The body has more than {self._max_values} values (commas are counted).")
+            raise HTTPException(
+                413, f"The body has more than {self._max_values} values (commas are counted)."
+            )
         try:
             return from_json(body, allow_inf_nan=True)
         except ValueError as error:
