@@ -38,7 +38,7 @@ def bounded_receive(request: Request, max_bytes: int) -> Receive:
 
 
 class JsonRequest(Request):
-    """A request whose JSON body is parsed strictly: UTF-8 without lone surrogates, bounded nesting and number of values.
+    """A request whose JSON body is parsed strictly: UTF-8 without lone surrogates, bounded nesting and length of lists.
 
     Parsing holds the event loop, by the value: a text of 8 MiB takes a few milliseconds, a list of as many bytes half a
     second. Values are counted by the commas, those in texts included.
