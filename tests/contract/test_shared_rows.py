@@ -87,7 +87,7 @@ def saved(family: Encoder, name: str, directory: Path) -> Case:
 def references(case: Case, rows: list[Row]) -> list[Tensor]:
     model = tiny_body(case.family)  # type: ignore[arg-type]
     adapted = case.build(model)
-    return [outputs_of(adapted, model, case.family, row.tokens) for row in rows]
+    return [outputs_of(adapted, model, case.family, row.given) for row in rows]
 
 
 def worst(rows: list[Row], expected: list[Tensor]) -> float:
@@ -114,12 +114,12 @@ def test_each_row_sees_what_its_delta_makes_of_shared_modules(family: Encoder, t
     deltas = {name: served(tmp_path / name, backbone) for name in cases}
     rows = run_mixed(backbone, {"bare": None, **deltas})
     stock = tiny_body(family)
-    bare = [outputs_of(stock, stock, family, row.tokens) for row in rows["bare"]]
+    bare = [outputs_of(stock, stock, family, row.given) for row in rows["bare"]]
     assert worst(rows["bare"], bare) <= 0.2
     for name, case in cases.items():
         expected = references(case, rows[name])
         changed = [
-            outputs_of(stock, stock, family, row.tokens) - e
+            outputs_of(stock, stock, family, row.given) - e
             for row, e in zip(rows[name], expected, strict=True)
         ]
         assert max(float(c.abs().max()) for c in changed) > EFFECT, name

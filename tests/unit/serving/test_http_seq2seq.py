@@ -126,4 +126,4 @@ def test_limits_reserve_prompt_and_answer_apart(reads_apart: bool, reserved: int
         created=0,
         reads_apart=reads_apart,
     )
-    assert planned_usage([(5,) * 60], 1, 50, info).reserved_tokens == reserved
+    assert planned_usage([(5,) * 60], 1, 1, 50, info).reserved_tokens == reserved
