@@ -17,8 +17,8 @@ from adapters.errors import DeltamuxError, Overloaded, StoreError
 from adapters.normal_form import Affine, AttnPrefix, Delta, LinearMap, LowRank, Op, VirtualTokens
 from serving.core import AdmissionProof
 from serving.engine.effect import Prober
+from serving.engine.leases import NotYet
 from serving.engine.runner import Runner
-from serving.engine.scheduler import NotYet
 from serving.memory.budget import MemoryBudget
 from serving.memory.host_cache import HostCache
 from serving.memory.residency import Residency

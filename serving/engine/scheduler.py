@@ -16,47 +16,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from adapters.errors import DeltamuxError, Overloaded
 from serving.engine.fair_queue import CLASS_RANK
 from serving.engine.kv_manager import KVManager
+from serving.engine.leases import DeltaLeases, NotYet
 from serving.engine.prefix_cache import HashChain, PrefixKeys
 from serving.engine.sequence import LeasedDelta, ScheduledRow, Sequence, max_total_len, require_readable
+from serving.engine.step import Step
 from serving.engine.waiting import AdmissionRate, WaitingQueue
 
 OUTPUT_COST = 2.0
 """What a generated token is charged, in computed prompt tokens (S-LoRA's weights for the VTC)."""
-
-
-class NotYet(Enum):
-    """Why a delta can't be leased at present: it is under way, or what is in use leaves no room for it."""
-
-    LOADING = auto()
-    CROWDED = auto()
-
-
-class DeltaLeases(Protocol):
-    """Grants leases on deltas in device memory."""
-
-    def try_lease(self, digest: str) -> LeasedDelta | NotYet:
-        """The delta, leased; where it isn't there, its load is under way. Raises DeltamuxError when it can't be had."""
-        ...
-
-    def end_lease(self, digest: str) -> None:
-        """Give a lease back."""
-        ...
-
-    def is_resident(self, digest: str) -> bool:
-        """Whether a lease could be had at once."""
-        ...
-
-    def prefetch(self, digest: str) -> None:
-        """Somebody will want this delta soon."""
-        ...
 
 
 class Failed(NamedTuple):
@@ -80,37 +55,6 @@ class SchedulerLimits:
     max_queue_s: float
     whole_rows: bool = False
     max_read: int = 0
-
-
-@dataclass(slots=True)
-class _Step:
-    """What one step runs, and the tokens that are left for more: fewer than none after a whole row."""
-
-    budget: int
-    whole_rows: bool
-    rows: dict[Sequence, int] = field(default_factory=dict)
-
-    def run(self, seq: Sequence) -> None:
-        """Compute as much of a request as the budget allows, or all of it."""
-        if not seq.together:
-            self._take(seq, seq.num_pending if self.whole_rows else min(seq.num_pending, self.budget))
-        elif behind := [row for row in seq.together if row.num_pending > 1]:
-            for row in behind[:1] if behind[0].leads else behind:  # the others begin with a copy of the first
-                if self.budget > 0:
-                    self._take(row, min(row.num_pending - 1, self.budget))
-        elif self.budget >= len(seq.together):
-            for row in seq.together:
-                self._take(row, 1)
-
-    def _take(self, row: Sequence, num_tokens: int) -> None:
-        self.rows[row] = num_tokens
-        self.budget -= num_tokens + _num_to_encode(row)
-
-    def drop(self, seq: Sequence) -> None:
-        """Leave a request out after all."""
-        for row in seq.rows:
-            if row in self.rows:
-                self.budget += self.rows.pop(row) + _num_to_encode(row)
 
 
 class _Outcome(Enum):
@@ -167,7 +111,7 @@ class Scheduler:
         for seq in self.running:
             self._publish(seq)
             self._share(seq)
-        step = _Step(self.limits.max_num_batched_tokens, self.limits.whole_rows)
+        step = Step(self.limits.max_num_batched_tokens, self.limits.whole_rows)
         self._continue_running(step)
         carried = list(step.rows)
         self._num_admitted = 0
@@ -177,7 +121,7 @@ class Scheduler:
             self._charge(seq, step.rows.get(seq, 0))
         return [ScheduledRow(seq, num_tokens) for seq, num_tokens in step.rows.items()], failed
 
-    def _continue_running(self, step: _Step) -> None:
+    def _continue_running(self, step: Step) -> None:
         # Decodes first: a running stream is never starved by somebody's long prompt. Then the highest class and the
         # oldest, so that whoever is preempted for room comes later in this loop.
         requests = [seq for seq in self.running if seq.leads]
@@ -192,7 +136,7 @@ class Scheduler:
     def _grow(self, seq: Sequence) -> bool:
         return all(self.kv.grow(row.slot, row.num_beside + len(row.tokens)) for row in seq.rows)
 
-    def _admit_waiting(self, step: _Step, failed: list[Failed], now_s: float) -> None:
+    def _admit_waiting(self, step: Step, failed: list[Failed], now_s: float) -> None:
         """Admit while there is room.
 
         Where the oldest overdue request finds none for its delta, others may use what is resident, but no new delta
@@ -223,7 +167,7 @@ class Scheduler:
             elif outcome is _Outcome.FULL:
                 return
 
-    def _admit(self, seq: Sequence, step: _Step, now_s: float) -> _Outcome:
+    def _admit(self, seq: Sequence, step: Step, now_s: float) -> _Outcome:
         """Try to admit `seq`, in the place of running requests that should yield to it if need be."""
         while True:
             fits = self.kv.num_free_slots >= len(seq.rows)
@@ -328,7 +272,7 @@ class Scheduler:
         """True while a waiting request needs the delta."""
         return self._awaited[digest] > 0
 
-    def _preempt(self, row: Sequence, step: _Step) -> None:
+    def _preempt(self, row: Sequence, step: Step) -> None:
         seq = row.rows[0]
         step.drop(seq)
         self._release(seq, sound=seq.is_sound)
@@ -411,8 +355,3 @@ class Scheduler:
 def _priority(seq: Sequence) -> tuple[int, int]:
     """Lower is served first and preempted last: class, then arrival."""
     return CLASS_RANK[seq.request.service_class], seq.order
-
-
-def _num_to_encode(row: Sequence) -> int:
-    """Tokens that the encoder reads for a row: those of a search have one prompt."""
-    return row.num_to_encode if row.leads else 0

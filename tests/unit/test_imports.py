@@ -48,6 +48,8 @@ TORCH_FREE = (
     "serving/config.py",
     "serving/metrics.py",
     "serving/engine/scheduler.py",
+    "serving/engine/leases.py",
+    "serving/engine/step.py",
     "serving/engine/kv_manager.py",
     "serving/engine/prefix_cache.py",
     "serving/engine/fair_queue.py",

@@ -12,8 +12,9 @@ from serving.core import BeamParams, Request, SamplingParams
 from serving.engine.beam import Beams, Candidate
 from serving.engine.fair_queue import FairQueue
 from serving.engine.kv_manager import SlotKVManager
+from serving.engine.leases import NotYet
 from serving.engine.prefix_cache import BLOCK_TOKENS, PrefixKeys, Sharing
-from serving.engine.scheduler import Failed, NotYet, Scheduler, SchedulerLimits
+from serving.engine.scheduler import Failed, Scheduler, SchedulerLimits
 from serving.engine.sequence import Sequence
 from serving.engine.waiting import FirstComeQueue, WaitingQueue
 from serving.memory.budget import MemoryBudget
