@@ -239,6 +239,8 @@ _WITHOUT_READER: Mapping[str, Callable[[Targets], PeftConfig]] = {
     "waveft": _linear(WaveFTConfig, n_frequency=50),
 }
 
+_SIGMAS: Mapping[str, float] = {"supertuning": 0.2}
+
 METHODS: tuple[MethodRow, ...] = (
     # larger weights make one position of phi3, BART or mT5 so steep that PEFT's fp32 is far from its own fp64
     MethodRow("lora", _linear(LoraConfig, r=4, lora_alpha=6), sigma=0.25),
@@ -278,5 +280,8 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow("unilora", _linear(UniLoraConfig, r=3, theta_d_length=60, save_indices=True), "T2", sigma=1.0),
     MethodRow("vblora", _linear(VBLoRAConfig, r=3, num_vectors=12, vector_length=8, topk=3), "T2"),
     MethodRow("vera", _linear(VeraConfig, r=6), "T2"),
-    *(MethodRow(name, config, "T2") for name, config in _WITHOUT_READER.items()),
+    *(
+        MethodRow(name, config, "T2", sigma=_SIGMAS.get(name, 0.4))
+        for name, config in _WITHOUT_READER.items()
+    ),
 )

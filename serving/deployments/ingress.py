@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
 from serving.config import Settings, linger_s
-from serving.deployments.heap import settle
+from serving.deployments.interpreter import settle, take_turns
 from serving.deployments.logs import write_to_serves_file
 
 _LOCK = "gateway.lock"
@@ -81,6 +81,7 @@ class Gateway:
             metrics=metrics,
         )
         settle()
+        take_turns()
         return app
 
 

@@ -12,7 +12,7 @@ from ray import serve
 from adapters.errors import ErrorInfo, Unavailable
 from serving.config import Settings
 from serving.core import AdmissionProof, BackboneInfo, Event, GenerateCall, MetricFamily
-from serving.deployments.heap import settle
+from serving.deployments.interpreter import settle
 from serving.deployments.logs import write_to_serves_file
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from adapters.backbone_spec import ModuleShape
 from adapters.site_maps import build_spec
-from serving.deployments.heap import settle
+from serving.deployments.interpreter import settle, take_turns
 from tests.hostile.worst import KINDS, WIDTH, Request
 from tests.unit.serving.http_support import BACKBONE, FakeBackend, gateway, listening
 
@@ -118,6 +118,7 @@ def _serve(pipe: Connection) -> None:
         with tempfile.TemporaryDirectory(prefix="beside-") as home:
             async with gateway(Path(home), _wide_backend()) as made, listening(made.app) as address:
                 settle()  # as every gateway does when it starts
+                take_turns()
                 beating = asyncio.create_task(pulse.beat())
                 loop.add_reader(pipe.fileno(), asked)
                 pipe.send(address)
