@@ -7,16 +7,21 @@ token stands makes no difference to a hypothesis' worth.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 
+from adapters.formats import read_directory
+from adapters.normal_form import Delta
 from serving.core import BeamParams
 from serving.engine.prefix_cache import BLOCK_TOKENS
 from serving.model.backbone import Backbone
 from serving.model.weight_block import whole_pages
+from tests.cases import quiet, randomise
 from tests.unit.serving.engine.engine_support import Bench
 from tests.unit.serving.engine.seq2seq_support import CONFIGS, prompts, tiny_model, tiny_seq2seq
 from tests.unit.serving.engine.test_seq2seq_deltas import lora
@@ -27,6 +32,23 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"length_penalty": 2.0, "early_stopping": True},
     {"length_penalty": -0.5, "early_stopping": "never"},
 )
+
+
+PLAIN: dict[str, Any] = {"length_penalty": 1.0, "early_stopping": False}
+
+
+def prefix(name: str, backbone: Backbone, seed: int, directory: Path) -> tuple[PeftModel, Delta]:
+    """PEFT's model with random prefixes, and what the server reads of them."""
+    sizes = {
+        "num_layers": backbone.spec.num_layers,
+        "token_dim": backbone.spec.num_heads * backbone.spec.head_dim,
+    }
+    config = PrefixTuningConfig(num_virtual_tokens=4, task_type="SEQ_2_SEQ_LM", **sizes)
+    with quiet():
+        model = get_peft_model(tiny_model(name), config).eval()
+        randomise(model, seed, 1.0)
+        model.save_pretrained(str(directory))
+    return model, read_directory(directory, backbone.spec)
 
 
 @torch.inference_mode()
@@ -96,6 +118,26 @@ def test_searches_under_mixed_deltas_equal_peft_and_go_on_after_preemption(name:
             expected = searched(models[digest], prompt, length_penalty=1.0, early_stopping=False)
             assert found(bench, call) == expected, (call, digest)
     assert tight.engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("name", ["bart", "t5_gated"])
+def test_32_searches_with_loras_and_prefixes_in_one_batch_equal_peft(name: str, tmp_path: Path) -> None:
+    backbone = tiny_seq2seq(name)
+    made = {f"lora {seed}": lora(name, backbone, seed) for seed in (1, 2)}
+    made |= {f"prefix {seed}": prefix(name, backbone, seed, tmp_path / str(seed)) for seed in (3, 4)}
+    models = {None: tiny_model(name)} | {digest: model for digest, (model, _) in made.items()}
+    digests = [None, *made]
+    calls = [(str(at), prompt, digests[at % 5]) for at, prompt in enumerate(prompts(40)) if len(prompt) > 1][
+        :32
+    ]
+    bench = Bench(backbone, {digest: delta for digest, (_, delta) in made.items()}, max_num_seqs=128)
+    for call, prompt, digest in calls:
+        ask(bench, call, prompt, digest)
+    bench.run()
+    wanted = {call: searched(models[digest], prompt, **PLAIN) for call, prompt, digest in calls}
+    assert {call: found(bench, call) for call in wanted} == wanted
+    bare = {call: searched(models[None], prompt, **PLAIN) for call, prompt, _ in calls}
+    assert all(bare[call] != wanted[call] for call, _, digest in calls if digest is not None)
 
 
 def test_the_encoder_reads_the_prompt_of_a_search_once(monkeypatch: pytest.MonkeyPatch) -> None:
